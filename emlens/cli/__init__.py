@@ -1,0 +1,1 @@
+"""The command line: arguments, progress, printing, exit codes; not the place for results."""
