@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+
 from scripts.check_sizes import ROOT, check_tree
 
 

@@ -2,6 +2,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from scripts.mutants import ROOT, Mutant, break_file, judge_mutant, judge_mutants, read_mutants
 
 SOURCE = "def double(x):\n    return 2 * x\n\n\ndef triple(x):\n    return 3 * x\n"
@@ -16,7 +17,9 @@ def package(tmp_path: Path) -> Path:
 
 
 def make_mutant(old: str, new: str, *tests: str) -> Mutant:
-    return Mutant(what="planted", file="calc.py", old=old, new=new, tests=tests or ("test_calc.py",))
+    return Mutant(
+        what="planted", file="calc.py", old=old, new=new, tests=tests or ("test_calc.py",)
+    )
 
 
 def test_a_noticed_defect_is_killed_and_an_unnoticed_one_survives(package: Path):
