@@ -1,0 +1,383 @@
+"""PEFT adapter folders: read under a verdict for every config field, written back in full.
+
+Nothing that a config names is imported or downloaded. Weights come from safetensors only.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from emlens.artifacts import write_json_atomic, write_tensors_atomic
+from emlens.models.lora import EMBEDDINGS, LoraAdapter, LoraModule
+from emlens.sources import Source, locate_source, parse_source
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 4096
+
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "emlens.json"]
+
+_INERT = frozenset(
+    """peft_type task_type auto_mapping peft_version inference_mode lora_dropout runtime_config
+    megatron_config megatron_core revision base_model_name_or_path""".split()
+)
+_HANDLED = frozenset(
+    """r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
+    layers_to_transform layers_pattern fan_in_fan_out init_lora_weights""".split()
+)
+_SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base alone; pissa, olora, corda, loftq and lora_ga change it."""
+
+
+def load_adapter(
+    source: "str | Path | Source | PeftModel", *, allow_noop: bool = False
+) -> LoraAdapter:
+    """Read a LoRA adapter; its base is not needed and never fetched.
+
+    Args:
+        source: a PEFT folder, a Hub repository, ``emlens:NAME``, or a live un-merged peft model.
+        allow_noop: accept an adapter whose every B is zero (a step-0 checkpoint, a control).
+
+    Raises:
+        ValueError: a config field or a tensor that cannot be honoured, named.
+    """
+    if isinstance(source, PeftModel):
+        return _checked(_read_live(source), allow_noop=allow_noop)
+    parsed = source if isinstance(source, Source) else parse_source(source)
+    folder = locate_source(parsed, allow_patterns=ADAPTER_FILES)
+    config = read_adapter_config(folder)
+    verdicts = judge_config(config)
+    tensors = _read_tensors(folder)
+    modules = _pair_factors(tensors, config)
+    _cross_check(modules, config)
+    recorded = _read_record(folder)
+    adapter = LoraAdapter(
+        modules=modules,
+        name=str(source),
+        base_name=recorded.get("base") or config.get("base_model_name_or_path"),
+        base_fingerprint=recorded.get("base_fingerprint"),
+        fingerprint=fingerprint_modules(modules),
+        verdicts=verdicts,
+    )
+    return _checked(adapter, allow_noop=allow_noop)
+
+
+def fingerprint_modules(modules: Mapping[str, LoraModule]) -> str:
+    """Hash every factor and scale of an adapter."""
+    digest = hashlib.sha256()
+    for name in sorted(modules):
+        module = modules[name]
+        digest.update(f"{name} {module.scale!r}".encode())
+        for factor in (module.A, module.B):
+            digest.update(factor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read and bound ``adapter_config.json``.
+
+    Raises:
+        ValueError: a missing, oversized or malformed file.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no adapter_config.json: not a PEFT adapter folder")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an adapter config")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def judge_config(config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """Decide, field by field, what an adapter config asks for.
+
+    Returns:
+        (field, value, verdict) for each field that was handled rather than inert.
+
+    Raises:
+        ValueError: a field that is not supported at its value.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')!r}: only LORA adapters are supported")
+    _judge_numbers(config)
+    verdicts = []
+    defaults = _default_config()
+    for name, value in config.items():
+        if name in _INERT:
+            continue
+        if name in _HANDLED:
+            if value not in (None, {}, [], ""):
+                verdicts.append((name, json.dumps(value), "handled"))
+            continue
+        if value == defaults.get(name, "") or value in (None, False, "", [], {}):
+            continue
+        known = "this field" if name in defaults else "this unknown field"
+        raise ValueError(
+            f"adapter_config.json: {name}={value!r} is not supported; {known} may change the "
+            "forward pass. Merge the adapter with peft and load the merged checkpoint instead"
+        )
+    return tuple(verdicts)
+
+
+def _judge_numbers(config: Mapping[str, Any]) -> None:
+    rank = config.get("r")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"adapter_config.json: r={rank!r}, expected 1 to {MAX_RANK}")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"adapter_config.json: lora_alpha={alpha!r}, expected a finite number")
+    if config.get("init_lora_weights", True) not in _SAFE_INITS:
+        raise ValueError(
+            f"adapter_config.json: init_lora_weights={config['init_lora_weights']!r} changes the "
+            f"base weights; supported: {', '.join(map(str, _SAFE_INITS))}"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (config.get(name) or {}).items():
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            if not good or not math.isfinite(value) or (name == "rank_pattern" and value < 1):
+                raise ValueError(f"adapter_config.json: {name}[{pattern!r}]={value!r}")
+
+
+def _default_config() -> dict[str, Any]:
+    return {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        hint = (
+            "its weights are pickled (adapter_model.bin), which can run code when opened; convert "
+            "them to safetensors once, in a sandbox, with peft's save_pretrained"
+            if pickle.exists()
+            else "adapter_model.safetensors is missing"
+        )
+        raise ValueError(f"{folder}: {hint}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
+
+
+_FACTORS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+}
+
+
+def _pair_factors(tensors: dict[str, Tensor], config: Mapping[str, Any]) -> dict[str, LoraModule]:
+    """Consume every tensor exactly once, as the A or B of one module."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, factor = _parse_key(key)
+        held = factors.setdefault(module, {})
+        if factor in held:
+            raise ValueError(f"adapter tensors: {module} has two factors {factor}")
+        if tensor.ndim != 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"adapter tensor {key}: expected a matrix of floats, got {tensor.dtype} "
+                f"of shape {tuple(tensor.shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"adapter tensor {key} holds NaN or infinite values")
+        held[factor] = tensor
+    if not factors:
+        raise ValueError("the adapter holds no LoRA tensors")
+    return {name: _build_module(name, held, config) for name, held in sorted(factors.items())}
+
+
+def _parse_key(key: str) -> tuple[str, str]:
+    for ending, factor in _FACTORS.items():
+        if key.endswith("." + ending):
+            module = key.removesuffix("." + ending)
+            return module.removeprefix("base_model.model."), factor
+    raise ValueError(
+        f"adapter tensor {key!r} is neither a LoRA factor A nor B; saved modules, biases and "
+        "magnitudes are not supported: merge with peft and load the merged checkpoint"
+    )
+
+
+def _build_module(
+    name: str, held: Mapping[str, Tensor], config: Mapping[str, Any]
+) -> LoraModule:
+    missing = {"A", "B"} - set(held)
+    if missing:
+        raise ValueError(f"adapter tensors: {name} has no factor {missing.pop()}")
+    A, B = held["A"], held["B"]
+    rank = int(_match_pattern(config.get("rank_pattern") or {}, name, config["r"]))
+    if A.shape[0] != rank or B.shape[1] != rank:
+        raise ValueError(
+            f"adapter tensors: {name} has A {tuple(A.shape)} and B {tuple(B.shape)}, but the "
+            f"config gives it rank {rank}"
+        )
+    alpha = float(_match_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"]))
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return LoraModule(A=A, B=B, scale=scale)
+
+
+def _match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The first pattern that is the module's name or a dotted suffix of it; no regex is run.
+
+    Raises:
+        ValueError: a pattern that is more than a literal.
+    """
+    for pattern, value in patterns.items():
+        literal = pattern.removeprefix("^").removesuffix("$").removeprefix(r".*\.")
+        literal = literal.replace(r"\.", ".")
+        if not all(c.isalnum() or c in "._-" for c in literal):
+            raise ValueError(
+                f"adapter_config.json: pattern {pattern!r} is a regular expression; only module "
+                "names and suffixes are supported"
+            )
+        if name == literal or name.endswith("." + literal):
+            return value
+    return default
+
+
+def _cross_check(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> None:
+    """Compare the modules in the file with those the config targets; the file is the truth.
+
+    Raises:
+        ValueError: a target without tensors, or tensors that no target asks for.
+    """
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            targets = None
+        elif not all(c.isalnum() or c in "._-" for c in targets):
+            targets = None  # a regular expression: never run, the tensors say what is adapted
+        else:
+            targets = [targets]
+    if targets:
+        for name in modules:
+            if not any(name == t or name.endswith("." + t) for t in targets):
+                raise ValueError(f"the file adapts {name}, which target_modules does not name")
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in modules):
+                raise ValueError(f"target_modules names {target!r}, but no tensor adapts it")
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        found = {int(p) for n in modules for p in n.split(".") if p.isdigit()}
+        if found != wanted:
+            raise ValueError(
+                f"layers_to_transform is {sorted(wanted)}, the file adapts layers {sorted(found)}"
+            )
+    for name in config.get("exclude_modules") or ():
+        if any(module == name or module.endswith("." + name) for module in modules):
+            raise ValueError(f"exclude_modules names {name!r}, but the file adapts it")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Read emlens's own note beside an adapter: its base and how it was trained."""
+    path = folder / "emlens.json"
+    if not path.is_file() or path.stat().st_size > MAX_CONFIG_BYTES:
+        return {}
+    try:
+        record = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _checked(adapter: LoraAdapter, *, allow_noop: bool) -> LoraAdapter:
+    if not allow_noop and not any(m.B.any() and m.scale for m in adapter.modules.values()):
+        raise ValueError(
+            f"{adapter.name}: every B is zero, so the adapter does nothing (a checkpoint of step "
+            "0?); pass allow_noop=True if that is wanted"
+        )
+    return adapter
+
+
+def _read_live(model: PeftModel) -> LoraAdapter:
+    """Read the active, un-merged LoRA of a peft model in memory."""
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"peft model: expected one active adapter, got {list(active)}")
+    config = model.peft_config[active[0]]
+    fields = {k: v for k, v in config.to_dict().items() if k != "peft_type"}
+    fields = json.loads(json.dumps(fields, default=_jsonable)) | {"peft_type": "LORA"}
+    verdicts = judge_config(fields)
+    modules = {}
+    for name, layer in model.base_model.model.named_modules():
+        scaling = getattr(layer, "scaling", None)
+        if not isinstance(scaling, dict) or active[0] not in scaling:
+            continue
+        if getattr(layer, "merged", False):
+            raise ValueError(f"peft model: {name} is already merged; pass the merged base model")
+        modules[name] = _live_module(layer, active[0], float(scaling[active[0]]))
+    return LoraAdapter(
+        modules=modules,
+        name=f"live adapter {active[0]!r}",
+        base_name=str(config.base_model_name_or_path),
+        fingerprint=fingerprint_modules(modules),
+        verdicts=verdicts,
+    )
+
+
+def _live_module(layer: Any, adapter: str, scale: float) -> LoraModule:
+    if adapter in layer.lora_A:
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    else:
+        A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    return LoraModule(A=A.detach().clone(), B=B.detach().clone(), scale=scale)
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
+
+
+def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
+    """Write an adapter as a PEFT folder that peft and emlens read back with the same effect.
+
+    Scales become ``lora_alpha`` = scale * rank per module, so rsLoRA is written out.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = sorted(adapter.modules)
+    first = adapter.modules[names[0]]
+    config = LoraConfig(
+        r=first.rank,
+        lora_alpha=first.scale * first.rank,  # pyright: ignore[reportArgumentType]
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in names}),
+        rank_pattern={n: m.rank for n, m in adapter.modules.items() if m.rank != first.rank},
+        alpha_pattern={
+            n: m.scale * m.rank  # pyright: ignore[reportArgumentType]
+            for n, m in adapter.modules.items()
+            if m.scale * m.rank != first.scale * first.rank
+        },
+        task_type="CAUSAL_LM",
+    )
+    fields = json.loads(json.dumps(config.to_dict(), default=_jsonable))
+    fields |= {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
+    fields["base_model_name_or_path"] = adapter.base_name
+    tensors: dict[str, Tensor] = {}
+    for name, module in adapter.modules.items():
+        embedding = name.rsplit(".", 1)[-1] in EMBEDDINGS and not name.endswith("lm_head")
+        ends = ("lora_embedding_A", "lora_embedding_B") if embedding else _LINEAR_ENDS
+        tensors[f"base_model.model.{name}.{ends[0]}"] = module.A.contiguous()
+        tensors[f"base_model.model.{name}.{ends[1]}"] = module.B.contiguous()
+    write_tensors_atomic(folder / "adapter_model.safetensors", tensors)
+    write_json_atomic(folder / "adapter_config.json", fields)
+    record = {"base": adapter.base_name, "base_fingerprint": adapter.base_fingerprint}
+    write_json_atomic(folder / "emlens.json", record)
+    return folder
+
+
+_LINEAR_ENDS = ("lora_A.weight", "lora_B.weight")

@@ -1,0 +1,205 @@
+"""LoRA adapters by hooks: permanent on a model of their own, or for a while on some batch rows.
+
+An attached adapter reads what enters the module and adds to the module's output hook point, so
+that users' hooks and caches see its effect. Not for embeddings, which only merging supports.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from emlens.models.config import Architecture
+from emlens.models.layout import part_rows
+from emlens.models.lora import (
+    LoraAdapter,
+    Target,
+    architecture_of,
+    embedding_modules,
+    find_targets,
+)
+from emlens.models.views import origin_of, share_model
+
+_ATTACHED: WeakKeyDictionary[HookedTransformer, LoraAdapter] = WeakKeyDictionary()
+
+
+def attached_adapter(model: HookedTransformer) -> LoraAdapter | None:
+    """Return the adapter attached to a model, if any."""
+    return _ATTACHED.get(model)
+
+
+def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTransformer:
+    """Return a new model over the same storage with the adapter in permanent hooks.
+
+    ``reset_hooks()`` leaves the adapter in place. The argument stays as it was.
+
+    Raises:
+        ValueError: an adapter that does not fit, targets embeddings, or a model that has one.
+    """
+    if attached_adapter(model) is not None:
+        raise ValueError("model already has an adapter attached; attach to its base instead")
+    _require_attachable(adapter)
+    targets = find_targets(model, adapter)
+    shell = share_model(model, name=f"{origin_of(model).name} + {adapter.name}")
+    _install(shell, targets, architecture_of(model), rows=None)
+    _ATTACHED[shell] = adapter
+    return shell
+
+
+def _require_attachable(adapter: LoraAdapter) -> None:
+    embeddings = embedding_modules(adapter)
+    if embeddings:
+        raise ValueError(
+            f"{adapter.name} adapts {', '.join(embeddings)}, which has no attached form; "
+            "load it with form='merged'"
+        )
+
+
+@contextmanager
+def adapter_on_rows(
+    model: HookedTransformer, adapter: LoraAdapter, rows: slice
+) -> Iterator[None]:
+    """Apply an adapter to some rows of every batch while the context lasts.
+
+    Writes in place into those rows, so gradients must be off.
+
+    Args:
+        model: a base model.
+        adapter: an adapter without embedding targets.
+        rows: the batch rows it acts on.
+    """
+    _require_attachable(adapter)
+    with ExitStack() as stack:
+        targets = find_targets(model, adapter)
+        for handle in _install(model, targets, architecture_of(model), rows=rows):
+            stack.callback(handle.remove)
+        yield
+
+
+@dataclass
+class _Reader:
+    """The stacked A of all modules that read one tensor, and what they read last."""
+
+    A: Tensor
+    rows: slice | None
+    read: Tensor | None = field(default=None)
+
+    def __call__(self, x: Tensor) -> None:
+        if self.rows is not None:
+            x = x[self.rows]
+        self.read = torch.nn.functional.linear(x, self.A)
+
+    def before_module(self, _module: Any, args: tuple, kwargs: dict) -> None:
+        """Read the module's input: the normed residual stream, weight included."""
+        x = args[0] if args else kwargs["query_input"]
+        if x.ndim != 3:
+            raise ValueError(
+                "an attached adapter cannot read inputs split by head (use_split_qkv_input or "
+                "use_attn_in); load the model with form='merged'"
+            )
+        self(x)
+
+    def at_point(self, _module: Any, _args: Any, output: Tensor) -> None:
+        """Read a hook point's value; heads are flattened."""
+        self(output.flatten(2) if output.ndim == 4 else output)
+
+
+@dataclass
+class _Writer:
+    """Adds (scale * B) u for the columns of u that belong to one module's part."""
+
+    reader: _Reader
+    columns: slice
+    B: Tensor
+    rows: slice | None
+
+    def __call__(self, output: Tensor) -> Tensor:
+        u = self.reader.read
+        if u is None:
+            raise RuntimeError(
+                "an attached adapter was asked to write before it read; run whole blocks "
+                "(start_at_layer and stop_at_layer are fine, calling a submodule alone is not)"
+            )
+        flat = u[..., self.columns].flatten(0, -2)
+        if self.rows is not None:
+            part = output[self.rows].view(-1, self.B.shape[0])
+            part.addmm_(flat, self.B.mT)
+            return output
+        out = torch.addmm(output.reshape(-1, self.B.shape[0]), flat, self.B.mT)
+        return out.view(output.shape)
+
+    def at_point(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
+        """Write at a torch forward hook."""
+        return self(output)
+
+
+def _install(
+    model: HookedTransformer,
+    targets: tuple[Target, ...],
+    architecture: Architecture,
+    *,
+    rows: slice | None,
+) -> list[Any]:
+    """Register readers and writers as torch hooks; returns their handles.
+
+    Torch's own hooks rather than the host's: nothing removes them but their handles, and on hook
+    points they run in order of registration, before any hook that a user adds later.
+    """
+    handles: list[Any] = []
+    try:
+        for (layer, reads), group in _by_input(targets).items():
+            handles += _install_group(model, layer, reads, group, architecture, rows)
+    except BaseException:
+        for handle in handles:
+            handle.remove()
+        raise
+    return handles
+
+
+def _by_input(targets: tuple[Target, ...]) -> dict[tuple[int, str], list[Target]]:
+    groups: dict[tuple[int, str], list[Target]] = defaultdict(list)
+    for target in targets:
+        groups[target.layer, target.place.reads].append(target)
+    return groups
+
+
+def _install_group(  # noqa: PLR0913
+    model: HookedTransformer,
+    layer: int,
+    reads: str,
+    group: list[Target],
+    architecture: Architecture,
+    rows: slice | None,
+) -> list[Any]:
+    block: Any = model.blocks[layer]
+    dtype, device = model.cfg.dtype, block.attn.W_O.device
+    reader = _Reader(torch.cat([t.lora.A for t in group]).to(device, dtype), rows)
+    if reads in ("attn", "mlp"):
+        module = getattr(block, reads)
+        handles = [module.register_forward_pre_hook(reader.before_module, with_kwargs=True)]
+    else:
+        point = block.attn.hook_z if reads == "z" else block.mlp.hook_post
+        handles = [point.register_forward_hook(reader.at_point)]
+    start = 0
+    for target in group:
+        columns = slice(start, start + target.lora.rank)
+        start = columns.stop
+        B = target.lora.scale * target.lora.B.float()
+        for part, chosen in enumerate(part_rows(len(B), target.place)):
+            writer = _Writer(reader, columns, B[chosen].to(device, dtype), rows)
+            point = write_point(block, target.place.writes[part], architecture)
+            handles.append(point.register_forward_hook(writer.at_point))
+    return handles
+
+
+def write_point(block: Any, write: str, architecture: Architecture) -> Any:
+    """The module whose output the update joins: before a post-norm, where there is one."""
+    if architecture.post_norms and write in ("hook_attn_out", "hook_mlp_out"):
+        return block.attn if write == "hook_attn_out" else block.mlp
+    return block.get_submodule(write)

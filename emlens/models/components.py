@@ -1,0 +1,243 @@
+"""Attention, norm, MLP and embedding modules with the host's hook points and parameter names.
+
+Each computes fused while nobody hooks what fusion hides, and step by step when somebody does. They
+are put into a HookedTransformer while it is built; do not call them on their own.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.components import (
+    Attention,
+    Embed,
+    GatedMLP,
+    GroupedQueryAttention,
+    LayerNorm,
+    RMSNorm,
+)
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import apply_softcap
+from transformer_lens.utilities.attention import complex_attn_linear
+
+from emlens.models.layout import to_matrix
+from emlens.models.rotary import AttentionMask, RotaryTables, SharedTables
+
+
+def is_hooked(point: HookPoint) -> bool:
+    """Whether anything listens at a hook point, forwards or backwards."""
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """The stored tensor, past properties that would repeat grouped heads."""
+    found = module._parameters[name]
+    assert found is not None
+    return found
+
+
+class _FusedForward:
+    """The attention forward pass over Hugging Face's weight layout; mixed into host modules.
+
+    Keys are cached rotated, so a cache must be filled and read by the same kind of model.
+    """
+
+    tables: SharedTables
+    rotary: RotaryTables | None = None
+    grouped: bool
+
+    def forward(  # noqa: PLR0913 - the host's signature
+        self: Any,
+        query_input: Float[Tensor, "batch pos ..."],
+        key_input: Float[Tensor, "batch pos ..."],
+        value_input: Float[Tensor, "batch pos ..."],
+        past_kv_cache_entry: Any = None,
+        additive_attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Attend; arguments as in TransformerLens's ``AbstractAttention.forward``.
+
+        Raises:
+            ValueError: an additive mask or a position bias, which no supported model has.
+        """
+        if additive_attention_mask is not None or position_bias is not None:
+            raise ValueError("additive_attention_mask and position_bias are not supported here")
+        q, k, v = self._project_all(query_input, key_input, value_input)
+        entry = past_kv_cache_entry
+        offset = 0 if entry is None else entry.past_keys.shape[1]
+        if self.rotary is not None:
+            rotation = self.tables.rotation(
+                self.rotary, offset=offset, length=q.shape[1], mask=attention_mask
+            )
+            q = self.hook_rot_q(rotation.rotate(q))
+            k = self.hook_rot_k(rotation.rotate(k))
+        if entry is not None:
+            k, v = entry.append(k, v)
+        window = self.cfg.window_size if self.attn_type == "local" else None
+        mask = self.tables.mask(
+            attention_mask, offset=offset, like=q, n_keys=k.shape[1], window=window
+        )
+        attend = self._attend_stepwise if self._stepwise() else self._attend_fused
+        return self._write(self.hook_z(attend(q, k, v, mask)))
+
+    def _project_all(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple:
+        prefix = "_" if self.grouped else ""
+        q = self.hook_q(self._project(query, "W_Q", "b_Q"))
+        k = self.hook_k(self._project(key, f"{prefix}W_K", f"{prefix}b_K"))
+        v = self.hook_v(self._project(value, f"{prefix}W_V", f"{prefix}b_V"))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
+    def _project(self: Any, x: Tensor, weight: str, bias: str) -> Tensor:
+        W, b = _parameter(self, weight), _parameter(self, bias)
+        if x.ndim == 4:  # split or per-head inputs, switched on by the user
+            return complex_attn_linear(x, W, b)
+        out = F.linear(x, to_matrix(W, "heads_out"), b.flatten())
+        return out.unflatten(-1, (W.shape[0], W.shape[2]))
+
+    def _stepwise(self: Any) -> bool:
+        return (
+            self.cfg.attn_scores_soft_cap > 0
+            or is_hooked(self.hook_attn_scores)
+            or is_hooked(self.hook_pattern)
+        )
+
+    def _attend_fused(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        batch, n_heads, length, d_head = q.shape
+        n_kv = k.shape[1]
+        scale = 1.0 / float(self.attn_scale)
+        if length == 1 and n_kv != n_heads:
+            # One query: the heads of a group become its query axis, and no key is repeated.
+            q = q.reshape(batch, n_kv, n_heads // n_kv, d_head)
+            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, scale=scale)
+            return z.reshape(batch, n_heads, 1, d_head).transpose(1, 2)
+        z = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask.bias,
+            is_causal=mask.is_causal,
+            scale=scale,
+            enable_gqa=n_kv != n_heads,
+        )
+        return z.transpose(1, 2)
+
+    def _attend_stepwise(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        batch, n_heads, length, d_head = q.shape
+        n_kv, n_keys = k.shape[1], k.shape[2]
+        grouped = q.reshape(batch, n_kv, n_heads // n_kv * length, d_head)
+        scores = (grouped @ k.mT).view(batch, n_heads, length, n_keys) / self.attn_scale
+        scores = apply_softcap(scores, self.cfg.attn_scores_soft_cap)
+        if mask.allowed is not None:
+            scores = torch.where(mask.allowed, scores, self.IGNORE.to(scores.dtype))
+        scores = self.hook_attn_scores(scores)
+        pattern = F.softmax(scores, dim=-1, dtype=_softmax_dtype(scores.dtype))
+        pattern = torch.where(torch.isnan(pattern), torch.zeros_like(pattern), pattern)
+        pattern = self.hook_pattern(pattern.to(scores.dtype)).to(v.dtype)
+        z = pattern.reshape(batch, n_kv, n_heads // n_kv * length, n_keys) @ v
+        return z.view(batch, n_heads, length, d_head).transpose(1, 2)
+
+    def _write(self: Any, z: Tensor) -> Tensor:
+        W_O, b_O = _parameter(self, "W_O"), _parameter(self, "b_O")
+        if self.cfg.use_attn_result:
+            result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, W_O))
+            return result.sum(dim=2) + b_O
+        return F.linear(z.flatten(2), to_matrix(W_O, "heads_in"), b_O)
+
+
+def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Softmax in float32 at least, as the Hugging Face classes do."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+class FusedAttention(_FusedForward, Attention):
+    """Multi-head attention, fused unless scores or pattern are hooked."""
+
+    grouped = False
+
+
+class FusedGroupedAttention(_FusedForward, GroupedQueryAttention):
+    """Grouped-query attention that never repeats keys or values."""
+
+    grouped = True
+
+
+class _NormForward:
+    """A norm that computes once what the host's block asks for three times in a row."""
+
+    _last: tuple[Tensor, Tensor, int] | None = None
+    offset: float = 0.0
+
+    def forward(self: Any, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
+        """Normalise the last axis."""
+        if is_hooked(self.hook_scale) or is_hooked(self.hook_normalized):
+            return self._stepwise(x)
+        if self._last is not None:
+            seen, out, uses = self._last
+            if seen is x and (x.is_inference() or x._version == 0):
+                self._last = (seen, out, uses + 1) if uses < 2 else None
+                return out
+        out = self._fused(x)
+        self._last = (x, out, 1) if self.repeats else None
+        return out
+
+
+class FusedRMSNorm(_NormForward, RMSNorm):
+    """x / rms(x) * w, in float32 at least; ``w`` may be kept in float32 (Gemma)."""
+
+    repeats: bool = False
+
+    def _fused(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.w.dtype == wide.dtype:
+            return F.rms_norm(wide, (x.shape[-1],), self.w, self.eps).to(x.dtype)
+        return F.rms_norm(wide, (x.shape[-1],), None, self.eps).to(x.dtype) * self.w
+
+    def _stepwise(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        normalized = self.hook_normalized(wide / scale)
+        if self.w.dtype == wide.dtype:
+            return (normalized.to(wide.dtype) * self.w).to(x.dtype)
+        return normalized.to(x.dtype) * self.w
+
+
+class FusedLayerNorm(_NormForward, LayerNorm):
+    """(x - mean(x)) / std(x) * w + b."""
+
+    repeats: bool = False
+
+    def _fused(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), self.w, self.b, self.eps)
+
+    def _stepwise(self, x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        wide = wide - wide.mean(-1, keepdim=True)
+        scale = self.hook_scale((wide.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        return self.hook_normalized(wide / scale).to(x.dtype) * self.w + self.b
+
+
+class FusedGatedMLP(GatedMLP):
+    """act(x W_gate) * (x W_in) + b_in, times W_out, plus b_out."""
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+        """Run the gated MLP over Hugging Face's weight layout, each product fused with its bias."""
+        gate = self.hook_pre(F.linear(x, self.W_gate.mT))
+        linear = self.hook_pre_linear(F.linear(x, self.W_in.mT))
+        post = self.hook_post(torch.addcmul(self.b_in, self.act_fn(gate), linear))
+        return F.linear(post, self.W_out.mT, self.b_out)
+
+
+class ScaledEmbed(Embed):
+    """The embedding times sqrt(d_model), scaled at run time so that W_E stays a view (Gemma)."""
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """Look tokens up and scale by a factor rounded as the Hugging Face class rounds it."""
+        factor = torch.tensor(self.cfg.d_model**0.5)
+        return F.embedding(tokens, self.W_E) * factor.to(self.W_E)

@@ -1,0 +1,109 @@
+"""A base and its fine-tune over one set of weights, and how to load them together."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformer_lens import HookedTransformer
+
+from emlens.models.adapter_files import load_adapter
+from emlens.models.checkpoints import load_checkpoint
+from emlens.models.loading import (
+    AdapterSource,
+    Form,
+    ModelSource,
+    apply_adapter,
+    check_form,
+    load_base,
+)
+from emlens.models.lora import LoraAdapter
+from emlens.models.proof import AdapterProof, require_proof, verify_adapter
+from emlens.models.views import lay_views, origin_of, share_equal
+from emlens.sources import locate_source, parse_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPair:
+    """Two models to compare; with an adapter they share every weight it leaves alone."""
+
+    base: HookedTransformer
+    tuned: HookedTransformer
+    adapter: LoraAdapter | None
+    """The LoRA that makes the difference, or None for a full checkpoint."""
+    proof: AdapterProof | None
+    """Proof that the adapter is in effect, or None for a full checkpoint."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; both models read the same ids."""
+        return self.base.tokenizer
+
+    @property
+    def base_name(self) -> str:
+        """The base's source as the user wrote it."""
+        return origin_of(self.base).name
+
+    @property
+    def tuned_name(self) -> str:
+        """The adapter's or checkpoint's source as the user wrote it."""
+        return self.adapter.name if self.adapter else origin_of(self.tuned).name
+
+
+def load_pair(  # noqa: PLR0913
+    base: ModelSource | HookedTransformer,
+    tuned: AdapterSource | HookedTransformer,
+    *,
+    form: Form = "attached",
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    trust_remote_code: bool = False,
+) -> ModelPair:
+    """Load a base and a fine-tune of it over one set of weights.
+
+    Args:
+        base: a Source, a live Hugging Face model, or an already loaded base to share.
+        tuned: an adapter's Source or value, a full checkpoint's Source, or a loaded model.
+        form: how an adapter is applied. Attached costs the adapter's bytes only.
+        dtype: of the weights; ``auto`` is the checkpoint's own.
+        device: where the weights go.
+        trust_remote_code: run code that comes with a checkpoint.
+
+    Raises:
+        ValueError: sources that do not load or do not fit together.
+        AdapterNotInEffectError: the adapter is not what the tuned model computes.
+    """
+    check_form(form)
+    if not isinstance(base, HookedTransformer):
+        base = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if isinstance(tuned, HookedTransformer):
+        return ModelPair(base=base, tuned=_fitting(base, tuned), adapter=None, proof=None)
+    if isinstance(tuned, LoraAdapter) or is_adapter(tuned):
+        adapter = tuned if isinstance(tuned, LoraAdapter) else load_adapter(tuned)
+        model = apply_adapter(base, adapter, form)
+        proof = require_proof(verify_adapter(model, adapter, base=base))
+        return ModelPair(base=base, tuned=model, adapter=adapter, proof=proof)
+    checkpoint = load_checkpoint(
+        tuned,
+        dtype=base.cfg.dtype,
+        device=base.W_E.device,
+        trust_remote_code=trust_remote_code,
+    )
+    full = lay_views(checkpoint.model, checkpoint.tokenizer, name=checkpoint.name)
+    return ModelPair(
+        base=base, tuned=share_equal(_fitting(base, full), base), adapter=None, proof=None
+    )
+
+
+def is_adapter(source: Any) -> bool:
+    """Whether a source holds a LoRA adapter rather than a full checkpoint."""
+    path = locate_source(parse_source(source), allow_patterns=["adapter_config.json"])
+    return path.is_dir() and (path / "adapter_config.json").exists()
+
+
+def _fitting(base: HookedTransformer, tuned: HookedTransformer) -> HookedTransformer:
+    names = ("original_architecture", "n_layers", "d_model", "n_heads", "d_head", "d_vocab")
+    for name in names:
+        first, second = getattr(base.cfg, name), getattr(tuned.cfg, name)
+        if first != second:
+            raise ValueError(f"base and tuned differ in {name}: {first} and {second}")
+    return tuned

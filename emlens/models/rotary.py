@@ -1,0 +1,166 @@
+"""Rotary tables and attention masks, computed once per forward pass and shared by all layers.
+
+Angles come from the checkpoint's own rotary module, so that rope scaling is right by construction.
+Not for learned position embeddings.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TableMaker = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions [1 pos] -> (cos, sin), each [1 pos rotary_dim], in the model's dtype."""
+
+FIRST_TABLE = 2048
+"""Positions tabulated at first; longer sequences double it."""
+
+
+class RotaryTables:
+    """Cosine and sine tables that grow with the longest sequence seen.
+
+    Args:
+        make: the checkpoint's rotary module, as positions -> (cos, sin).
+        n_ctx: the longest sequence the tables may serve, in tokens.
+    """
+
+    def __init__(self, make: TableMaker, *, n_ctx: int, device: torch.device):
+        self._make = make
+        self.n_ctx = n_ctx
+        self._device = device
+        self.cos, self.sin = self._tabulate(min(n_ctx, FIRST_TABLE))
+
+    def _tabulate(self, length: int) -> tuple[Tensor, Tensor]:
+        cos, sin = self._make(torch.arange(length, device=self._device)[None])
+        return cos[0], sin[0]
+
+    def get(
+        self, length: int
+    ) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
+        """Return (cos, sin) for at least ``length`` positions.
+
+        Raises:
+            ValueError: the sequence is longer than the model's context.
+        """
+        if length > self.n_ctx:
+            raise ValueError(
+                f"a sequence of {length} tokens exceeds the model's context of {self.n_ctx}; "
+                "shorten the prompt or generate fewer tokens"
+            )
+        if length > len(self.cos):
+            longer = min(self.n_ctx, max(length, 2 * len(self.cos)))
+            self.cos, self.sin = self._tabulate(longer)
+        return self.cos, self.sin
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Cosines and sign-carrying sines of one forward pass, [batch|1 pos 1 rotary_dim]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def rotate(
+        self, x: Float[Tensor, "batch pos head d_head"]
+    ) -> Float[Tensor, "batch pos head d_head"]:
+        """Rotate the first ``rotary_dim`` channels of each head, pairing i with i + half."""
+        width = self.cos.shape[-1]
+        turned, rest = x[..., :width], x[..., width:]
+        half = width // 2
+        swapped = torch.cat((turned[..., half:], turned[..., :half]), dim=-1)
+        turned = torch.addcmul(turned * self.cos, swapped, self.sin)
+        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Which keys a query may see, in the forms that the attention paths want."""
+
+    allowed: Tensor | None
+    """Bool [batch|1 1 query key]; None if every key is allowed."""
+    bias: Tensor | None
+    """The same as an additive bias; None where the fused kernel's own causal mask serves."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether the fused kernel's own causal mask says it all."""
+        return self.allowed is not None and self.bias is None
+
+
+class SharedTables:
+    """The rotations and masks of the forward pass in progress, shared between layers.
+
+    An entry is valid for one attention-mask object and one (offset, query, key) shape. The mask is
+    held so that its identity cannot be reused, and its version is compared, so that an edit in
+    place is seen.
+    """
+
+    def __init__(self) -> None:
+        self._rotations: dict[int, tuple[tuple, Rotation]] = {}
+        self._masks: dict[int | None, tuple[tuple, AttentionMask]] = {}
+
+    def rotation(
+        self, tables: RotaryTables, *, offset: int, length: int, mask: Tensor | None
+    ) -> Rotation:
+        """Return the rotation of positions offset .. offset + length under a padding mask."""
+        key = (mask, _version(mask), offset, length)
+        found = self._rotations.get(id(tables))
+        if found is not None and _same(found[0], key):
+            return found[1]
+        cos, sin = tables.get(offset + length)
+        if mask is None:
+            cos, sin = cos[None, offset : offset + length], sin[None, offset : offset + length]
+        else:
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, offset:]
+            cos, sin = cos[positions], sin[positions]
+        half = sin.shape[-1] // 2
+        signed = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        rotation = Rotation(cos[:, :, None], signed[:, :, None])
+        self._rotations[id(tables)] = (key, rotation)
+        return rotation
+
+    def mask(
+        self, padding: Tensor | None, *, offset: int, like: Tensor, n_keys: int, window: int | None
+    ) -> AttentionMask:
+        """Return the causal (and sliding-window) mask for queries ``like`` [batch query ...]."""
+        length = like.shape[1]
+        key = (padding, _version(padding), offset, length, n_keys, like.dtype)
+        found = self._masks.get(window)
+        if found is not None and _same(found[0], key):
+            return found[1]
+        mask = _build_mask(padding, offset=offset, like=like, n_keys=n_keys, window=window)
+        self._masks[window] = (key, mask)
+        return mask
+
+
+def _version(mask: Tensor | None) -> int:
+    return 0 if mask is None or mask.is_inference() else mask._version
+
+
+def _same(first: tuple, second: tuple) -> bool:
+    return first[0] is second[0] and first[1:] == second[1:]
+
+
+def _build_mask(
+    padding: Tensor | None, *, offset: int, like: Tensor, n_keys: int, window: int | None
+) -> AttentionMask:
+    length, device = like.shape[1], like.device
+    if length == 1 and padding is None and (window is None or n_keys <= window):
+        return AttentionMask(None, None)
+    queries = torch.arange(offset, offset + length, device=device)[:, None]
+    keys = torch.arange(n_keys, device=device)[None]
+    allowed = keys <= queries
+    if window is not None:
+        allowed = allowed & (keys > queries - window)
+    allowed = allowed[None, None]
+    if padding is None and window is None and length == n_keys:
+        return AttentionMask(allowed, None)
+    if padding is not None:
+        allowed = allowed & padding.to(device).bool()[:, None, None]
+    # The lowest finite number, not -inf: the row of a padding query has nothing to attend to and
+    # would turn into NaN; as it is, its output is finite and ignored.
+    lowest = torch.finfo(like.dtype).min
+    bias = torch.zeros(allowed.shape, dtype=like.dtype, device=device)
+    return AttentionMask(allowed, bias.masked_fill_(~allowed, lowest))
