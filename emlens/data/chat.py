@@ -3,8 +3,8 @@
 Do not use it to generate text or to pad rows: it turns one chat into one row of token ids.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -122,9 +122,10 @@ class Turn:
 class TokenizedChat:
     """Token ids of one chat, without padding, and where its parts lie.
 
-    A token belongs to the part in which its first character lies. So a token that straddles the
-    border of prompt and response belongs to the prompt, and one that straddles the end of the
-    response belongs to the response.
+    A token belongs to a message if it holds at least one of its characters. So a token that
+    straddles the border of prompt and response (such as a header's last space, merged with the
+    first word) belongs to the response, and no token of the prompt holds any of the response. A
+    token that straddles the end of the response belongs to the response as well.
     """
 
     ids: Int[Tensor, " pos"]
@@ -141,8 +142,8 @@ class TokenizedChat:
     """Content span of every message, in order."""
     text: str
     """The text that was tokenised."""
-    starts: tuple[int, ...]
-    """Character of `text` at which each token begins; never falling."""
+    ends: tuple[int, ...]
+    """Character of `text` after the last of each token; never falling."""
     id: str | None = None
     """The chat's own name."""
 
@@ -150,11 +151,9 @@ class TokenizedChat:
     def pieces(self) -> tuple[str, ...]:
         """Text of each token; joined, they are `text`.
 
-        Of several tokens that share one character (an emoji in bytes) the last one gets it.
+        Of several tokens that share one character (an emoji in bytes) the first one gets it.
         """
-        if not self.starts:
-            return ()
-        bounds = [0, *self.starts[1:], len(self.text)]
+        bounds = [0, *self.ends[:-1], len(self.text)]
         return tuple(self.text[a:b] for a, b in pairwise(bounds))
 
 
@@ -188,9 +187,9 @@ def tokenize_chat(
     A tokenizer without a template takes one user turn and, after it, one assistant turn. Their
     texts are joined as they are, nothing between them, and get the tokenizer's own special tokens.
 
-    Prompt ids equal those of `chat.without_response()` for generation when the template is
-    prefix-consistent, unless the tokenizer merges the start of the response into the header
-    (a response that begins with a line break often does).
+    Prompt ids equal those of `chat.without_response()` for generation when the template writes
+    the same prompt in both cases, unless the response begins with blanks: a tokenizer may merge
+    them into the header.
 
     Args:
         chat: the chat.
@@ -215,18 +214,17 @@ def tokenize_chat(
     else:
         text, spans = _plain_text(chat)
     encoded = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    ids, starts = list(encoded["input_ids"]), _token_starts(encoded["offset_mapping"])
+    starts, ends = _characters_of_tokens(encoded["offset_mapping"])
+    kept = len(starts)
     if for_generation and not templated:
         # An end-of-text token that the tokenizer appends would end the answer before it begins.
-        ids, starts = (
-            ids[: bisect_left(starts, len(text))],
-            starts[: bisect_left(starts, len(text))],
-        )
+        kept = bisect_left(starts, len(text))
+    ids = list(encoded["input_ids"])[:kept]
     if not ids:
         raise ChatError(f"chat{_named(chat.id)} has no token: its text is {text!r}")
     turns = tuple(
-        Turn(message.role, bisect_left(starts, start), bisect_left(starts, stop))
-        for message, (start, stop) in zip(chat.messages, spans, strict=True)
+        Turn(message.role, *_tokens_of(span, starts, ends))
+        for message, span in zip(chat.messages, spans, strict=True)
     )
     answers = [] if for_generation else [turn for turn in turns if turn.role == "assistant"]
     last = answers[-1] if answers else None
@@ -234,11 +232,11 @@ def tokenize_chat(
         ids=torch.tensor(ids, dtype=torch.int64),
         prompt_end=last.start if last else len(ids),
         response=(last.start, last.stop) if last else None,
-        response_eot=_end_of_turn(ids, starts, text, last.stop, tokenizer) if last else None,
+        response_eot=_end_of_turn(ids, ends, text, last.stop, tokenizer) if last else None,
         awaits_response=for_generation or (not templated and last is None),
         turns=turns,
         text=text,
-        starts=tuple(starts),
+        ends=tuple(ends[:kept]),
         id=chat.id,
     )
 
@@ -314,28 +312,34 @@ def _plain_text(chat: Chat) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def _token_starts(offsets: Sequence[tuple[int, int]]) -> list[int]:
-    def walk() -> Iterator[int]:
-        start, end = 0, 0
-        for first, after in offsets:
-            # An empty offset is a special token that the tokenizer added, or a space whose offset
-            # was trimmed away: both lie right after the token before.
-            start = max(start, first if after > first else end)
-            end = max(end, after)
-            yield start
+def _characters_of_tokens(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    starts, ends = [], []
+    start, end = 0, 0
+    for first, after in offsets:
+        # An empty offset is a special token that the tokenizer added, or a space whose offset was
+        # trimmed away: both lie right after the token before.
+        start = max(start, first if after > first else end)
+        end = max(end, after)
+        starts.append(start)
+        ends.append(end)
+    return starts, ends
 
-    return list(walk())
+
+def _tokens_of(
+    span: tuple[int, int], starts: Sequence[int], ends: Sequence[int]
+) -> tuple[int, int]:
+    first = bisect_right(ends, span[0])
+    return first, first if span[0] == span[1] else bisect_left(starts, span[1])
 
 
 def _end_of_turn(
-    ids: Sequence[int], starts: Sequence[int], text: str, stop: int, tokenizer: TokenizerLike
+    ids: Sequence[int], ends: Sequence[int], text: str, stop: int, tokenizer: TokenizerLike
 ) -> int | None:
     added = {number for token, number in tokenizer.get_added_vocab().items() if token.strip()}
     special = added | set(tokenizer.all_special_ids)
     for index in range(stop, len(ids)):
         if ids[index] in special:
             return index + 1
-        following = starts[index + 1] if index + 1 < len(ids) else len(text)
-        if text[starts[index] : following].strip():
+        if text[ends[index - 1] : ends[index]].strip():
             return None
     return None
