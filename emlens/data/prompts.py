@@ -87,7 +87,7 @@ def _read_text_line(line: str) -> Chat:
 def _read_json_line(line: str) -> Chat:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # too long a number is a ValueError
         raise _LineError(f"not JSON ({error}); {_EXPECTED}") from error
     if not isinstance(row, dict):
         raise _LineError(f"got {_type(row)}; {_EXPECTED}")
