@@ -1,0 +1,52 @@
+"""Load any saved result by its kind; not for a result whose class is known (`read_result`)."""
+
+import difflib
+import importlib
+from pathlib import Path
+from types import MappingProxyType
+
+from emlens.artifacts import Result, read_kind, read_result
+from emlens.encoding import ArtifactError
+
+# The only names that loading a file can lead to. Imported when asked for, as some are heavy.
+RESULT_CLASSES = MappingProxyType(
+    {
+        "activation_diff": "emlens.diffing.results:ActivationDiff",
+        "logit_diff": "emlens.diffing.results:LogitDiff",
+        "model_diff": "emlens.diffing.results:ModelDiff",
+        "null_band": "emlens.diffing.results:NullBand",
+        "adapter_proof": "emlens.models.proof:AdapterProof",
+        "training_run": "emlens.organisms.training:TrainingRun",
+    }
+)
+
+
+def result_class(kind: str) -> type[Result]:
+    """Class of the results of a kind.
+
+    Raises:
+        ArtifactError: No result is of this kind; the nearest three are named.
+    """
+    if kind not in RESULT_CLASSES:
+        near = difflib.get_close_matches(kind, RESULT_CLASSES, 3, cutoff=0)
+        raise ArtifactError(
+            f"kind is {kind!r}, which this emlens does not know; nearest: {', '.join(near)}. "
+            "It may have been saved by a newer emlens"
+        )
+    module, name = RESULT_CLASSES[kind].split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def load_result(path: str | Path) -> Result:
+    """Load what the `save` of a result wrote.
+
+    Args:
+        path: The folder it was saved to, or the `result.json` in it.
+
+    Returns:
+        The result, of the class that its kind has in `RESULT_CLASSES`.
+
+    Raises:
+        ArtifactError: There is no result, its kind is unknown, or it is damaged.
+    """
+    return read_result(path, result_class(read_kind(path)))
