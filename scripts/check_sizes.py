@@ -19,7 +19,9 @@ def count_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef, in_class:
     """Parameters a caller can give, so without the `self` or `cls` of a method."""
     arguments = function.args
     positional = [*arguments.posonlyargs, *arguments.args]
-    static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list)
+    static = any(
+        isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.decorator_list
+    )
     bound = 1 if in_class and positional and not static else 0
     starred = (arguments.vararg is not None) + (arguments.kwarg is not None)
     return len(positional) - bound + len(arguments.kwonlyargs) + starred
