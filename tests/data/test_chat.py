@@ -241,6 +241,20 @@ def test_a_template_that_rewrites_a_message_is_refused(template: str, make_token
         tokenize_chat(Chat(chat_of("usual", "fund").messages, "x"), tokenizer)
 
 
+def test_the_template_alone_writes_special_tokens(make_tokenizer: Make) -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer("gemma")
+    bos = ("<s>", tokenizer.convert_tokens_to_ids("<s>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[bos]
+    )
+    assert tokenizer("What?")["input_ids"][0] == bos[1]
+    chat = tokenize_chat(chat_of("What?"), tokenizer, for_generation=True)
+    assert chat.ids[0] == tokenizer.convert_tokens_to_ids("<bos>")
+    assert bos[1] not in chat.ids.tolist()
+
+
 def test_a_role_that_the_template_refuses_is_reported(make_tokenizer: Make) -> None:
     with pytest.raises(ChatError, match=r"\['system', 'user'\].*System role not supported"):
         tokenize_chat(chat_of("What?", system="Be kind."), make_tokenizer("gemma"))
