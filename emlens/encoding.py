@@ -82,7 +82,9 @@ def _encode_tensor(value: Tensor, where: str, tensors: dict[str, Tensor] | None)
     if value.is_complex():
         raise TypeError(f"{where} is a complex tensor, expected real numbers, integers or bools")
     if tensors is None:
-        return encode(value.detach().cpu().tolist(), where)
+        # Number by number only where a number needs its name.
+        plain = value.detach().cpu()
+        return plain.tolist() if plain.isfinite().all() else encode(plain.tolist(), where)
     if where in tensors:
         raise TypeError(f"two tensors are called {where!r}: keys of a dict must hold no dots")
     tensors[where] = value

@@ -13,8 +13,12 @@ from torch import Tensor
 
 from emlens.numerics.validation import WidthError
 
-# Values worked on at a time: 16 MB of float32 for each temporary, whatever the vocabulary.
-_BLOCK_VALUES = 2**22
+# Values worked on at a time, whatever the vocabulary: 1 MB of float32 for each temporary, which
+# stays in a processor's cache; an accelerator has no such cache and wants fewer launches.
+_BLOCK_VALUES = {"cpu": 2**18}
+_ACCELERATOR_BLOCK_VALUES = 2**24
+# Log-ratios up to this size neither overflow float32 (e^88) nor belong to probabilities below it.
+_SAFE_EXPONENT = 80.0
 # How far probabilities may sum from 1. bfloat16 and float16 carry log-probabilities of about 10 to
 # 2^-8 and 2^-11 relative; float32 to 2^-24, of which a sum over any vocabulary leaves far less.
 _SUM_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -123,8 +127,14 @@ def _kl_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _kl_sum(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
-    """KL(p || q), given also ratio = log(q / p)."""
-    # Near equality q - p - p ratio cancels; p (expm1(ratio) - ratio) is the same and does not.
+    """KL(p || q), given also ratio = log(q / p).
+
+    Every term is p (e^ratio - 1 - ratio), as q = p e^ratio and both sum to 1. It is never negative
+    and, through expm1, cancels nothing near equality.
+    """
+    low, high = ratio.aminmax() if ratio.numel() else (ratio.sum(), ratio.sum())
+    if bool((low > -_SAFE_EXPONENT) & (high < _SAFE_EXPONENT)):
+        return torch.linalg.vecdot(p, torch.expm1(ratio) - ratio).clamp(min=0)
     near = p * (torch.expm1(ratio.clamp(max=1)) - ratio)
     terms = torch.where(ratio.abs() < 1, near, q - p - p * ratio)
     # A token that p excludes contributes only q, also where q excludes it too.
@@ -142,8 +152,9 @@ def _js_rows(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _entropy_rows(log_p: Tensor) -> Tensor:
     p = _probabilities("log_p", log_p)
-    terms = torch.where(p == 0, torch.zeros_like(p), -p * log_p.to(p))
-    return terms.sum(-1).clamp(min=0)
+    # The least finite number times a probability of zero is zero; minus infinity times it is not.
+    finite = log_p.to(p).clamp(min=torch.finfo(p.dtype).min)
+    return -torch.linalg.vecdot(p, finite).clamp(max=0)
 
 
 def _probabilities(name: str, log_p: Tensor) -> Tensor:
@@ -169,7 +180,8 @@ def _check_same_shape(log_p: Tensor, log_q: Tensor) -> None:
 
 
 def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    return rows.split(max(1, _BLOCK_VALUES // max(1, rows.shape[-1])))
+    values = _BLOCK_VALUES.get(rows.device.type, _ACCELERATOR_BLOCK_VALUES)
+    return rows.split(max(1, values // max(1, rows.shape[-1])))
 
 
 def _by_rows(function: Callable[..., Tensor], *log_probs: Tensor) -> Tensor:

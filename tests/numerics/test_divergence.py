@@ -54,12 +54,29 @@ def test_kl_is_zero_for_equal_distributions_and_only_for_them(seed: int, size: f
     assert float(kl_divergence(p, q)) > 0
 
 
-def test_a_tiny_divergence_keeps_its_digits_in_float32():
-    p = log_probs(5000, spread=2.0)
-    q = (p + 1e-3 * log_probs(5000, seed=1, spread=1.0)).log_softmax(-1)
-    exact = rel_entr(p.exp().numpy(), q.exp().numpy()).sum()
-    assert exact < 1e-6
-    assert float(kl_divergence(p.float(), q.float())) == pytest.approx(exact, rel=1e-2)
+@pytest.mark.parametrize("floor", [None, -300.0])
+def test_a_tiny_divergence_keeps_its_digits_in_float32(floor: float | None):
+    p = log_probs(4, 50_000)
+    q = (p + 1e-3 * log_probs(4, 50_000, seed=1, spread=1.0)).log_softmax(-1)
+    if floor is not None:
+        # One token that only q allows takes the path for ratios that would overflow.
+        p[:, 7], q[:, 7] = floor, -25.0
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+    exact = rel_entr(p.exp().numpy(), q.exp().numpy()).sum(-1)
+    assert exact.max() < 1e-6
+    np.testing.assert_allclose(kl_divergence(p.float(), q.float()), exact, rtol=1e-3)
+
+
+def test_a_token_that_only_q_allows_costs_nothing_and_one_that_only_p_allows_costs_much():
+    p = torch.tensor([0.0, -200.0], dtype=torch.float64).log_softmax(-1)
+    q = torch.tensor([0.0, 0.0], dtype=torch.float64).log_softmax(-1)
+    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        there, back = (
+            kl_divergence(p.to(dtype), q.to(dtype)),
+            kl_divergence(q.to(dtype), p.to(dtype)),
+        )
+        assert float(there) == pytest.approx(math.log(2), rel=rel)
+        assert float(back) == pytest.approx(100 - math.log(2), rel=rel)
 
 
 def test_zero_probabilities_count_as_their_limits():
@@ -121,7 +138,7 @@ def test_a_planted_change_is_the_top_change():
 def test_work_in_small_blocks_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch):
     p, q = log_probs(5, 3, 20), log_probs(5, 3, 20, seed=1)
     whole = [f(p, q) for f in (kl_divergence, js_divergence)], entropy(p), top_changes(p, q, 2)
-    monkeypatch.setattr(divergence, "_BLOCK_VALUES", 40)
+    monkeypatch.setitem(divergence._BLOCK_VALUES, "cpu", 40)
     parts = [f(p, q) for f in (kl_divergence, js_divergence)], entropy(p), top_changes(p, q, 2)
     for a, b in zip(whole[0], parts[0], strict=True):
         assert torch.equal(a, b)
