@@ -26,12 +26,34 @@ MAX_RANK = 4096
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "emlens.json"]
 
 _INERT = frozenset(
-    """peft_type task_type auto_mapping peft_version inference_mode lora_dropout runtime_config
-    megatron_config megatron_core revision base_model_name_or_path""".split()
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+        "lora_dropout",
+        "runtime_config",
+        "megatron_config",
+        "megatron_core",
+        "revision",
+        "base_model_name_or_path",
+    ]
 )
 _HANDLED = frozenset(
-    """r lora_alpha use_rslora rank_pattern alpha_pattern target_modules exclude_modules
-    layers_to_transform layers_pattern fan_in_fan_out init_lora_weights""".split()
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+    ]
 )
 _SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base alone; pissa, olora, corda, loftq and lora_ga change it."""
@@ -213,9 +235,7 @@ def _parse_key(key: str) -> tuple[str, str]:
     )
 
 
-def _build_module(
-    name: str, held: Mapping[str, Tensor], config: Mapping[str, Any]
-) -> LoraModule:
+def _build_module(name: str, held: Mapping[str, Tensor], config: Mapping[str, Any]) -> LoraModule:
     missing = {"A", "B"} - set(held)
     if missing:
         raise ValueError(f"adapter tensors: {name} has no factor {missing.pop()}")
@@ -363,6 +383,7 @@ def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
             if m.scale * m.rank != first.scale * first.rank
         },
         task_type="CAUSAL_LM",
+        fan_in_fan_out=any(name.rsplit(".", 1)[-1] in CONV1D for name in names),
     )
     fields = json.loads(json.dumps(config.to_dict(), default=_jsonable))
     fields |= {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
@@ -380,4 +401,6 @@ def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
     return folder
 
 
+CONV1D = ("c_attn", "c_proj", "c_fc")
+"""GPT-2's modules, whose class stores weights transposed; peft wants to be told."""
 _LINEAR_ENDS = ("lora_A.weight", "lora_B.weight")

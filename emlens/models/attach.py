@@ -62,9 +62,7 @@ def _require_attachable(adapter: LoraAdapter) -> None:
 
 
 @contextmanager
-def adapter_on_rows(
-    model: HookedTransformer, adapter: LoraAdapter, rows: slice
-) -> Iterator[None]:
+def adapter_on_rows(model: HookedTransformer, adapter: LoraAdapter, rows: slice) -> Iterator[None]:
     """Apply an adapter to some rows of every batch while the context lasts.
 
     Writes in place into those rows, so gradients must be off.
@@ -169,7 +167,7 @@ def _by_input(targets: tuple[Target, ...]) -> dict[tuple[int, str], list[Target]
     return groups
 
 
-def _install_group(  # noqa: PLR0913
+def _install_group(
     model: HookedTransformer,
     layer: int,
     reads: str,

@@ -48,7 +48,7 @@ class _FusedForward:
     rotary: RotaryTables | None = None
     grouped: bool
 
-    def forward(  # noqa: PLR0913 - the host's signature
+    def forward(
         self: Any,
         query_input: Float[Tensor, "batch pos ..."],
         key_input: Float[Tensor, "batch pos ..."],

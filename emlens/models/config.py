@@ -16,15 +16,52 @@ ROPE_TYPES = frozenset({"default", "linear", "dynamic", "llama3", "yarn"})
 
 # Fields that never change an inference forward pass: names, ids, dropout, caching, bookkeeping.
 _INERT = frozenset(
-    """architectures model_type dtype torch_dtype transformers_version _name_or_path use_cache
-    initializer_range pad_token_id bos_token_id eos_token_id sep_token_id decoder_start_token_id
-    attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout classifier_dropout
-    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
-    task_specific_params id2label label2id num_labels problem_type output_attentions
-    output_hidden_states return_dict finetuning_task prefix tokenizer_class
-    chunk_size_feed_forward pretraining_tp cache_implementation attn_implementation
-    _attn_implementation _attn_implementation_autoset max_window_layers n_ctx
-    reorder_and_upcast_attn""".split()
+    [
+        "architectures",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "use_cache",
+        "initializer_range",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "sep_token_id",
+        "decoder_start_token_id",
+        "attention_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "hidden_dropout",
+        "classifier_dropout",
+        "summary_type",
+        "summary_use_proj",
+        "summary_activation",
+        "summary_proj_to_labels",
+        "summary_first_dropout",
+        "task_specific_params",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "problem_type",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "finetuning_task",
+        "prefix",
+        "tokenizer_class",
+        "chunk_size_feed_forward",
+        "pretraining_tp",
+        "cache_implementation",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "max_window_layers",
+        "n_ctx",
+        "reorder_and_upcast_attn",
+    ]
 )
 # reorder_and_upcast_attn changes only the precision of GPT-2's eager half-precision scores.
 
@@ -137,9 +174,24 @@ _SANDWICH_NORMS = {
     "ln2_post": "post_feedforward_layernorm",
 }
 _SIZES = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim hidden_act hidden_activation max_position_embeddings rms_norm_eps
-    tie_word_embeddings rope_parameters rope_scaling rope_theta attention_bias""".split()
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "hidden_activation",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "attention_bias",
+    ]
 )
 
 
@@ -217,11 +269,15 @@ def _gpt2(config: Any) -> dict[str, Any]:
 
 
 _SLIDING = frozenset({"sliding_window", "layer_types", "use_sliding_window"})
-_GEMMA_FIELDS = _SIZES | _SLIDING | {
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-}
+_GEMMA_FIELDS = (
+    _SIZES
+    | _SLIDING
+    | {
+        "query_pre_attn_scalar",
+        "attn_logit_softcapping",
+        "final_logit_softcapping",
+    }
+)
 _GEMMA: dict[str, Any] = {
     "places": _GATED_PLACES,
     "norm_offset": 1.0,
@@ -279,9 +335,19 @@ _ENTRIES = (
         norms={"ln1": "ln_1", "ln2": "ln_2"},
         read_config=_gpt2,
         handled=frozenset(
-            """vocab_size n_positions n_embd n_layer n_head n_inner activation_function
-            layer_norm_epsilon scale_attn_weights scale_attn_by_inverse_layer_idx
-            tie_word_embeddings""".split()
+            [
+                "vocab_size",
+                "n_positions",
+                "n_embd",
+                "n_layer",
+                "n_head",
+                "n_inner",
+                "activation_function",
+                "layer_norm_epsilon",
+                "scale_attn_weights",
+                "scale_attn_by_inverse_layer_idx",
+                "tie_word_embeddings",
+            ]
         ),
         required={"add_cross_attention": False},
         trunk="transformer",

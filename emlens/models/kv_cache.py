@@ -68,9 +68,7 @@ class KeyValueCache:
     def __getitem__(self, layer: int) -> LayerCache:
         return self.entries[layer]
 
-    def append_attention_mask(
-        self, mask: Int[Tensor, "batch pos"]
-    ) -> Int[Tensor, "batch all"]:
+    def append_attention_mask(self, mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch all"]:
         """Extend the padding mask; returns all of it."""
         self.previous_attention_mask = torch.cat([self.previous_attention_mask, mask], dim=-1)
         return self.previous_attention_mask

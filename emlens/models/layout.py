@@ -42,9 +42,7 @@ class Place:
         return self.module.rsplit(".", 1)[-1]
 
 
-def to_matrix(
-    parameter: Float[Tensor, "..."], kind: Kind
-) -> Float[Tensor, "d_out d_in"]:
+def to_matrix(parameter: Float[Tensor, "..."], kind: Kind) -> Float[Tensor, "d_out d_in"]:
     """Read a TransformerLens weight as the matrix W of y = W x; a view where strides permit."""
     if kind == "heads_out":
         return parameter.mT.flatten(0, 1)
@@ -64,9 +62,7 @@ def from_matrix(
     return matrix.mT
 
 
-def split_rows(
-    value: Float[Tensor, "d_out ..."], place: Place
-) -> tuple[Float[Tensor, "..."], ...]:
+def split_rows(value: Float[Tensor, "d_out ..."], place: Place) -> tuple[Float[Tensor, "..."], ...]:
     """Split the output rows of a fused projection into those of its parts, as views."""
     return value.chunk(len(place.parameters), dim=0)
 
@@ -94,7 +90,5 @@ def place_shape(place: Place, cfg: HookedConfig) -> tuple[int, int]:
 
 def iterate_parts(place: Place) -> Iterator[tuple[int, str, str, str]]:
     """Yield (index, weight name, bias name, hook point) for each part of a module."""
-    for index, names in enumerate(
-        zip(place.parameters, place.biases, place.writes, strict=True)
-    ):
+    for index, names in enumerate(zip(place.parameters, place.biases, place.writes, strict=True)):
         yield index, *names

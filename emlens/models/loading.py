@@ -22,7 +22,7 @@ ModelSource = str | Path | Source | PreTrainedModel
 AdapterSource = str | Path | Source | LoraAdapter
 
 
-def load_model(  # noqa: PLR0913
+def load_model(
     source: ModelSource | PeftModel,
     *,
     adapter: AdapterSource | None = None,

@@ -1,6 +1,6 @@
 """LoRA adapters as values: A, B and scale per module, found in a model.
 
-For attaching see ``attach``, for merging ``merge``, for reading adapter folders see ``adapter_files``; for the proof that one is in effect, ``proof``.
+For attaching see ``attach``, for merging ``merge``, for files ``adapter_files``.
 """
 
 from collections.abc import Mapping
@@ -69,9 +69,7 @@ class LoraAdapter:
         return sum(f.numel() * f.element_size() for f in factors)
 
 
-def scale_adapter(
-    adapter: LoraAdapter, scale: float | Mapping[str, float]
-) -> LoraAdapter:
+def scale_adapter(adapter: LoraAdapter, scale: float | Mapping[str, float]) -> LoraAdapter:
     """Multiply the strength of an adapter, as a whole or module by module.
 
     Args:

@@ -26,9 +26,7 @@ def sample_null_adapters(like: LoraAdapter, *, n: int, seed: int) -> tuple[LoraA
 
 def _sample(like: LoraAdapter, index: int, seed: int) -> LoraAdapter:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-    modules = {
-        name: _sample_module(like.modules[name], generator) for name in sorted(like.modules)
-    }
+    modules = {name: _sample_module(like.modules[name], generator) for name in sorted(like.modules)}
     return replace(
         like,
         modules=modules,

@@ -49,7 +49,7 @@ class ModelPair:
         return self.adapter.name if self.adapter else origin_of(self.tuned).name
 
 
-def load_pair(  # noqa: PLR0913
+def load_pair(
     base: ModelSource | HookedTransformer,
     tuned: AdapterSource | HookedTransformer,
     *,

@@ -212,7 +212,7 @@ def _judge(ratio: float, dtype: torch.dtype, intended: float) -> Verdict:
     if low <= ratio <= high:
         return "in effect"
     half = dtype not in BANDS
-    return "lost in this dtype" if half and 0 <= ratio < low else "wrong strength"
+    return "lost in this dtype" if half and -low < ratio < low else "wrong strength"
 
 
 @dataclass(frozen=True)
@@ -320,7 +320,6 @@ def _outputs_at(model: HookedTransformer, group: list[Target], x: Tensor) -> lis
     x = x.to(block.attn.W_O.device, model.cfg.dtype)
     found: dict[tuple[int, str], Tensor] = {}
     with ExitStack() as stack:
-
         _inject(block, reads, x, stack)
         for row, target in enumerate(group):
             for write in target.place.writes:

@@ -314,8 +314,6 @@ def copy_weights(model: HookedTransformer) -> HookedTransformer:
     return share_model(model, owned)
 
 
-
-
 def share_equal(model: HookedTransformer, base: HookedTransformer) -> HookedTransformer:
     """Return a model that shares with ``base`` every tensor bit-equal to the base's."""
     theirs = dict(base.named_parameters(remove_duplicate=False))

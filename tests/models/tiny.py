@@ -88,9 +88,7 @@ TINY: dict[str, tuple[type, Any]] = {
     ),
     "qwen2-sliding": (
         Qwen2ForCausalLM,
-        Qwen2Config(
-            **_GATED, use_sliding_window=True, sliding_window=5, layer_types=_SLIDING
-        ),
+        Qwen2Config(**_GATED, use_sliding_window=True, sliding_window=5, layer_types=_SLIDING),
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**_WIDE, attention_bias=True)),
     "mistral": (MistralForCausalLM, MistralConfig(**_WIDE, sliding_window=5)),

@@ -1,0 +1,291 @@
+"""A base and its fine-tune compared in one pass over chats: activations and predictions.
+
+The band that chance would give is the same comparison with random adapters: ``null_band``.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.data import (
+    Batch,
+    Batching,
+    Chat,
+    Positions,
+    TokenizedChat,
+    as_chats,
+    pad_batch,
+    parse_positions,
+    plan_batches,
+    position_mask,
+    tokenize_chat,
+    track,
+)
+from emlens.diffing.activations import SiteDifferences, summarise_changes
+from emlens.diffing.logits import LogitDifferences, PredictionRows
+from emlens.diffing.results import ActivationDiff, LogitDiff, ModelDiff
+from emlens.models.pair import ModelPair
+from emlens.models.paired import PairedForward, Tuned, forward_many, tuned_parts
+from emlens.models.unembed import log_probabilities, slice_rows
+from emlens.models.views import origin_of
+from emlens.sites import Site, expand_sites
+
+SitesLike = str | Site | Sequence[str | Site]
+PositionsLike = str | Sequence[str]
+COPIES = 4
+"""Tensors of a slice's logits alive at once: two log-probabilities and their exponentials."""
+SHOWN_TEXT = 120
+"""Characters of a prompt kept in its row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is to be compared: chats as ids, sites, positions, and batches planned from it all."""
+
+    chats: tuple[Chat, ...]
+    tokenized: tuple[TokenizedChat, ...]
+    sites: tuple[Site, ...]
+    positions: tuple[Positions, ...]
+    plan: tuple[tuple[int, ...], ...]
+    pad_id: int
+
+    def batches(self, task: str = "comparing (tokens)") -> Iterator[Batch]:
+        """Yield the planned batches, longest rows first, telling progress under a task's name."""
+        sizes = [sum(len(self.tokenized[row].ids) for row in rows) for rows in self.plan]
+        for rows in track(self.plan, task, sizes=sizes):
+            yield pad_batch(self.tokenized, rows, pad_id=self.pad_id)
+
+
+def compare_models(
+    pair: ModelPair,
+    chats: Sequence[Chat | str],
+    *,
+    sites: SitesLike = "resid_post",
+    positions: PositionsLike = "response",
+    examples: int = 20,
+    batching: Batching = Batching(),  # noqa: B008 - frozen
+) -> ModelDiff:
+    """Compare a base and its fine-tune on the same chats, inside and at the output, in one pass.
+
+    Args:
+        pair: the two models.
+        chats: prompts (str) or chats; both models read the same tokens.
+        sites: where activations are compared; all must have one width.
+        positions: which tokens; several names give several columns, and predictions are compared
+            on the first of them. A token's prediction is made one position before it.
+        examples: how many chats, from the first, are kept token by token.
+        batching: tokens run at once, all models counted.
+
+    Raises:
+        ValueError: no tokenizer, sites of different widths, positions that a chat does not have.
+    """
+    parts = tuned_parts(pair)
+    work = plan_comparison(pair, chats, sites, positions, batching, n_models=2)
+    cells = make_accumulators(pair, work, n_tuned=1)
+    logits = LogitDifferences(pair.base.cfg.d_vocab, len(work.chats))
+    last: PairedForward | None = None
+    for batch in work.batches():
+        last = run_batch(pair, parts, work, batch, cells)
+        _count_predictions(pair, work, batch, last.resid, logits, examples)
+    assert last is not None
+    return ModelDiff(
+        base=pair.base_name,
+        base_fingerprint=origin_of(pair.base).fingerprint,
+        tuned=pair.tuned_name,
+        tuned_fingerprint=(
+            pair.adapter.fingerprint if pair.adapter else origin_of(pair.tuned).fingerprint
+        ),
+        n_chats=len(work.chats),
+        method=last.method,
+        shared_layers=last.shared_layers,
+        activations=summarise_changes(
+            cells,
+            sites=[str(site) for site in work.sites],
+            positions=[str(p) for p in work.positions],
+            epsilon=torch.finfo(pair.base.cfg.dtype).eps,
+        ),
+        logits=_finish_logits(pair, work, logits, examples),
+    )
+
+
+def compare_activations(
+    pair: ModelPair,
+    chats: Sequence[Chat | str],
+    *,
+    sites: SitesLike = "resid_post",
+    positions: PositionsLike = "response",
+    batching: Batching = Batching(),  # noqa: B008 - frozen
+) -> ActivationDiff:
+    """Compare activations only; arguments and errors as for ``compare_models``."""
+    parts = tuned_parts(pair)
+    work = plan_comparison(pair, chats, sites, positions, batching, n_models=2)
+    cells = make_accumulators(pair, work, n_tuned=1)
+    for batch in work.batches():
+        run_batch(pair, parts, work, batch, cells)
+    return summarise_changes(
+        cells,
+        sites=[str(site) for site in work.sites],
+        positions=[str(p) for p in work.positions],
+        epsilon=torch.finfo(pair.base.cfg.dtype).eps,
+    )
+
+
+def compare_logits(
+    pair: ModelPair,
+    chats: Sequence[Chat | str],
+    *,
+    positions: str = "response",
+    examples: int = 20,
+    batching: Batching = Batching(),  # noqa: B008 - frozen
+) -> LogitDiff:
+    """Compare predictions only; arguments and errors as for ``compare_models``."""
+    parts = tuned_parts(pair)
+    work = plan_comparison(pair, chats, "resid_post.0", positions, batching, n_models=2)
+    logits = LogitDifferences(pair.base.cfg.d_vocab, len(work.chats))
+    for batch in work.batches():
+        done = forward_many(
+            pair.base, parts, batch.ids, batch.mask, sites=(), visit=lambda site, x: None
+        )
+        _count_predictions(pair, work, batch, done.resid, logits, examples)
+    return _finish_logits(pair, work, logits, examples)
+
+
+def plan_comparison(
+    pair: ModelPair,
+    chats: Sequence[Chat | str],
+    sites: SitesLike,
+    positions: PositionsLike,
+    batching: Batching,
+    *,
+    n_models: int,
+) -> Comparison:
+    """Tokenise once, check every position, and plan batches that hold ``n_models`` copies.
+
+    Raises:
+        ValueError: a model without a tokenizer, sites of several widths, positions missing.
+    """
+    if pair.tokenizer is None:
+        raise ValueError(f"{pair.base_name} has no tokenizer: chats cannot be turned into tokens")
+    cfg = pair.base.cfg
+    chosen = expand_sites(sites, cfg)
+    widths = {site.width(cfg) for site in chosen}
+    if len(widths) > 1:
+        raise ValueError(f"sites: widths {sorted(widths)} in one comparison; compare them apart")
+    names = [positions] if isinstance(positions, str) else list(positions)
+    parsed = tuple(parse_positions(name) for name in names)
+    given = as_chats(chats)
+    tokenized = tuple(
+        tokenize_chat(chat, pair.tokenizer, for_generation=chat.response is None) for chat in given
+    )
+    for chat in tokenized:
+        for position in parsed:
+            position.mask(chat)  # a span that is missing fails before anything is run
+    budget = Batching(max(1, batching.tokens // n_models), batching.max_length)
+    plan = plan_batches([len(chat.ids) for chat in tokenized], budget, n_ctx=cfg.n_ctx)
+    pad = pair.tokenizer.pad_token_id
+    return Comparison(
+        chats=given,
+        tokenized=tokenized,
+        sites=chosen,
+        positions=parsed,
+        plan=plan,
+        pad_id=0 if pad is None else pad,
+    )
+
+
+def make_accumulators(
+    pair: ModelPair, work: Comparison, *, n_tuned: int
+) -> list[list[SiteDifferences]]:
+    """Make one accumulator for each site and positions."""
+    width = work.sites[0].width(pair.base.cfg)
+    return [[SiteDifferences(width, n_tuned) for _ in work.positions] for _ in work.sites]
+
+
+def run_batch(
+    pair: ModelPair,
+    parts: Sequence[Tuned],
+    work: Comparison,
+    batch: Batch,
+    cells: Sequence[Sequence[SiteDifferences]],
+) -> PairedForward:
+    """Run one batch through base and fine-tunes, counting activations on the way."""
+    device = pair.base.W_E.device
+    masks = [position_mask(batch, work.tokenized, p).to(device) for p in work.positions]
+    rows = dict(zip(work.sites, cells, strict=True))
+
+    def count(site: Site, x: Tensor) -> None:
+        for cell, mask in zip(rows[site], masks, strict=True):
+            cell.update(x, mask)
+
+    return forward_many(pair.base, parts, batch.ids, batch.mask, sites=work.sites, visit=count)
+
+
+def _count_predictions(
+    pair: ModelPair,
+    work: Comparison,
+    batch: Batch,
+    resid: Float[Tensor, "models batch pos d_model"],
+    logits: LogitDifferences,
+    examples: int,
+) -> None:
+    """Compare the predictions of a batch's counted tokens, and of all tokens of examples."""
+    counted = position_mask(batch, work.tokenized, work.positions[0])
+    shown = torch.tensor([row < examples for row in batch.rows])[:, None] & batch.mask.bool()
+    # The prediction of the token in column t is made in column t - 1.
+    has_before = batch.mask[:, :-1].bool()
+    wanted = (counted | shown)[:, 1:] & has_before
+    place, column = wanted.nonzero(as_tuple=True)
+    starts = (batch.mask.cumsum(1) == 0).sum(1)
+    rows = PredictionRows(
+        chat=torch.tensor(batch.rows)[place],
+        token=column + 1 - starts[place],
+        counted=counted[:, 1:][wanted],
+        shown=shown[:, 1:][wanted],
+    )
+    chosen = resid[:, :, :-1][:, wanted.to(resid.device)]
+    models = (pair.base, pair.tuned)
+    for part in slice_rows(chosen.shape[1], pair.base.cfg.d_vocab, copies=COPIES):
+        log_p, log_q = (
+            log_probabilities(model, x[part]) for model, x in zip(models, chosen, strict=True)
+        )
+        logits.update(log_p, log_q, _cut(rows, part))
+
+
+def _cut(rows: PredictionRows, part: slice) -> PredictionRows:
+    return PredictionRows(
+        chat=rows.chat[part],
+        token=rows.token[part],
+        counted=rows.counted[part],
+        shown=rows.shown[part],
+    )
+
+
+def _finish_logits(
+    pair: ModelPair, work: Comparison, logits: LogitDifferences, examples: int
+) -> LogitDiff:
+    def decode(token: int) -> str:
+        return pair.tokenizer.decode([token])
+
+    names = [_name(chat, i) for i, chat in enumerate(work.chats)]
+    shown = [
+        logits.example(
+            index,
+            name=names[index][0],
+            pieces=chat.pieces,
+            counted=work.positions[0].mask(chat).tolist(),
+            decode=decode,
+        )
+        for index, chat in enumerate(work.tokenized[:examples])
+    ]
+    return logits.result(
+        positions=str(work.positions[0]), names=names, examples=shown, decode=decode
+    )
+
+
+def _name(chat: Chat, index: int) -> tuple[str, str]:
+    users = [m.content for m in chat.messages if m.role == "user"]
+    text = users[-1] if users else chat.messages[-1].content
+    return chat.id or str(index), text[:SHOWN_TEXT]
