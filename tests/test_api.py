@@ -25,12 +25,12 @@ def api() -> dict[str, Any]:
 def test_what_is_promised_is_what_there_is(api: dict[str, Any], part: str):
     promised = flatten(json.loads(API.read_text(encoding="utf-8"))[part])
     there = flatten(api[part])
-    gone = {k: v for k, v in promised.items() if k not in there}
-    new = {k: v for k, v in there.items() if k not in promised}
-    changed = {
-        k: (promised[k], there[k]) for k in promised if k in there and promised[k] != there[k]
-    }
-    assert (gone, new, changed) == ({}, {}, {}), WAY_OUT
+    differences = [
+        f"{name}: promised {promised.get(name)!r}, there is {there.get(name)!r}"
+        for name in sorted({*promised, *there})
+        if promised.get(name) != there.get(name)
+    ]
+    assert not differences, "\n".join([WAY_OUT, *differences])
 
 
 def test_every_command_can_be_asked_for_help(api: dict[str, Any]):
