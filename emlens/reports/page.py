@@ -1,0 +1,233 @@
+"""What the template of a report is filled with: sections, figures and tables, ready to be laid out.
+
+Texts are as they stand in the JSON here; the template engine makes them visible and escapes them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from emlens.reports.document import reading
+from emlens.reports.plots import (
+    MEASURES,
+    Measure,
+    figure_json,
+    plot_adapter,
+    plot_losses,
+    plot_measure,
+)
+from emlens.reports.sections import (
+    Comparison,
+    Json,
+    Sections,
+    failing_modules,
+    first_shares,
+    list_series,
+    sort_results,
+)
+from emlens.reports.tokens import TokenViews, view_tokens
+from emlens.reports.verdict import write_verdicts
+from emlens.reports.visible import read_number
+
+_SCALARS = (str, bool, int, float, type(None))
+_SHOWN_IN_SECTIONS = ("answers", "seconds", "title")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A figure, its place in the page and what it says to those who cannot see it."""
+
+    id: str
+    figure: Json
+    height: int
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterBlock:
+    """A proof: its strip, and the modules that are not in effect."""
+
+    proof: Json
+    failing: list[Json]
+    plot: Plot
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersBlock:
+    """How activations differ: a figure a measure, and the numbers."""
+
+    name: str | None
+    plots: list[tuple[Measure, Plot]]
+    rows: list[list[Any]]
+    n_nulls: int
+    null_seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputBlock:
+    """How predictions differ: means, tokens, chats, and examples token by token."""
+
+    name: str | None
+    logits: Json
+    null_kl: tuple[float, float] | None
+    """Least and greatest mean KL of the null adapters."""
+    n_nulls: int
+    tokens: TokenViews
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """Everything that a report shows, in its order."""
+
+    title: str
+    report: Json
+    sections: Sections
+    verdicts: list[str]
+    adapters: list[AdapterBlock]
+    layers: list[LayersBlock]
+    outputs: list[OutputBlock]
+    answer_names: list[str]
+    answers: list[Json]
+    trainings: list[tuple[Json, Plot]]
+    seconds: dict[str, float]
+    facts: list[tuple[str, Any]]
+    others: list[tuple[str, list[tuple[str, Any]]]]
+
+
+def build_page(report: Json) -> Page:
+    """Arrange a report's JSON.
+
+    Raises:
+        ReportError: A part is not as emlens writes it; the message names the part.
+    """
+    sections = sort_results(report["results"])
+    extra = report.get("extra", {})
+    counter = _Plots()
+    with reading("adapter_proof"):
+        adapters = [_adapter_block(proof, counter) for proof in sections.proofs]
+    with reading("activations"):
+        compared = sections.comparisons
+        layers = [_layers_block(c, counter) for c in compared if c.activations is not None]
+    with reading("logits"):
+        outputs = [_output_block(c) for c in sections.comparisons if c.logits is not None]
+    with reading("training"):
+        trainings = [(t, counter.add(plot_losses(t), _say_losses(t))) for t in sections.trainings]
+    with reading("extra"):
+        answers = [check_answer(row) for row in extra.get("answers", ())]
+        seconds = {str(k): read_number(v) for k, v in extra.get("seconds", {}).items()}
+        facts = [
+            row
+            for name in extra
+            if name not in _SHOWN_IN_SECTIONS
+            for row in _flatten(name, extra[name])
+        ]
+    return Page(
+        title=str(extra.get("title") or _find_title(sections)),
+        report=report,
+        sections=sections,
+        verdicts=write_verdicts(sections),
+        adapters=adapters,
+        layers=layers,
+        outputs=outputs,
+        answer_names=list(dict.fromkeys(name for row in answers for name in row["answers"])),
+        answers=answers,
+        trainings=trainings,
+        seconds=seconds,
+        facts=facts,
+        others=[(str(r.get("schema")), _plain_fields(r)) for r in sections.others],
+    )
+
+
+class _Plots:
+    """Numbers the figures of a page, so that no id comes from a result."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def add(self, figure: go.Figure, label: str) -> Plot:
+        self._count += 1
+        document = figure_json(figure)
+        height = int(document["layout"]["height"])
+        return Plot(id=f"plot-{self._count}", figure=document, height=height, label=label)
+
+
+def check_answer(row: Any) -> Json:
+    """One question with its answers, if it is so."""
+    if not isinstance(row["question"], str):
+        raise TypeError("answers: question is not a text")
+    if not all(isinstance(text, str) for text in row["answers"].values()):
+        raise TypeError("answers: expected an object of model name -> text")
+    return row
+
+
+def _adapter_block(proof: Json, plots: _Plots) -> AdapterBlock:
+    failing = failing_modules(proof)
+    total = len(proof["modules"])
+    says = f"Relative update size by module and layer; {len(failing)} of {total} not in effect"
+    return AdapterBlock(proof=proof, failing=failing, plot=plots.add(plot_adapter(proof), says))
+
+
+def _layers_block(comparison: Comparison, plots: _Plots) -> LayersBlock:
+    activations, null = comparison.activations or {}, comparison.null
+    figures = []
+    for measure in MEASURES:
+        figure = plot_measure(activations, measure, null=null)
+        figures.append((measure, plots.add(figure, f"{measure.title} by layer: {measure.meaning}")))
+    return LayersBlock(
+        name=comparison.name,
+        plots=figures,
+        rows=_layer_rows(activations, null),
+        n_nulls=0 if null is None else len(null["relative_rms"]),
+        null_seed=None if null is None else null["seed"],
+    )
+
+
+def _layer_rows(activations: Json, null: Json | None) -> list[list[Any]]:
+    shares = first_shares(activations)
+    rows = []
+    for series in list_series(activations):
+        for site, row in zip(series.sites, series.rows, strict=True):
+            column = series.column
+            spans = [read_number(n[row][column]) for n in null["relative_rms"]] if null else []
+            values = [activations[m.field] for m in MEASURES if m.field != "top_shares"]
+            numbers = [grid[row][column] for grid in [*values, shares]]
+            span = (min(spans), max(spans)) if spans else None
+            rows.append([site, series.position, *numbers, span])
+    return rows
+
+
+def _output_block(comparison: Comparison) -> OutputBlock:
+    logits, null = comparison.logits or {}, comparison.null
+    kls = [] if null is None else [read_number(value) for value in null["kl_base_tuned"]]
+    return OutputBlock(
+        name=comparison.name,
+        logits=logits,
+        null_kl=(min(kls), max(kls)) if kls else None,
+        n_nulls=len(kls),
+        tokens=view_tokens(logits),
+    )
+
+
+def _say_losses(training: Json) -> str:
+    return f"Training loss over {len(training['losses'])} steps"
+
+
+def _find_title(sections: Sections) -> str:
+    names = [c.name for c in sections.comparisons] + [p["adapter"] for p in sections.proofs]
+    known = list(dict.fromkeys(str(name) for name in names if name is not None))
+    return ", ".join(known) or "emlens report"
+
+
+def _flatten(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Rows of a settings table: objects by dotted names, lists in one line."""
+    if isinstance(value, Mapping):
+        return [row for key, item in value.items() for row in _flatten(f"{name}.{key}", item)]
+    if isinstance(value, list):
+        return [(name, ", ".join(str(item) for item in value))]
+    return [(name, value)]
+
+
+def _plain_fields(result: Json) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in result.items() if isinstance(v, _SCALARS) and k != "schema"]
