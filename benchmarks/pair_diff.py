@@ -1,0 +1,255 @@
+"""Pair diff: what does comparing a base and its fine-tune cost, inside and at the output?
+
+Bound: (l0 + 2 (L - l0)) / 2L of two prefills, where l0 of L layers come before the adapter, plus
+the adapter's own multiplications on the tuned half, plus one rank-32 sketch a layer, plus both
+models' log-probabilities. Each part is timed by itself in the same run. A merged fine-tune has no
+multiplications of its own.
+Beside it: two ``run_with_cache`` passes of TransformerLens's own loading, and two Hugging Face
+passes with ``output_hidden_states``; neither reduces what it has read.
+
+Every token is counted (positions ``all``), the worst case for sketches and log-probabilities.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.adapters import Case, make_cases, multiply_adapter
+from benchmarks.models import describe_model, load_hugging_face, load_tokenizer, make_chats
+from benchmarks.peers import load_own_way, merge_plainly
+from benchmarks.records import Figure, Record
+from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.settings import Settings
+from benchmarks.timing import Ratio, Timings, median_ratio, time_sides
+from emlens.data import Batching, Chat
+from emlens.diffing.compare import compare_models, plan_comparison
+from emlens.diffing.results import ModelDiff
+from emlens.models.pair import ModelPair, load_pair
+from emlens.models.unembed import log_prob_slices
+from emlens.models.views import lay_views
+from emlens.numerics.predictions import compare_predictions
+from emlens.numerics.sketch import CovarianceSketch
+
+AIM = 1.05
+CHATS = {"toy": (4, 24), "full": (8, 98)}
+"""Chats and words in each; a chat of SmolLM2 has 30 tokens of header and system prompt more."""
+PARTS = ("prefill", "sketches", "log-probabilities")
+CHECKED = "nine down_proj, rank 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One dtype's models and texts."""
+
+    hf: Any
+    base: Any
+    chats: tuple[Chat, ...]
+    ids: Tensor
+    mask: Tensor
+    cases: tuple[Case, ...]
+
+    def compare(self, pair: ModelPair) -> ModelDiff:
+        """The call that is measured."""
+        return compare_models(pair, self.chats, positions="all", examples=0)
+
+
+def measure(settings: Settings) -> Record:
+    """Time the comparison of every adapter and form, the parts of the bound, and both peers."""
+    figures: list[Figure] = []
+    seconds: dict[str, float] = {}
+    sizes: dict[str, Any] = {}
+    for dtype in settings.dtypes:
+        bench = make_bench(dtype, settings)
+        sizes |= describe_model(bench.hf) | dict(
+            zip(("batch", "pos"), bench.ids.shape, strict=True)
+        )
+        figures += _measure_dtype(bench, dtype, settings, seconds)
+    name = _figure_name(CHECKED, "attached")
+    return Record(
+        row="pair_diff",
+        settings=settings,
+        sizes=sizes,
+        figures=figures,
+        headline={
+            "over_bound": name,
+            "vs_transformer_lens": f"{CHECKED}: vs_transformer_lens",
+            "vs_huggingface": f"{CHECKED}: vs_huggingface",
+        },
+        seconds=seconds,
+        peak_bytes=measure_peaks("pair_diff", ("emlens", "transformer_lens"), settings),
+    )
+
+
+def make_bench(dtype: str, settings: Settings) -> Bench:
+    """Load a base and lay out its chats in one batch without padding."""
+    hf = load_hugging_face(dtype, settings)
+    base = lay_views(hf, load_tokenizer(settings))
+    chats = make_chats(settings, *CHATS[settings.size])
+    cases = make_cases(hf, settings)
+    pair = load_pair(base, cases[0].adapter)
+    work = plan_comparison(pair, chats, "resid_post", "all", Batching(), n_models=2)
+    (batch,) = work.batches()
+    assert bool(batch.mask.all()), "chats of equal length were meant"
+    return Bench(
+        hf=hf, base=base, chats=chats, ids=batch.ids.to(hf.device), mask=batch.mask, cases=cases
+    )
+
+
+def _measure_dtype(
+    bench: Bench, dtype: str, settings: Settings, seconds: dict[str, float]
+) -> list[Figure]:
+    pairs = {
+        (case.name, form): load_pair(bench.base, case.adapter, form=form)
+        for case in bench.cases
+        for form in (("attached",) if case.first_layer else ("attached", "merged"))
+    }
+    nine = next(case for case in bench.cases if case.name == CHECKED)
+    tuned = load_own_way(merge_plainly(bench.hf, nine.adapter))
+    own = load_own_way(bench.hf)
+    check_difference(bench.compare(pairs[CHECKED, "attached"]), own, tuned, bench.ids)
+    sides: dict[str, Callable[[], object]] = {
+        f"{name}, {form}": (lambda pair=pair: bench.compare(pair))
+        for (name, form), pair in pairs.items()
+    }
+    sides |= {f"adapter of {c.name}": _multiply(bench, c) for c in bench.cases}
+    sides |= make_parts(bench) | {
+        "transformer_lens": lambda: [cache_residuals(m, bench.ids) for m in (own, tuned)],
+        "huggingface": _two_hidden_states(bench),
+    }
+    timings = time_sides(sides, rounds=settings.rounds, device=settings.device)
+    seconds |= {f"{dtype}: {side}": timings.median(side) for side in timings.seconds}
+    return [
+        *(
+            Figure(
+                name=_figure_name(case.name, form),
+                dtype=dtype,
+                ratio=over_bound(timings, case, form, bench.base.cfg.n_layers),
+                better="lower",
+                aim=settings.aim(AIM),
+            )
+            for case in bench.cases
+            for form in ("attached", "merged")
+            if (case.name, form) in pairs
+        ),
+        *(
+            Figure(
+                name=f"{CHECKED}: vs_{peer}",
+                dtype=dtype,
+                ratio=timings.speed(f"{CHECKED}, attached", peer),
+                better="higher",
+            )
+            for peer in ("transformer_lens", "huggingface")
+        ),
+    ]
+
+
+def _figure_name(case: str, form: str) -> str:
+    return f"{case}, {form} / bound"
+
+
+def over_bound(timings: Timings, case: Case, form: str, n_layers: int) -> Ratio:
+    """Time of a comparison over the sum of its bound's parts, round by round."""
+    passes = (case.first_layer + 2 * (n_layers - case.first_layer)) / n_layers
+    seconds = timings.seconds
+    found = []
+    for index, spent in enumerate(seconds[f"{case.name}, {form}"]):
+        prefill, sketches, logits = (seconds[part][index] for part in PARTS)
+        adapter = seconds[f"adapter of {case.name}"][index] if form == "attached" else 0.0
+        found.append(spent / (passes * prefill + adapter + sketches + logits))
+    return median_ratio(found)
+
+
+def make_parts(bench: Bench) -> dict[str, Callable[[], object]]:
+    """The parts of the bound that all adapters share, and one that is in no bound."""
+    base, n = bench.base, bench.ids.numel()
+    n_layers, width = base.cfg.n_layers, base.cfg.d_model
+    generator = torch.Generator().manual_seed(3)
+    change = torch.randn(n, width, generator=generator).to(bench.hf.device)
+    with torch.no_grad():
+        resid = base(bench.ids, stop_at_layer=n_layers).flatten(0, 1)
+        both = torch.cat([resid, resid])
+        log_p = torch.cat([log for _, log in log_prob_slices(base, resid)])
+
+    def sketch() -> None:
+        for _ in range(n_layers):
+            CovarianceSketch(width, rank=32).update(change)
+
+    def log_probabilities() -> None:
+        for _ in log_prob_slices(base, both):
+            pass
+
+    sides: dict[str, Callable[[], object]] = {
+        "prefill": lambda: base(bench.ids, stop_at_layer=n_layers),
+        "sketches": sketch,
+        "log-probabilities": log_probabilities,
+        "divergences (in no bound)": lambda: compare_predictions(log_p, log_p),
+    }
+    return {name: torch.no_grad()(side) for name, side in sides.items()}
+
+
+def _multiply(bench: Bench, case: Case) -> Callable[[], None]:
+    return multiply_adapter(bench.hf, case.adapter, bench.ids.numel())
+
+
+@torch.no_grad()
+def cache_residuals(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and every layer's resid_post, the usual way."""
+    logits, cache = model.run_with_cache(
+        ids, names_filter=lambda name: name.endswith("hook_resid_post")
+    )
+    return logits, dict(cache)
+
+
+def _two_hidden_states(bench: Bench) -> Callable[[], object]:
+    # The time depends on shapes alone, so the base stands for its fine-tune.
+    @torch.no_grad()
+    def run() -> object:
+        return [bench.hf(bench.ids, use_cache=False, output_hidden_states=True) for _ in range(2)]
+
+    return run
+
+
+def check_difference(diff: ModelDiff, own: Any, tuned: Any, ids: Tensor) -> None:
+    """Require the mean change of every layer, and both divergences, of two cached passes.
+
+    Raises:
+        AssertionError: the comparison that is about to be timed gives another answer.
+    """
+    (logits, cache), (logits_tuned, cache_tuned) = (cache_residuals(m, ids) for m in (own, tuned))
+    expected = torch.stack(
+        [(cache_tuned[n].double() - cache[n].double()).mean((0, 1)) for n in cache]
+    )
+    found = (diff.activations.mean_tuned - diff.activations.mean_base)[:, 0]
+    # In bfloat16 the two ways round differently at every layer.
+    allowed = 1e-3 if logits.dtype == torch.float32 else 0.2
+    gap = float((found - expected.cpu()).norm() / expected.norm())
+    if not gap <= allowed:
+        raise AssertionError(f"mean changes differ by {gap:.2g} of their norm, at most {allowed}")
+    log_p, log_q = (x.float().log_softmax(-1)[:, :-1] for x in (logits, logits_tuned))
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    if not abs(diff.logits.kl_base_tuned - kl) <= allowed * kl + 1e-6:
+        raise AssertionError(f"divergence {diff.logits.kl_base_tuned:.4g}, two passes {kl:.4g}")
+
+
+def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
+    """Load two models, then compare them once, or cache both."""
+    bench = make_bench(dtype, settings)
+    nine = next(case for case in bench.cases if case.name == CHECKED)
+    if side == "emlens":
+        pair = load_pair(bench.base, nine.adapter)
+        yield {}
+        bench.compare(pair)
+    else:
+        models = load_own_way(bench.hf), load_own_way(copy.deepcopy(bench.hf))
+        yield {}
+        kept = [cache_residuals(model, bench.ids) for model in models]
+        del kept
+    yield {}
+
+
+if __name__ == "__main__":
+    run_alone(measure)

@@ -1,0 +1,75 @@
+"""How a row is run: alone, or one of many by ``python -m benchmarks``."""
+
+import argparse
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from benchmarks.memory import measure_residence
+from benchmarks.records import Record, format_line, format_table
+from benchmarks.settings import Settings, make_settings
+
+ROWS = ("load_views", "load_tuned", "prefill", "decode", "pair_diff")
+
+
+def run_alone(measure: Callable[[Settings], Record], argv: Sequence[str] | None = None) -> None:
+    """Read the arguments of one row, run it, and print table and JSON line."""
+    parser = argparse.ArgumentParser(description="The last line printed is one JSON object.")
+    add_arguments(parser)
+    settings = read_settings(parser.parse_args(argv))
+    record = prepare_and_run(measure, settings)
+    print(format_table(record))
+    print(format_line(record))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that one row and the whole suite have in common."""
+    parser.add_argument("--size", choices=("toy", "full"), default="toy")
+    parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--rounds", type=int, help="pairs behind each ratio (15 at full size)")
+    parser.add_argument("--threads", type=int, help="2 at full size, 1 at toy size")
+
+
+def read_settings(arguments: argparse.Namespace) -> Settings:
+    """Turn parsed arguments into settings; exits with the reason where they cannot be met."""
+    try:
+        return make_settings(
+            arguments.size,
+            suite=arguments.suite,
+            rounds=arguments.rounds,
+            threads=arguments.threads,
+        )
+    except RuntimeError as error:
+        raise SystemExit(str(error)) from error
+
+
+def prepare_and_run(measure: Callable[[Settings], Record], settings: Settings) -> Record:
+    """Run one row with the threads asked for, without a network or a word from the libraries."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(settings.threads)
+    disable_progress_bar()
+    set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+        return measure(settings)
+
+
+def run_row(row: str, settings: Settings) -> Record:
+    """Run a row by name."""
+    return prepare_and_run(importlib.import_module(f"benchmarks.{row}").measure, settings)
+
+
+def measure_peaks(row: str, sides: Sequence[str], settings: Settings) -> dict[str, int]:
+    """Peak bytes of a process that runs one side alone; at full size only, they take seconds."""
+    if not settings.full or settings.device != "cpu":
+        return {}
+    return {
+        f"{dtype}: {side}": measure_residence(row, side, dtype, settings).peak
+        for dtype in settings.dtypes
+        for side in sides
+    }

@@ -1,0 +1,137 @@
+"""Time several ways of doing one thing, interleaved, and compare them pair by pair.
+
+Not for absolute times on a shared CPU: only the ratios of one run mean something there.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+LEVEL = 0.95
+"""Coverage asked of an interval."""
+MIN_PAIRS = 6
+"""With fewer pairs not even smallest-to-largest covers the median in 95 % of runs."""
+
+Side = Callable[[], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratio:
+    """The median of paired ratios and an interval of it."""
+
+    median: float
+    low: float
+    high: float
+    pairs: int
+    """How many; 1 for a count, which is the same in every run."""
+    coverage: float
+    """Probability that such an interval holds the true median."""
+
+
+def exact_ratio(value: float) -> Ratio:
+    """A ratio that was counted rather than timed."""
+    return Ratio(median=value, low=value, high=value, pairs=1, coverage=1.0)
+
+
+def median_ratio(values: Sequence[float]) -> Ratio:
+    """The median with the narrowest pair of order statistics that covers it at 95 %.
+
+    The number of values under the true median is binomial(n, 1/2), whatever the distribution, so
+    the interval between the k-th smallest and the k-th largest misses it with probability
+    2 P(fewer than k).
+
+    Raises:
+        ValueError: fewer than six values.
+
+    Source: Conover 1999, Practical Nonparametric Statistics, 3rd edition, section 3.2.
+    """
+    n = len(values)
+    if n < MIN_PAIRS:
+        raise ValueError(f"values: got {n} pairs, expected at least {MIN_PAIRS}")
+    ordered = sorted(values)
+    k, missed = 1, 2 * 0.5**n
+    while missed + 2 * math.comb(n, k) * 0.5**n <= 1 - LEVEL:
+        missed += 2 * math.comb(n, k) * 0.5**n
+        k += 1
+    return Ratio(
+        median=statistics.median(ordered),
+        low=ordered[k - 1],
+        high=ordered[n - k],
+        pairs=n,
+        coverage=1 - missed,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds of every side in every round."""
+
+    seconds: Mapping[str, tuple[float, ...]]
+
+    def median(self, side: str) -> float:
+        """The median time of one side, in seconds."""
+        return statistics.median(self.seconds[side])
+
+    def cost(self, side: str, over: str) -> Ratio:
+        """Time of one side over another's, round by round."""
+        pairs = zip(self.seconds[side], self.seconds[over], strict=True)
+        return median_ratio([a / b for a, b in pairs])
+
+    def speed(self, side: str, over: str) -> Ratio:
+        """Speed of one side relative to another's: above 1 is faster."""
+        return self.cost(over, side)
+
+
+def time_sides(
+    sides: Mapping[str, Side],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timings:
+    """Time each side once a round, back and forth, so that drift falls on all of them alike.
+
+    Args:
+        sides: what is compared, by name; what they return is thrown away.
+        rounds: how many pairs each ratio will have.
+        warm_up: untimed calls of each side beforehand.
+        device: waited for before the clock is read, where it is a GPU.
+        clock: seconds.
+    """
+    for side in sides.values():
+        for _ in range(warm_up):
+            side()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for index in range(rounds):
+        order = list(sides) if index % 2 == 0 else list(sides)[::-1]
+        with _without_collector():
+            for name in order:
+                _wait(device)
+                start = clock()
+                sides[name]()
+                _wait(device)
+                seconds[name].append(clock() - start)
+    return Timings(seconds={name: tuple(values) for name, values in seconds.items()})
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Collect before a round rather than inside a timed call."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

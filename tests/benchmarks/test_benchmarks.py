@@ -1,0 +1,242 @@
+"""The instruments of the benchmarks: intervals, verdicts, records, bytes. The rows run in CI."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmarks import __main__ as suite
+from benchmarks.records import Figure, Record, find_slowdowns, format_line, format_table
+from benchmarks.settings import Settings, make_settings
+from benchmarks.timing import Ratio, Timings, exact_ratio, median_ratio, time_sides
+
+TOY = Settings(size="toy", threads=1, rounds=6)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_figure(median: float, half: float, **settings: Any) -> Figure:
+    ratio = Ratio(median=median, low=median - half, high=median + half, pairs=15, coverage=0.96)
+    given: dict[str, Any] = {"name": "vs_peer", "dtype": "float32", "better": "higher"}
+    return Figure(**(given | settings), ratio=ratio)
+
+
+def make_record(*figures: Figure, **settings: Any) -> Record:
+    given: dict[str, Any] = {"row": "decode", "settings": TOY, "sizes": {}}
+    headline = {"vs_peer": figures[0].name}
+    return Record(**(given | settings), figures=figures, headline=headline)
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    return json.loads(format_line(record))
+
+
+class Clock:
+    """A clock that a side moves forward by its own, planted time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def side(self, name: str, times: Iterator[float]):
+        def run() -> None:
+            self.calls.append(name)
+            self.now += next(times)
+
+        return run
+
+
+def drawn_times(median: float, seed: int, spread: float = 0.1) -> Iterator[float]:
+    generator = random.Random(seed)
+    while True:
+        yield median * math.exp(generator.gauss(0, spread))
+
+
+def time_planted(rounds: int, *, slower: float) -> tuple[Timings, Clock]:
+    clock = Clock()
+    sides = {
+        "A": clock.side("A", drawn_times(1.0, 1)),
+        "B": clock.side("B", drawn_times(slower, 2)),
+    }
+    return time_sides(sides, rounds=rounds, clock=lambda: clock.now), clock
+
+
+def test_a_side_that_takes_twice_as_long_is_found_to():
+    timings, _ = time_planted(15, slower=2.0)
+    cost = timings.cost("B", "A")
+    assert cost.median == pytest.approx(2, rel=0.1)
+    assert cost.low < 2 < cost.high
+    assert cost.low > 1.7
+    assert cost.high < 2.3
+
+
+def test_speed_is_the_inverse_of_cost():
+    timings, _ = time_planted(15, slower=2.0)
+    assert timings.speed("A", "B") == timings.cost("B", "A")
+    assert timings.speed("B", "A").median == pytest.approx(0.5, rel=0.1)
+
+
+def test_sides_are_timed_back_and_forth_after_a_warm_up():
+    timings, clock = time_planted(3, slower=2.0)
+    assert clock.calls == ["A", "B", *"AB", *"BA", *"AB"]
+    assert {len(values) for values in timings.seconds.values()} == {3}
+
+
+def test_a_warm_up_is_not_timed():
+    clock = Clock()
+    slow_at_first = clock.side("A", iter([100.0, 1.0, 1.0]))
+    timings = time_sides({"A": slow_at_first}, rounds=2, clock=lambda: clock.now)
+    assert timings.seconds["A"] == (1.0, 1.0)
+
+
+def test_drift_that_both_sides_share_leaves_the_ratio_alone():
+    clock = Clock()
+    drift = [1.5**i for i in range(8)]
+    sides = {
+        "A": clock.side("A", iter(drift)),
+        "B": clock.side("B", iter([3 * x for x in drift])),
+    }
+    timings = time_sides(sides, rounds=7, clock=lambda: clock.now)
+    assert timings.cost("B", "A") == replace(timings.cost("B", "A"), median=3, low=3, high=3)
+
+
+@given(st.integers(6, 60))
+def test_an_interval_covers_what_the_binomial_says(n: int):
+    ratio = median_ratio(list(range(n)))
+    k = int(ratio.low) + 1
+    assert ratio.high == n - k
+    assert ratio.coverage == pytest.approx(1 - 2 * stats.binom.cdf(k - 1, n, 0.5))
+    assert ratio.coverage >= 0.95
+    assert 1 - 2 * stats.binom.cdf(k, n, 0.5) < 0.95, "a narrower interval covers it too"
+
+
+def test_intervals_hold_the_median_as_often_as_they_claim():
+    generator = random.Random(3)
+    runs = [median_ratio([generator.expovariate(1) for _ in range(15)]) for _ in range(2000)]
+    held = sum(run.low <= math.log(2) <= run.high for run in runs) / len(runs)
+    assert held == pytest.approx(runs[0].coverage, abs=0.015)
+
+
+def test_too_few_pairs_are_refused():
+    with pytest.raises(ValueError, match="5 pairs, expected at least 6"):
+        median_ratio([1.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("median", "better", "verdict"),
+    [
+        (1.2, "higher", "met"),
+        (1.05, "higher", "undecided"),
+        (0.8, "higher", "missed"),
+        (0.8, "lower", "met"),
+        (1.05, "lower", "undecided"),
+        (1.2, "lower", "missed"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(median: float, better: str, verdict: str):
+    assert make_figure(median, 0.1, better=better, aim=1.0).verdict == verdict
+
+
+def test_a_count_at_its_aim_meets_it():
+    for better in ("higher", "lower"):
+        figure = replace(make_figure(1, 0, better=better, aim=1.0), ratio=exact_ratio(1.0))
+        assert figure.verdict == "met"
+
+
+def test_the_json_line_is_one_line_with_the_ratios_of_the_first_dtype():
+    record = make_record(make_figure(2.0, 0.1), make_figure(3.0, 0.1, dtype="bfloat16"))
+    line = format_line(record)
+    assert "\n" not in line
+    found = json.loads(line)
+    assert found["ratios"] == {"vs_peer": 2.0}
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"row", "size", "device", "threads", "sizes", "seconds", "peak_bytes"} <= set(found)
+    assert [f["ratio"]["median"] for f in found["figures"]] == [2.0, 3.0]
+
+
+def test_the_table_shows_interval_aim_and_verdict():
+    text = format_table(make_record(make_figure(2.0, 0.1, aim=3.0)))
+    assert "2.000 [1.900, 2.100]" in text
+    assert ">= 3 missed" in text
+
+
+@pytest.mark.parametrize(
+    ("now", "better", "slower"),
+    [
+        (1.7, "higher", True),
+        (1.85, "higher", False),
+        (2.5, "higher", False),
+        (2.3, "lower", True),
+        (2.15, "lower", False),
+        (1.0, "lower", False),
+    ],
+)
+def test_compare_flags_what_is_worse_beyond_both_intervals(now: float, better: str, slower: bool):
+    old = as_json(make_record(make_figure(2.0, 0.1, better=better)))
+    new = as_json(make_record(make_figure(now, 0.1, better=better)))
+    assert bool(find_slowdowns(old, new)) == slower
+
+
+def test_compare_ignores_figures_that_are_new_and_refuses_other_settings():
+    old = as_json(make_record(make_figure(2.0, 0.1)))
+    new = make_record(make_figure(1.0, 0.1, name="another"))
+    assert find_slowdowns(old, as_json(new)) == []
+    other = replace(new, settings=replace(TOY, threads=2))
+    with pytest.raises(ValueError, match="threads: 1 then, 2 now"):
+        find_slowdowns(old, as_json(other))
+
+
+def run_suite(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], median: float, *more: str
+) -> tuple[int, list[str]]:
+    monkeypatch.setattr(suite, "run_row", lambda row, _: make_record(make_figure(median, 0.1)))
+    code = suite.main(["--size", "toy", "--only", "decode", *more])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_the_suite_writes_what_a_later_run_compares_itself_with(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    kept = str(tmp_path / "old.json")
+    code, lines = run_suite(monkeypatch, capsys, 2.0, "--out", kept)
+    assert code == 0
+    assert json.loads(lines[-1]) == json.loads(Path(kept).read_text())
+    code, lines = run_suite(monkeypatch, capsys, 1.95, "--compare", kept)
+    assert code == 0
+    code, lines = run_suite(monkeypatch, capsys, 1.5, "--compare", kept)
+    assert code == 1
+    assert any(line.startswith("SLOWER decode: vs_peer (float32) was 2.000") for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_gpu_suite_says_what_it_lacks():
+    with pytest.raises(RuntimeError, match="needs a CUDA device"):
+        make_settings("toy", suite="gpu")
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        suite.main(["--suite", "gpu", "--only", "decode"])
+
+
+@pytest.mark.slow
+def test_a_row_runs_alone_and_ends_in_one_json_object():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--size", "toy"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["row"] == "decode"
+    assert set(found["ratios"]) == {"vs_transformer_lens", "vs_huggingface"}
+    assert all(value > 0 for value in found["ratios"].values())

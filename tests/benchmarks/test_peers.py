@@ -1,0 +1,171 @@
+"""What is timed and counted: bytes, models, adapters, the bound's parts, the peers and checks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.adapters import Case, make_cases, multiply_adapter
+from benchmarks.memory import count_new_bytes, measure_residence, storages
+from benchmarks.models import (
+    checkpoint_folder,
+    draw_ids,
+    linear_weights,
+    load_hugging_face,
+    load_tokenizer,
+    make_chats,
+    sweep_weights,
+)
+from benchmarks.pair_diff import over_bound
+from benchmarks.peers import (
+    check_logits,
+    check_tokens,
+    generate_hugging_face,
+    load_own_way,
+    merge_plainly,
+)
+from benchmarks.settings import Settings
+from benchmarks.timing import Timings
+
+TOY = Settings(size="toy", threads=1, rounds=6)
+TOY_LAYERS = 4
+
+
+def test_new_bytes_count_storage_once_wherever_it_hides():
+    hidden: list[Any] = []
+    old = torch.zeros(1000)
+
+    def make() -> torch.Tensor:
+        made = torch.zeros(500)
+        hidden.append({"view": made[:10], "old": old[3:]})
+        return made.view(5, 100)
+
+    _, size = count_new_bytes(make)
+    assert size == 500 * 4
+
+
+def test_storage_of_views_and_empty_tensors():
+    whole = torch.zeros(8, dtype=torch.float64)
+    assert list(storages([whole[2:], whole.view(2, 4), torch.empty(0)]).values()) == [64]
+
+
+@pytest.mark.slow
+def test_residence_is_that_of_a_process_of_its_own():
+    found = measure_residence("load_views", "emlens", "float32", TOY)
+    assert len(found.after) == 2
+    assert found.peak >= max(found.after) > 50e6
+    hf = load_hugging_face("float32", TOY)
+    assert found.counted["checkpoint"] == 4 * sum(p.numel() for p in hf.parameters())
+
+
+def test_a_process_that_fails_is_quoted():
+    with pytest.raises(RuntimeError, match=r"No module named 'benchmarks\.nothing'"):
+        measure_residence("nothing", "emlens", "float32", TOY)
+
+
+def test_the_toy_is_written_once_and_loads_with_fused_attention():
+    assert checkpoint_folder("toy") == checkpoint_folder("toy")
+    hf: Any = load_hugging_face("bfloat16", TOY)
+    assert hf.config._attn_implementation == "sdpa"
+    assert hf.dtype == torch.bfloat16
+
+
+def test_chats_of_the_toy_have_as_many_tokens_as_words():
+    tokenizer = load_tokenizer(TOY)
+    (chat,) = make_chats(TOY, 1, 10)
+    text = " ".join(message.content for message in chat.messages)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == 10
+    assert min(ids) >= 3
+
+
+def test_the_bound_multiplies_every_matrix_once():
+    hf = load_hugging_face("float32", TOY)
+    weights = linear_weights(hf)
+    assert len(weights) == TOY_LAYERS * 7 + 1
+    assert len(set(map(id, weights))) == len(weights)
+    with FlopCounterMode(display=False) as counter:
+        sweep_weights(weights, rows=5)()
+    assert counter.get_total_flops() == 2 * 5 * sum(w.numel() for w in weights)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_the_adapters_part_of_the_bound_multiplies_both_factors_of_every_module(index: int):
+    hf = load_hugging_face("float32", TOY)
+    case = make_cases(hf, TOY)[index]
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        multiply_adapter(hf, case.adapter, rows=5)()
+    factors = sum(m.A.numel() + m.B.numel() for m in case.adapter.modules.values())
+    assert counter.get_total_flops() == 2 * 5 * factors
+
+
+def test_cases_start_where_they_say_and_touch_what_they_say():
+    hf = load_hugging_face("float32", TOY)
+    for case in make_cases(hf, TOY):
+        layers = {int(name.split(".")[2]) for name in case.adapter.modules}
+        assert min(layers) == case.first_layer
+        assert max(layers) < TOY_LAYERS
+    one = Case.down_proj(hf, [1], name="one")
+    assert one.touched_bytes(hf) == 64 * 128 * 4
+
+
+def test_full_size_has_nine_layers_from_the_ninth():
+    hf: Any = load_hugging_face("float32", TOY)
+    hf.config.num_hidden_layers = 30
+    layers = hf.model.layers
+    for _ in range(26):
+        layers.append(layers[0])
+    cases = make_cases(hf, TOY)
+    assert [case.first_layer for case in cases] == [15, 9, 0, 0]
+    assert [len(case.adapter.modules) for case in cases] == [1, 9, 210, 210]
+
+
+def test_the_bound_of_a_comparison_is_the_sum_of_its_parts():
+    hf = load_hugging_face("float32", TOY)
+    case = Case.down_proj(hf, [1], name="x")
+    parts = {"prefill": 4.0, "sketches": 0.5, "log-probabilities": 0.25, "adapter of x": 0.125}
+    whole = (1 + 2 * 3) / 4 * 4.0 + 0.5 + 0.25
+    seconds = parts | {"x, attached": 1.5 * (whole + 0.125), "x, merged": 3 * whole}
+    timings = Timings(seconds={name: (value,) * 6 for name, value in seconds.items()})
+    assert over_bound(timings, case, "attached", 4).median == pytest.approx(1.5)
+    assert over_bound(timings, case, "merged", 4).median == pytest.approx(3)
+
+
+def test_transformer_lens_loads_its_own_way_with_a_copy_of_every_weight():
+    hf = load_hugging_face("float32", TOY)
+    own = load_own_way(hf)
+    ids = draw_ids(hf, 2, 7)
+    with torch.inference_mode():
+        check_logits(own(ids), hf, ids, what="own")
+    shared = storages(hf.parameters()).keys() & storages(own.parameters()).keys()
+    assert not shared
+    assert type(own.blocks[0].attn).__module__.startswith("transformer_lens.")
+
+
+def test_a_check_fails_on_wrong_logits_and_on_wrong_tokens():
+    hf = load_hugging_face("float32", TOY)
+    ids = draw_ids(hf, 2, 7)
+    with torch.inference_mode():
+        logits = hf(ids).logits
+        tokens = generate_hugging_face(hf, ids, 5)()
+    check_logits(logits, hf, ids, what="same")
+    check_tokens(tokens, tokens, hf, ids)
+    assert tokens.shape == (2, 5)
+    with pytest.raises(AssertionError, match="halved: logits differ"):
+        check_logits(logits / 2, hf, ids, what="halved")
+    wrong = tokens.clone()
+    wrong[1, 3] = (wrong[1, 3] + 1) % 256
+    with pytest.raises(AssertionError, match="row 1 leaves Hugging Face's tokens at 3"):
+        check_tokens(wrong, tokens, hf, ids)
+
+
+def test_a_plain_merge_changes_the_logits_and_not_its_argument():
+    hf = load_hugging_face("float32", TOY)
+    ids = draw_ids(hf, 2, 7)
+    tuned = merge_plainly(hf, make_cases(hf, TOY)[3].adapter)
+    with torch.inference_mode():
+        check_logits(load_hugging_face("float32", TOY)(ids).logits, hf, ids, what="untouched")
+        with pytest.raises(AssertionError):
+            check_logits(tuned(ids).logits, hf, ids, what="tuned")
