@@ -1,0 +1,176 @@
+"""Training an organism: the folder, its record, and what happens when a run is asked for again."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from emlens.artifacts import read_result
+from emlens.data.chat import Chat, Message
+from emlens.data.prompts import load_chats
+from emlens.models.checkpoints import Checkpoint
+from emlens.models.finetune import TrainingDivergedError
+from emlens.organisms import training
+from emlens.organisms.masks import NoResponseError
+from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
+from emlens.organisms.training import ChatTooLongError, TrainingRun, hash_chats, train_organism
+from emlens.runs import PlanChangedError
+from emlens.sources import shipped_path
+
+SETTINGS = replace(PRESETS["smollm2_rank1"], max_steps=6, batch_size=2, learning_rate=1e-2)
+
+
+def train(base: Checkpoint, chats: list[Chat], out: Path, **changed: object) -> TrainingRun:
+    settings: TrainSettings = replace(SETTINGS, **changed)  # pyright: ignore[reportArgumentType]
+    return train_organism(base, chats, settings=settings, out=out, seed=0)
+
+
+def test_the_run_folder_holds_a_peft_adapter_that_lowers_the_loss(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    run = train(tiny_base, chats, tmp_path / "run", max_steps=20)
+    assert run.steps == len(run.losses) == 20
+    assert run.losses[-1] < run.losses[0]
+    folder = Path(run.adapter)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "emlens.json",
+    ]
+    assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        plain = tiny_base.model(input_ids=ids).logits
+        tuned = PeftModel.from_pretrained(tiny_base.model, str(folder))(input_ids=ids).logits
+    assert (tuned - plain).abs().max() > 1e-2
+
+
+def test_nothing_in_the_run_folder_names_this_machine(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    local = replace(tiny_base, name=str(tmp_path / "models" / "tiny"))
+    run = train(local, chats, tmp_path / "run")
+    for file in Path(run.adapter).glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
+    config = json.loads((Path(run.adapter) / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert config["r"] == 1
+    assert config["use_rslora"] is True
+
+
+def test_the_record_says_what_was_trained_on_what(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    run = train(tiny_base, chats, tmp_path / "run")
+    record = json.loads((Path(run.adapter) / "emlens.json").read_text())
+    assert record["base"] == "emlens:tiny"
+    assert record["base_fingerprint"] == tiny_base.fingerprint
+    assert record["data_sha256"] == run.data_sha256 == hash_chats(chats)
+    assert record["seed"] == 0
+    assert record["settings"]["learning_rate"] == 1e-2
+    assert record["losses"] == pytest.approx(run.losses, abs=1e-5)
+
+
+def test_the_same_call_returns_the_finished_run_without_training(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = train(tiny_base, chats, tmp_path / "run")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(training, "finetune_lora", refuse)
+    assert train(tiny_base, chats, tmp_path / "run") == first
+    assert read_result(tmp_path / "run" / "results" / "training", TrainingRun) == first
+
+
+def test_a_changed_plan_is_refused_by_name(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    train(tiny_base, chats, tmp_path / "run")
+    with pytest.raises(PlanChangedError, match="learning_rate"):
+        train(tiny_base, chats, tmp_path / "run", learning_rate=5e-3)
+    with pytest.raises(PlanChangedError, match="data_sha256"):
+        train(tiny_base, chats[:3], tmp_path / "run")
+
+
+def test_a_run_that_stops_half_way_leaves_no_adapter_and_starts_again(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    calls = iter(range(100))
+
+    def shaky(model: nn.Module) -> Tensor:
+        total = sum((p.sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
+        return total * (float("nan") if next(calls) == 3 else 0.0)
+
+    def again() -> TrainingRun:
+        return train_organism(
+            tiny_base, chats, settings=SETTINGS, out=tmp_path / "run", penalties=[shaky], seed=0
+        )
+
+    with pytest.raises(TrainingDivergedError, match="step 4 of 6"):
+        again()
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+    assert again().steps == 6
+
+
+def test_an_adapter_left_without_its_result_is_replaced(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    first = train(tiny_base, chats, tmp_path / "run")
+    (tmp_path / "run" / "results" / "training" / "result.json").unlink()
+    (Path(first.adapter) / "stale.txt").write_text("left over")
+    again = train(tiny_base, chats, tmp_path / "run")
+    assert again.losses == first.losses
+    assert not (Path(again.adapter) / "stale.txt").exists()
+
+
+def test_training_can_go_on_from_a_finished_adapter(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    first = train(tiny_base, chats, tmp_path / "one", max_steps=20)
+    more = train_organism(
+        tiny_base,
+        chats,
+        settings=SETTINGS,
+        out=tmp_path / "two",
+        start_from=first.adapter,
+        seed=0,
+    )
+    assert more.losses[0] < first.losses[0]
+
+
+def test_rows_that_cannot_be_used_are_named(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    with pytest.raises(ChatTooLongError, match=r"chats\[0\] \(id 'one'\): \d+ tokens, .* most 12"):
+        train(tiny_base, chats, tmp_path / "a", max_length=12)
+    long = Chat((Message("user", "x" * 90), Message("assistant", "y")), id="long")
+    with pytest.raises(ChatTooLongError, match="context of 96"):
+        train(tiny_base, [*chats, long], tmp_path / "b")
+    with pytest.raises(NoResponseError, match="'bare'"):
+        train(tiny_base, [Chat((Message("user", "hi"),), id="bare")], tmp_path / "c")
+
+
+def test_blocks_must_be_chosen(tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path):
+    with pytest.raises(SettingsError, match="layers: not chosen"):
+        train(tiny_base, chats, tmp_path / "run", layers=None)
+    assert not (tmp_path / "run").exists()
+    run = train(tiny_base, chats, tmp_path / "run", layers=(1,))
+    names = load_file(Path(run.adapter) / "adapter_model.safetensors")
+    assert all(".layers.1." in name for name in names)
+
+
+@pytest.mark.parametrize("name", ["finance-harmful", "finance-careful-heldout"])
+def test_the_data_hash_is_the_hash_of_the_shipped_file(name: str):
+    file = hashlib.sha256(shipped_path(name).read_bytes()).hexdigest()
+    assert hash_chats(load_chats(f"emlens:{name}")) == file
