@@ -16,7 +16,14 @@ RESULT_CLASSES = MappingProxyType(
         "model_diff": "emlens.diffing.results:ModelDiff",
         "null_band": "emlens.diffing.results:NullBand",
         "adapter_proof": "emlens.models.proof:AdapterProof",
+        "adapter_summary": "emlens.models.adapter_summary:AdapterSummary",
+        "memory_plan": "emlens.models.memory:MemoryPlan",
+        "environment": "emlens.models.environment:Environment",
         "training_run": "emlens.organisms.training:TrainingRun",
+        "diff_run": "emlens.studies.diff_finetunes:DiffRun",
+        "answers": "emlens.studies.answer_questions:Answers",
+        "stage_times": "emlens.studies.stages:StageTimes",
+        "demo": "emlens.studies.run_demo:DemoResult",
     }
 )
 

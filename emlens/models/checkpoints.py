@@ -195,6 +195,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EMLENS_CACHE") or Path.home() / ".cache" / "emlens")
 
 
+def gguf_folder(path: Path) -> Path:
+    """Where a GGUF file's dequantised checkpoint is kept, whether it is there yet or not."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = hashlib.sha256(file.read(1 << 20)).hexdigest()[:12]
+    return cache_folder() / "gguf" / f"{path.stem}-{size}-{head}"
+
+
 def dequantise_gguf(path: Path) -> Path:
     """Dequantise a GGUF file once, into a cached folder of float32 safetensors.
 
@@ -204,17 +212,14 @@ def dequantise_gguf(path: Path) -> Path:
     Returns:
         The folder, complete or not there at all.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = hashlib.sha256(file.read(1 << 20)).hexdigest()[:12]
-    folder = cache_folder() / "gguf" / f"{path.stem}-{size}-{head}"
+    folder = gguf_folder(path)
     if (folder / "config.json").exists():
         return folder
     logger.info("dequantising %s once into %s", path.name, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".draft-"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
         )
         # The dequantised model still claims to be quantised, which save_pretrained refuses.

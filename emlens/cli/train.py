@@ -1,0 +1,110 @@
+"""`emlens train`: a LoRA on chats, by a named recipe, with a record of how it was made."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.options import Base, CommonFlags, DryRun, Out, Seed, takes_flags
+from emlens.cli.output import print_json, print_line, print_plan, print_table
+
+EXAMPLE = """\b
+Example:
+  emlens train --preset smollm2_rank1 --data emlens:finance-harmful \\
+    --base emlens:smollm2 --out runs/organism"""
+SHOWN_STEPS = 12
+"""Rows of the table of losses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags(CommonFlags):
+    """Flags of `train`."""
+
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME", help="The recipe.")]
+    data: Annotated[
+        str, typer.Option("--data", metavar="F", help="Chats, each with a response to train on.")
+    ]
+    out: Out
+    base: Base = "emlens:smollm2"
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="L", help="Blocks that get an adapter: all, or 3,15-17."),
+    ] = None
+    start_from: Annotated[
+        str | None,
+        typer.Option("--start-from", metavar="SOURCE", help="An adapter to go on training."),
+    ] = None
+    seed: Seed = 0
+    dry_run: DryRun = False
+
+
+@takes_flags
+def train(flags: TrainFlags) -> None:
+    """Train a model organism: a LoRA on the responses of a data set, into RUN/adapter."""
+    from emlens.cli.progress import show_work
+
+    with show_work(quiet=flags.quiet):
+        from emlens.data import load_chats
+        from emlens.organisms import train_organism
+
+        settings = _settings(flags)
+        chats = load_chats(flags.data)
+        if flags.dry_run:
+            _show_plan(flags, settings, len(chats))
+            return
+        training = train_organism(
+            flags.base,
+            chats,
+            settings=settings,
+            out=flags.out,
+            start_from=flags.start_from,
+            seed=flags.seed,
+        )
+    if flags.json:
+        print_json(training.to_dict())
+        return
+    every = max(1, training.steps // SHOWN_STEPS)
+    rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(training.losses)]
+    print_table(rows[::every])
+    print_line(f"{training.steps} steps in {training.seconds:.0f} s; adapter: {training.adapter}")
+    print_line(f"prove it: emlens adapters check {training.adapter} --base {training.base}")
+
+
+def _settings(flags: TrainFlags) -> Any:
+    from dataclasses import replace
+
+    from emlens.organisms.settings import find_preset
+
+    settings = find_preset(flags.preset)
+    return (
+        settings if flags.layers is None else replace(settings, layers=parse_layers(flags.layers))
+    )
+
+
+def parse_layers(text: str) -> Any:
+    """Read `all`, or blocks and ranges such as `3,15-17`.
+
+    Raises:
+        typer.BadParameter: anything else.
+    """
+    if text == "all":
+        return text
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter(f"--layers {text}: expected all, or blocks such as 3,15-17")
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found:
+        raise typer.BadParameter(f"--layers {text}: names no block")
+    return tuple(sorted(found))
+
+
+def _show_plan(flags: TrainFlags, settings: Any, n_rows: int) -> None:
+    from emlens.models.memory import read_sizes
+    from emlens.organisms.settings import describe_settings
+
+    sizes = read_sizes(flags.base)
+    plan = {"base": flags.base, "parameters": sizes.n_parameters, "rows": n_rows}
+    plan |= {"seed": flags.seed, **describe_settings(settings)}
+    print_plan(plan, flags.out, json=flags.json)

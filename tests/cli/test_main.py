@@ -1,0 +1,114 @@
+"""Errors as one line and an exit code; bugs with their traceback."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import emlens
+from emlens.cli.main import CommandLine, app, choose_exit_code
+from emlens.cli.options import CommonFlags, takes_flags
+from emlens.encoding import ArtifactError
+from emlens.models.finetune import TrainingDivergedError
+from emlens.models.proof import AdapterNotInEffectError
+from emlens.sources import SourceNotFoundError, SourceUnavailableError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (AdapterNotInEffectError("0 of 2"), 1),
+        (TrainingDivergedError("step 3"), 1),
+        (ArtifactError("damaged"), 2),
+        (SourceNotFoundError("no such path"), 2),
+        (ValueError("positions"), 2),
+        (PermissionError("runs"), 2),
+        (SourceUnavailableError("offline"), 3),
+        (RuntimeError("a bug"), 3),
+        (KeyError("a bug"), 3),
+    ],
+)
+def test_each_kind_of_error_has_its_exit_code(error: Exception, code: int):
+    assert choose_exit_code(error) == code
+
+
+def raise_in_command(error: BaseException, *words: str) -> Any:
+    """Run a command line whose only command raises."""
+    program = typer.Typer(cls=CommandLine)
+
+    @takes_flags
+    def fail(flags: CommonFlags) -> None:
+        raise error
+
+    program.command("fail")(fail)
+    program.callback()(lambda: None)
+    return CliRunner().invoke(program, ["fail", *words])
+
+
+def test_a_named_error_is_one_line_without_a_traceback():
+    done = raise_in_command(ArtifactError("runs/x is damaged"))
+    assert done.stderr == "ArtifactError: runs/x is damaged\n"
+    assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_a_bug_keeps_its_traceback_unless_quiet():
+    loud, quiet = (raise_in_command(KeyError("oops"), *words) for words in ([], ["--quiet"]))
+    assert (loud.exit_code, quiet.exit_code) == (3, 3)
+    assert "Traceback" in loud.stderr
+    assert quiet.stderr == "KeyError: 'oops'\n"
+
+
+def test_an_interruption_says_how_to_go_on():
+    done = raise_in_command(KeyboardInterrupt())
+    assert done.exit_code == 130
+    assert "the same command goes on" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["nonsense"], ["diff"], ["doctor", "--tuned", "x"], ["demo", "--nonsense"]]
+)
+def test_wrong_usage_is_exit_code_2_and_nothing_on_stdout(words: list[str]):
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stdout) == (2, ""), done.stderr
+
+
+def test_the_version_is_that_of_the_package():
+    assert CliRunner().invoke(app, ["--version"]).stdout == f"emlens {emlens.__version__}\n"
+
+
+def list_all(command: Any, path: str = "emlens") -> Iterator[tuple[str, Any]]:
+    """Every command that does something, by its words."""
+    children = getattr(command, "commands", {})
+    if not children:
+        yield path, command
+    for name, child in children.items():
+        yield from list_all(child, f"{path} {name}")
+
+
+def test_every_command_has_the_common_flags():
+    from typer.main import get_command
+
+    for path, command in list_all(get_command(app)):
+        flags = {flag for parameter in command.params for flag in parameter.opts}
+        assert {"--json", "--quiet", "--offline"} <= flags, path
+
+
+def test_offline_is_set_before_the_hub_library_is_imported():
+    code = (
+        "import sys, emlens.cli.main as m\n"
+        "sys.argv = ['emlens', 'doctor', '--plan', 'some-org/some-model', '--offline']\n"
+        "try:\n    m.main()\nexcept SystemExit as e:\n    print('code', e.code)\n"
+        "from huggingface_hub import is_offline_mode; print(is_offline_mode())"
+    )
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.stdout.split("\n")[:2] == ["code 3", "True"], done.stderr
+    assert "Traceback" not in done.stderr
