@@ -54,7 +54,8 @@ def test_storage_of_views_and_empty_tensors():
 def test_residence_is_that_of_a_process_of_its_own():
     found = measure_residence("load_views", "emlens", "float32", TOY)
     assert len(found.after) == 2
-    assert found.peak >= max(found.after) > 50e6
+    # The kernel counts the peak in batches of pages, so it may trail by a few.
+    assert found.peak >= 0.99 * max(found.after) > 50e6
     hf = load_hugging_face("float32", TOY)
     assert found.counted["checkpoint"] == 4 * sum(p.numel() for p in hf.parameters())
 
