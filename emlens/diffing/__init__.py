@@ -1,27 +1,5 @@
 """Comparing a base with its fine-tune: activations, outputs, and what chance would do."""
 
-from emlens.diffing.compare import compare_activations, compare_logits, compare_models
-from emlens.diffing.null_band import compare_nulls
-from emlens.diffing.results import (
-    ActivationDiff,
-    ExampleComparison,
-    LogitDiff,
-    ModelDiff,
-    NullBand,
-    PromptDivergence,
-    TokenChange,
-)
+import lazy_loader
 
-__all__ = [
-    "ActivationDiff",
-    "ExampleComparison",
-    "LogitDiff",
-    "ModelDiff",
-    "NullBand",
-    "PromptDivergence",
-    "TokenChange",
-    "compare_activations",
-    "compare_logits",
-    "compare_models",
-    "compare_nulls",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,7 +3,8 @@
 Tensors in, ``ActivationDiff`` out; the shell that meets the models is ``compare``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -86,8 +87,7 @@ def summarise_changes(
     )
 
 
-def _stack(cells: list, value: object) -> Tensor:
-    assert callable(value)
+def _stack(cells: list, value: Callable[[Any], Tensor]) -> Tensor:
     return torch.stack([torch.stack([value(cell).cpu() for cell in row]) for row in cells])
 
 

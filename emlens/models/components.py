@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.components import (
-    Attention,
-    Embed,
-    GatedMLP,
-    GroupedQueryAttention,
-    LayerNorm,
-    RMSNorm,
-)
+from transformer_lens.components.attention import Attention
+from transformer_lens.components.embed import Embed
+from transformer_lens.components.grouped_query_attention import GroupedQueryAttention
+from transformer_lens.components.layer_norm import LayerNorm
+from transformer_lens.components.mlps.gated_mlp import GatedMLP
+from transformer_lens.components.rms_norm import RMSNorm
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.attention import complex_attn_linear

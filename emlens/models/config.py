@@ -11,60 +11,6 @@ from typing import Any
 
 from emlens.models.layout import Place
 
-ROPE_TYPES = frozenset({"default", "linear", "dynamic", "llama3", "yarn"})
-"""Rotary variants whose tables depend on positions only, up to the model's context length."""
-
-# Fields that never change an inference forward pass: names, ids, dropout, caching, bookkeeping.
-_INERT = frozenset(
-    [
-        "architectures",
-        "model_type",
-        "dtype",
-        "torch_dtype",
-        "transformers_version",
-        "_name_or_path",
-        "use_cache",
-        "initializer_range",
-        "pad_token_id",
-        "bos_token_id",
-        "eos_token_id",
-        "sep_token_id",
-        "decoder_start_token_id",
-        "attention_dropout",
-        "resid_pdrop",
-        "embd_pdrop",
-        "attn_pdrop",
-        "hidden_dropout",
-        "classifier_dropout",
-        "summary_type",
-        "summary_use_proj",
-        "summary_activation",
-        "summary_proj_to_labels",
-        "summary_first_dropout",
-        "task_specific_params",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "finetuning_task",
-        "prefix",
-        "tokenizer_class",
-        "chunk_size_feed_forward",
-        "pretraining_tp",
-        "cache_implementation",
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "max_window_layers",
-        "n_ctx",
-        "reorder_and_upcast_attn",
-    ]
-)
-# reorder_and_upcast_attn changes only the precision of GPT-2's eager half-precision scores.
-
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
@@ -174,24 +120,11 @@ _SANDWICH_NORMS = {
     "ln2_post": "post_feedforward_layernorm",
 }
 _SIZES = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "hidden_activation",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "attention_bias",
-    ]
+    """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads head_dim hidden_act hidden_activation max_position_embeddings
+    rms_norm_eps tie_word_embeddings rope_parameters rope_scaling rope_theta attention_bias
+    """.split()  # noqa: SIM905
 )
 
 
@@ -285,6 +218,13 @@ _GEMMA: dict[str, Any] = {
     "required": {"use_bidirectional_attention": False},
 }
 
+_GPT2_FIELDS = frozenset(
+    """
+    vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon
+    scale_attn_weights scale_attn_by_inverse_layer_idx tie_word_embeddings
+    """.split()  # noqa: SIM905
+)
+
 _ENTRIES = (
     Architecture(
         name="LlamaForCausalLM",
@@ -334,21 +274,7 @@ _ENTRIES = (
         places=_GPT2_PLACES,
         norms={"ln1": "ln_1", "ln2": "ln_2"},
         read_config=_gpt2,
-        handled=frozenset(
-            [
-                "vocab_size",
-                "n_positions",
-                "n_embd",
-                "n_layer",
-                "n_head",
-                "n_inner",
-                "activation_function",
-                "layer_norm_epsilon",
-                "scale_attn_weights",
-                "scale_attn_by_inverse_layer_idx",
-                "tie_word_embeddings",
-            ]
-        ),
+        handled=_GPT2_FIELDS,
         required={"add_cross_attention": False},
         trunk="transformer",
         blocks="h",
@@ -375,46 +301,3 @@ def find_architecture(name: str) -> Architecture:
         f"supported: {', '.join(ARCHITECTURES)}. A multimodal checkpoint's text part must be "
         "saved as its own text-only model first."
     )
-
-
-def check_config(config: Any, architecture: Architecture) -> None:
-    """Refuse a config whose forward pass the loader does not reproduce.
-
-    A field counts if the config class defines it and its value differs from the class's default:
-    fields that the class does not know cannot reach the Hugging Face forward pass either.
-
-    Raises:
-        ValueError: the field, its value, and what is supported.
-    """
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{architecture.name}: quantization_config is set; quantised bases are not supported, "
-            "load the unquantised checkpoint"
-        )
-    defaults = type(config)().to_dict()
-    values = config.to_dict()
-    for name, value in values.items():
-        if name in architecture.required and (value or False) != architecture.required[name]:
-            raise ValueError(
-                f"{architecture.name}: config field {name}={value!r} is not supported, "
-                f"only {architecture.required[name]!r}"
-            )
-        known = name in architecture.handled or name in architecture.required or name in _INERT
-        if not known and name in defaults and value != defaults[name]:
-            raise ValueError(
-                f"{architecture.name}: config field {name}={value!r} (default "
-                f"{defaults[name]!r}) changes the forward pass and is not supported"
-            )
-    for rope in rope_types(config):
-        if rope not in ROPE_TYPES:
-            raise ValueError(
-                f"{architecture.name}: rope_type {rope!r} is not supported; "
-                f"supported: {', '.join(sorted(ROPE_TYPES))}"
-            )
-
-
-def rope_types(config: Any) -> tuple[str, ...]:
-    """Return the rotary variants a config names, one or one per layer type."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    groups = [rope] if "rope_type" in rope else [g for g in rope.values() if isinstance(g, dict)]
-    return tuple(str(group.get("rope_type", "default")) for group in groups)

@@ -60,7 +60,10 @@ class KeyValueCache:
         device = model.W_E.device
         shape = (batch, heads, capacity, cfg.d_head)
         self.entries = [
-            LayerCache(*(torch.empty(shape, dtype=cfg.dtype, device=device) for _ in range(2)))
+            LayerCache(
+                keys=torch.empty(shape, dtype=cfg.dtype, device=device),
+                values=torch.empty(shape, dtype=cfg.dtype, device=device),
+            )
             for _ in range(cfg.n_layers)
         ]
         self.previous_attention_mask = torch.empty((batch, 0), dtype=torch.long, device=device)

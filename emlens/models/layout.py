@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emlens.models.protocol import HookedConfig
+from emlens.sites import SiteConfig
 
 Kind = Literal["heads_out", "heads_in", "plain"]
 
@@ -77,14 +77,15 @@ def weight_matrix(weight: Float[Tensor, "a b"], place: Place) -> Float[Tensor, "
     return weight.mT if place.conv1d else weight
 
 
-def place_shape(place: Place, cfg: HookedConfig) -> tuple[int, int]:
+def place_shape(place: Place, cfg: SiteConfig) -> tuple[int, int]:
     """Return (d_out, d_in) of the Hugging Face module."""
     d_heads = cfg.n_heads * cfg.d_head
     d_key = (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
     widths = {"hook_q": d_heads, "hook_k": d_key, "hook_v": d_key}
-    widths |= {"hook_pre": cfg.d_mlp, "hook_pre_linear": cfg.d_mlp}
+    d_mlp = cfg.d_mlp or 0
+    widths |= {"hook_pre": d_mlp, "hook_pre_linear": d_mlp}
     d_out = sum(widths.get(name.rsplit(".", 1)[-1], cfg.d_model) for name in place.writes)
-    d_in = {"attn": cfg.d_model, "mlp": cfg.d_model, "z": d_heads, "post": cfg.d_mlp}
+    d_in = {"attn": cfg.d_model, "mlp": cfg.d_model, "z": d_heads, "post": d_mlp}
     return d_out, d_in[place.reads]
 
 

@@ -1,7 +1,7 @@
 """From a Source, or a model in memory, to a HookedTransformer, with or without an adapter."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
@@ -127,9 +127,9 @@ def strip_lora(model: PeftModel) -> PreTrainedModel:
 
     The peft model is left as it is: a second module tree is built around the same tensors.
     """
-    wrapped = model.get_base_model()
+    wrapped: Any = model.get_base_model()
     with torch.device("meta"):
-        plain = type(wrapped)(wrapped.config)
+        plain: Any = type(wrapped)(wrapped.config)
     tensors = {}
     for name, value in wrapped.state_dict(keep_vars=True).items():
         clean = name.replace(".base_layer.", ".")

@@ -26,7 +26,8 @@ from emlens.models.components import (
     FusedRMSNorm,
     ScaledEmbed,
 )
-from emlens.models.config import Architecture, check_config, find_architecture
+from emlens.models.config import Architecture, find_architecture
+from emlens.models.config_fields import check_config
 from emlens.models.layout import from_matrix, split_rows, weight_matrix
 from emlens.models.rotary import RotaryTables, SharedTables
 
@@ -115,7 +116,8 @@ def build_skeleton(
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg, None, move_to_device=False)
         tables = SharedTables()
-        for layer, block in enumerate(model.blocks):
+        blocks: Any = model.blocks
+        for layer, block in enumerate(blocks):
             block.attn = _attention(cfg, block.attn, layer, tables, rotary.get(layer))
             for norm in ("ln1", "ln2", "ln1_post", "ln2_post"):
                 if hasattr(block, norm):
@@ -132,7 +134,7 @@ def build_skeleton(
 
 def _attention(
     cfg: HookedTransformerConfig,
-    host: nn.Module,
+    host: Any,
     layer: int,
     tables: SharedTables,
     rotary: RotaryTables | None,
@@ -177,12 +179,13 @@ def read_tensors(
 ) -> dict[str, Tensor]:
     """Map a Hugging Face model's weights to TransformerLens names, as views of their storage."""
     trunk = hf.get_submodule(architecture.trunk)
+    blocks: Any = trunk.get_submodule(architecture.blocks)
     tensors: dict[str, Tensor] = {"embed.W_E": _weight(trunk, architecture.embed)}
     if architecture.pos_embed:
         tensors["pos_embed.W_pos"] = _weight(trunk, architecture.pos_embed)
     tensors["unembed.W_U"] = _weight(hf, architecture.unembed).mT
     tensors |= _read_norm(trunk, architecture.final_norm, "ln_final", architecture)
-    for layer, block in enumerate(trunk.get_submodule(architecture.blocks)):
+    for layer, block in enumerate(blocks):
         prefix = f"blocks.{layer}."
         for ours, theirs in architecture.norms.items():
             tensors |= _read_norm(block, theirs, prefix + ours, architecture)
@@ -278,7 +281,8 @@ def share_model(
         ValueError: a model that emlens did not lay, or a replaced name it does not have.
     """
     require_views(model)
-    rotary = {layer: block.attn.rotary for layer, block in enumerate(model.blocks)}
+    blocks: Any = model.blocks
+    rotary = {layer: block.attn.rotary for layer, block in enumerate(blocks)}
     rotary = {layer: tables for layer, tables in rotary.items() if tables is not None}
     architecture = find_architecture(str(model.cfg.original_architecture))
     shell = build_skeleton(copy.deepcopy(model.cfg), architecture, rotary)

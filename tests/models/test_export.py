@@ -54,7 +54,7 @@ def test_an_edited_unembedding_is_exported_untied(tmp_path):
 def test_a_bias_the_class_cannot_hold_is_refused(tmp_path):
     model = copy_weights(lay_views(make_tiny("llama"), None))
     with torch.no_grad():
-        model.blocks[1].mlp.b_out += 1.0
+        model.get_parameter("blocks.1.mlp.b_out").add_(1.0)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.bias"):
         save_checkpoint(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()

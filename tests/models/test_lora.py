@@ -151,7 +151,7 @@ def test_scaling_one_module_leaves_the_others(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_saved_adapter_gives_peft_and_us_the_same_logits(name, tmp_path):
-    from peft import PeftModel  # noqa: PLC0415
+    from peft import PeftModel
 
     odd = {"llama": "up_proj", "gpt2": "c_fc"}[name]
     adapter = load_adapter(make_peft(name, use_rslora=True, rank_pattern={odd: 2}))
@@ -170,4 +170,5 @@ def test_null_adapters_keep_shapes_and_norms_and_differ():
         assert torch.allclose(drawn.delta().norm(), module.delta().norm(), rtol=1e-5)
         assert not torch.allclose(drawn.delta(), module.delta())
         assert not torch.equal(drawn.A, second.modules[name].A)
-    assert torch.equal(sample_null_adapters(adapter, n=5, seed=3)[0].modules[name].A, drawn.A)
+    again = sample_null_adapters(adapter, n=5, seed=3)[0]
+    assert all(torch.equal(again.modules[n].A, m.A) for n, m in first.modules.items())

@@ -1,5 +1,7 @@
 """The paired forward against forwards of their own, for each model alone."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from emlens.sites import SiteError, expand_sites, parse_site
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_ids
 
-MIDDLE = {"layers_to_transform": [1, 2]}
+MIDDLE: dict[str, Any] = {"layers_to_transform": [1, 2]}
 
 
 def padded():
@@ -125,29 +127,29 @@ def test_a_merged_pair_sharing_no_layer_takes_passes_of_its_own():
 def test_adapters_and_models_are_not_mixed():
     peft_model = make_peft("llama")
     base, adapter = load_base(peft_model), load_adapter(peft_model)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match=r"not both"):
         run(base, [adapter, merge_adapter(base, adapter)])
 
 
 def test_a_site_that_is_never_reached_is_an_error():
     base = load_base(make_peft("llama"))
     ids, mask = padded()
-    with pytest.raises(HookNeverFiredError, match="ln_final_normalized"):
+    with pytest.raises(HookNeverFiredError, match=r"ln_final_normalized"):
         run(base, [], sites=("ln_final_normalized",))
     with (
-        pytest.raises(SiteError, match="nearest|no resid_post"),
+        pytest.raises(SiteError, match=r"nearest|no resid_post"),
         watch_sites(base, [parse_site("resid_post.9")], lambda s, x: None),
     ):
         base(ids, attention_mask=mask)
     with (
-        pytest.raises(RuntimeError, match="first error"),
+        pytest.raises(RuntimeError, match=r"first error"),
         watch_sites(base, expand_sites("resid_post", base.cfg), lambda s, x: None),
     ):
         raise RuntimeError("first error")
 
 
 def test_full_checkpoint_shares_every_equal_tensor(tmp_path):
-    from emlens.models.export import save_checkpoint  # noqa: PLC0415
+    from emlens.models.export import save_checkpoint
 
     peft_model = make_peft("llama", target_modules=["down_proj"])
     base = load_base(peft_model)
@@ -161,5 +163,5 @@ def test_full_checkpoint_shares_every_equal_tensor(tmp_path):
 
 
 def test_models_of_other_sizes_make_no_pair():
-    with pytest.raises(ValueError, match="differ in"):
+    with pytest.raises(ValueError, match=r"differ in"):
         load_pair(load_base(make_peft("llama")), load_base(make_peft("qwen2")))

@@ -1,5 +1,7 @@
 """The Hugging Face forward pass is the oracle of ours, for every supported architecture."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -66,7 +68,7 @@ def test_left_padded_logits_equal_hugging_face(name):
 @pytest.mark.parametrize("name", PLAIN)
 def test_bfloat16_stays_as_near_float32_as_hugging_face_does(name):
     exact = make_tiny(name)(make_ids(2, 20)).logits
-    hf = make_tiny(name).to(torch.bfloat16)
+    hf = make_tiny(name, dtype=torch.bfloat16)
     theirs = (hf(make_ids(2, 20)).logits.float() - exact).abs().max()
     ours = (lay_views(hf, None)(make_ids(2, 20)).float() - exact).abs().max()
     assert ours <= 1.5 * theirs
@@ -77,7 +79,9 @@ def test_hooking_scores_changes_no_logit(name):
     model = lay_views(make_tiny(name), None)
     ids, mask = padded()
     plain = model(ids, attention_mask=mask)
-    watch = [(f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x) for layer in range(3)]
+    watch: list[Any] = [
+        (f"blocks.{layer}.attn.hook_pattern", lambda x, hook: x) for layer in range(3)
+    ]
     watched = model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=watch)
     difference = (plain - watched)[mask.bool()].abs().max()
     assert difference <= 1e-5 * plain.abs().max()
@@ -87,5 +91,5 @@ def test_hooking_scores_changes_no_logit(name):
 def test_hooking_a_pattern_takes_effect(name):
     model = lay_views(make_tiny(name), None)
     ids = make_ids(1, 9)
-    blank = [("blocks.1.attn.hook_pattern", lambda x, hook: torch.zeros_like(x))]
+    blank: list[Any] = [("blocks.1.attn.hook_pattern", lambda x, hook: torch.zeros_like(x))]
     assert not torch.allclose(model(ids), model.run_with_hooks(ids, fwd_hooks=blank))

@@ -100,7 +100,7 @@ def test_a_merged_model_without_its_base_cannot_be_verified():
 
 
 def test_another_base_is_reported_not_refused():
-    from dataclasses import replace  # noqa: PLC0415
+    from dataclasses import replace
 
     base, adapter = loaded("llama")
     foreign = replace(adapter, base_name="org/other", base_fingerprint="f" * 32)

@@ -1,8 +1,11 @@
-"""Tiny random Hugging Face models, every parameter perturbed: fresh norms and biases see nothing."""
+"""Tiny random Hugging Face models, every parameter perturbed: fresh norms hide errors."""
 
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -15,6 +18,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -35,8 +39,8 @@ _GATED: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_WIDE = _GATED | {"head_dim": 10}
-_LLAMA3 = {
+_WIDE: dict[str, Any] = _GATED | {"head_dim": 10}
+_LLAMA3: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -44,14 +48,18 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-_YARN = {
+_YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
-_SANDWICH = _WIDE | {"sliding_window": 5, "layer_types": _SLIDING, "query_pre_attn_scalar": 12}
+_SANDWICH: dict[str, Any] = _WIDE | {
+    "sliding_window": 5,
+    "layer_types": _SLIDING,
+    "query_pre_attn_scalar": 12,
+}
 _GPT2: dict[str, Any] = {
     "vocab_size": D_VOCAB,
     "n_embd": 24,
@@ -128,3 +136,18 @@ def make_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Random token ids, special ones left out."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, D_VOCAB, shape, generator=generator)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the tiny vocabulary: ``w5 w6`` is [5, 6]; chats are framed."""
+    words = {"<pad>": 0, "<user>": 1, "<end>": 2} | {f"w{i}": i for i in range(3, D_VOCAB)}
+    core = Tokenizer(WordLevel(words, unk_token="w3"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<user>", eos_token="<end>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<user> ' + m['content'] + ' <end> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<user> ' }}{% endif %}"
+    )
+    return tokenizer

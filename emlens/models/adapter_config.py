@@ -1,0 +1,178 @@
+"""The verdict on every field of a PEFT ``adapter_config.json``: handled, inert or refused.
+
+Nothing that a config names is imported, and no pattern in it is run as a regular expression.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from emlens.models.lora import LoraModule
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_RANK = 4096
+
+_INERT = frozenset(
+    [
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "inference_mode",
+        "lora_dropout",
+        "runtime_config",
+        "megatron_config",
+        "megatron_core",
+        "revision",
+        "base_model_name_or_path",
+    ]
+)
+_HANDLED = frozenset(
+    [
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "init_lora_weights",
+    ]
+)
+_SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Initialisations that leave the base alone; pissa, olora, corda, loftq and lora_ga change it."""
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Read and bound ``adapter_config.json``.
+
+    Raises:
+        ValueError: a missing, oversized or malformed file.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no adapter_config.json: not a PEFT adapter folder")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an adapter config")
+    try:
+        config = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def judge_config(config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
+    """Decide, field by field, what an adapter config asks for.
+
+    Returns:
+        (field, value, verdict) for each field that was handled rather than inert.
+
+    Raises:
+        ValueError: a field that is not supported at its value.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')!r}: only LORA adapters are supported")
+    _judge_numbers(config)
+    verdicts = []
+    defaults = _default_config()
+    for name, value in config.items():
+        if name in _INERT:
+            continue
+        if name in _HANDLED:
+            if value not in (None, {}, [], ""):
+                verdicts.append((name, json.dumps(value), "handled"))
+            continue
+        if value == defaults.get(name, "") or value in (None, False, "", [], {}):
+            continue
+        known = "this field" if name in defaults else "this unknown field"
+        raise ValueError(
+            f"adapter_config.json: {name}={value!r} is not supported; {known} may change the "
+            "forward pass. Merge the adapter with peft and load the merged checkpoint instead"
+        )
+    return tuple(verdicts)
+
+
+def _judge_numbers(config: Mapping[str, Any]) -> None:
+    rank = config.get("r")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"adapter_config.json: r={rank!r}, expected 1 to {MAX_RANK}")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ValueError(f"adapter_config.json: lora_alpha={alpha!r}, expected a finite number")
+    if config.get("init_lora_weights", True) not in _SAFE_INITS:
+        raise ValueError(
+            f"adapter_config.json: init_lora_weights={config['init_lora_weights']!r} changes the "
+            f"base weights; supported: {', '.join(map(str, _SAFE_INITS))}"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern, value in (config.get(name) or {}).items():
+            good = isinstance(value, int | float) and not isinstance(value, bool)
+            if not good or not math.isfinite(value) or (name == "rank_pattern" and value < 1):
+                raise ValueError(f"adapter_config.json: {name}[{pattern!r}]={value!r}")
+
+
+def _default_config() -> dict[str, Any]:
+    return {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
+
+
+def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The first pattern that is the module's name or a dotted suffix of it; no regex is run.
+
+    Raises:
+        ValueError: a pattern that is more than a literal.
+    """
+    for pattern, value in patterns.items():
+        literal = pattern.removeprefix("^").removesuffix("$").removeprefix(r".*\.")
+        literal = literal.replace(r"\.", ".")
+        if not all(c.isalnum() or c in "._-" for c in literal):
+            raise ValueError(
+                f"adapter_config.json: pattern {pattern!r} is a regular expression; only module "
+                "names and suffixes are supported"
+            )
+        if name == literal or name.endswith("." + literal):
+            return value
+    return default
+
+
+def check_targets(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> None:
+    """Compare the modules in the file with those the config targets; the file is the truth.
+
+    Raises:
+        ValueError: a target without tensors, or tensors that no target asks for.
+    """
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        if targets == "all-linear":
+            targets = None
+        elif not all(c.isalnum() or c in "._-" for c in targets):
+            targets = None  # a regular expression: never run, the tensors say what is adapted
+        else:
+            targets = [targets]
+    if targets:
+        for name in modules:
+            if not any(name == t or name.endswith("." + t) for t in targets):
+                raise ValueError(f"the file adapts {name}, which target_modules does not name")
+        for target in targets:
+            if not any(name == target or name.endswith("." + target) for name in modules):
+                raise ValueError(f"target_modules names {target!r}, but no tensor adapts it")
+    layers = config.get("layers_to_transform")
+    if layers is not None:
+        wanted = {layers} if isinstance(layers, int) else set(layers)
+        found = {int(p) for n in modules for p in n.split(".") if p.isdigit()}
+        if found != wanted:
+            raise ValueError(
+                f"layers_to_transform is {sorted(wanted)}, the file adapts layers {sorted(found)}"
+            )
+    for name in config.get("exclude_modules") or ():
+        if any(module == name or module.endswith("." + name) for module in modules):
+            raise ValueError(f"exclude_modules names {name!r}, but the file adapts it")

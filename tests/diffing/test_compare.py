@@ -1,0 +1,301 @@
+"""Comparisons of tiny models against a plain loop over Hugging Face outputs, and planted truth."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from scipy.stats import entropy
+
+from emlens.data import Batching, Chat, Message
+from emlens.diffing import (
+    ModelDiff,
+    compare_activations,
+    compare_logits,
+    compare_models,
+    compare_nulls,
+)
+from emlens.models.adapter_files import load_adapter
+from emlens.models.lora import LoraAdapter, LoraModule, scale_adapter
+from emlens.models.pair import ModelPair, load_pair
+from emlens.models.views import lay_views
+from tests.models.adapters import make_peft
+from tests.models.tiny import D_VOCAB, make_tiny, make_tokenizer
+
+
+def make_chats(n=7, *, seed=0, respond=True):
+    generator = np.random.default_rng(seed)
+
+    def words(low, high):
+        ids = generator.integers(3, D_VOCAB, generator.integers(low, high))
+        return " ".join(f"w{i}" for i in ids)
+
+    return [
+        Chat(
+            (Message("user", words(2, 9)),)
+            + ((Message("assistant", words(3, 8)),) if respond else ()),
+            id=f"chat-{k}",
+        )
+        for k in range(n)
+    ]
+
+
+def tiny_base(name="llama", **kwargs):
+    return lay_views(make_tiny(name, **kwargs), make_tokenizer())
+
+
+def planted(base, *, layer=1, size=1.0):
+    """An adapter whose only effect is to add size * (mean input) times one direction."""
+    v = torch.nn.functional.normalize(torch.arange(1.0, base.cfg.d_model + 1), dim=0)
+    A = torch.ones(1, base.cfg.d_mlp)
+    module = LoraModule(A=A, B=size * v[:, None], scale=1.0)
+    name = f"model.layers.{layer}.mlp.down_proj"
+    return LoraAdapter(modules={name: module}, name="planted"), v
+
+
+@torch.no_grad()
+def by_hand(peft_model, chats, tokenizer):
+    """KLs, entropies, agreement and mean activations of response tokens, one chat at a time."""
+    rows = {"kl": [], "back": [], "h_base": [], "h_tuned": [], "same": []}
+    hidden = {"base": [], "tuned": []}
+    mass = np.zeros((2, D_VOCAB))
+    for chat in chats:
+        prompt = tokenizer(f"<user> {chat.messages[0].content} <end> <user> ").input_ids
+        answer = tokenizer(chat.messages[1].content).input_ids
+        ids = torch.tensor([prompt + answer + [2]])
+        with peft_model.disable_adapter():
+            base = peft_model(ids, output_hidden_states=True)
+        tuned = peft_model(ids, output_hidden_states=True)
+        where = range(len(prompt), len(prompt) + len(answer))
+        for t in where:
+            log_p, log_q = (
+                log_softmax(out.logits[0, t - 1].double().numpy()) for out in (base, tuned)
+            )
+            p, q = np.exp(log_p), np.exp(log_q)
+            mass += np.stack([p, q])
+            rows["kl"].append(entropy(p, q))
+            rows["back"].append(entropy(q, p))
+            rows["h_base"].append(entropy(p))
+            rows["h_tuned"].append(entropy(q))
+            rows["same"].append(p.argmax() == q.argmax())
+        for name, out in (("base", base), ("tuned", tuned)):
+            hidden[name].append(out.hidden_states[2][0, list(where)].double())
+    return (
+        {k: np.array(v) for k, v in rows.items()},
+        {k: torch.cat(v) for k, v in hidden.items()},
+        mass,
+    )
+
+
+@pytest.mark.parametrize("form", ["attached", "merged"])
+@pytest.mark.parametrize("tokens", [10_000, 40])
+def test_one_pass_equals_a_plain_loop_over_hugging_face(form, tokens):
+    peft_model = make_peft("llama")
+    chats, tokenizer = make_chats(), make_tokenizer()
+    expected, hidden, mass = by_hand(peft_model, chats, tokenizer)
+    adapter = load_adapter(peft_model)
+    pair = load_pair(tiny_base(), adapter, form=form)
+    diff = compare_models(pair, chats, batching=Batching(tokens=tokens))
+    logits = diff.logits
+    assert logits.n_tokens == len(expected["kl"])
+    assert logits.kl_base_tuned == pytest.approx(expected["kl"].mean(), rel=1e-4)
+    assert logits.kl_tuned_base == pytest.approx(expected["back"].mean(), rel=1e-4)
+    assert logits.entropy_base == pytest.approx(expected["h_base"].mean(), rel=1e-5)
+    assert logits.entropy_tuned == pytest.approx(expected["h_tuned"].mean(), rel=1e-5)
+    assert logits.agreement == pytest.approx(expected["same"].mean())
+    change = (mass[1] - mass[0]) / len(expected["kl"])
+    assert logits.risen_tokens[0].token_id == change.argmax()
+    assert logits.risen_tokens[0].change == pytest.approx(change.max(), rel=1e-4)
+    assert logits.fallen_tokens[0].token_id == change.argmin()
+    site = diff.activations.sites.index("resid_post.1")
+    mean = diff.activations.mean_tuned[site, 0]
+    assert torch.allclose(mean, hidden["tuned"].mean(0), atol=1e-5)
+    moved = hidden["tuned"] - hidden["base"]
+    rms = (moved.square().sum(1).mean() / hidden["base"].square().sum(1).mean()).sqrt()
+    assert float(diff.activations.relative_rms[site, 0]) == pytest.approx(float(rms), rel=1e-4)
+
+
+def test_examples_carry_every_token_and_the_counted_ones_sum_to_the_prompts_mean():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    chats = make_chats()
+    diff = compare_logits(pair, chats, examples=3)
+    assert [e.chat for e in diff.examples] == ["chat-0", "chat-1", "chat-2"]
+    for example in diff.examples:
+        counted = [k for k, c in zip(example.kl, example.counted, strict=True) if c]
+        prompt = next(p for p in diff.prompts if p.chat == example.chat)
+        assert np.mean(counted) == pytest.approx(prompt.kl_base_tuned, rel=1e-5)
+        assert example.kl[0] == 0.0
+        assert all(k > 0 for k in example.kl[1:])
+        assert all(len(top) == 5 for top in example.tuned_top[1:])
+        chances = [chance for _, chance in example.tuned_top[3]]
+        assert chances == sorted(chances, reverse=True)
+
+
+def test_prompts_are_sorted_by_divergence():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    kls = [p.kl_base_tuned for p in compare_logits(pair, make_chats()).prompts]
+    assert kls == sorted(kls, reverse=True)
+    assert len(set(kls)) == 7
+
+
+def test_base_against_itself_differs_nowhere():
+    base = tiny_base()
+    pair = ModelPair(base=base, tuned=base, adapter=None, proof=None)
+    diff = compare_models(pair, make_chats(), sites=["resid_pre", "resid_post"])
+    assert diff.activations.first_differing_site is None
+    assert diff.activations.difference_norm.abs().max() == 0
+    assert diff.activations.relative_rms.abs().max() == 0
+    assert (diff.logits.kl_base_tuned, diff.logits.kl_tuned_base) == (0.0, 0.0)
+    assert diff.logits.agreement == 1.0
+    assert diff.logits.risen_tokens == diff.logits.fallen_tokens == ()
+
+
+def test_a_planted_direction_is_found_where_it_was_planted():
+    base = tiny_base()
+    adapter, v = planted(base)
+    diff = compare_activations(load_pair(base, adapter), make_chats(), sites=["resid_post"])
+    assert diff.first_differing_site == "resid_post.1"
+    assert diff.relative_rms[0, 0] == 0
+    top = diff.top_directions[1, 0, 0]
+    assert abs(float(top @ v.double())) == pytest.approx(1.0, abs=1e-5)
+    assert float(diff.top_shares[1, 0, 0]) == pytest.approx(1.0, abs=1e-5)
+    mean = diff.mean_tuned[1, 0] - diff.mean_base[1, 0]
+    assert abs(float(torch.cosine_similarity(mean, v.double(), dim=0))) == pytest.approx(
+        1, abs=1e-5
+    )
+    assert float(diff.top_shares[2, 0, 0]) < 0.999
+
+
+def test_nothing_is_found_when_nothing_is_planted():
+    base = tiny_base()
+    adapter, _ = planted(base)
+    diff = compare_activations(load_pair(base, scale_adapter(adapter, 0.0)), make_chats())
+    assert diff.first_differing_site is None
+    assert diff.top_shares.abs().max() == 0
+
+
+def test_positions_are_the_named_ones():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    chats = make_chats()
+    n = [len(c.messages[1].content.split()) for c in chats]
+    diff = compare_models(pair, chats, positions=["response[:2]", "response", "last_prompt"])
+    assert diff.activations.n_tokens.tolist() == [2 * len(n), sum(n), len(n)]
+    assert diff.activations.positions == ("response[:2]", "response", "last_prompt")
+    assert diff.logits.n_tokens == 2 * len(n)
+    everything = compare_logits(pair, chats, positions="all")
+    frames = sum(len(c.messages[0].content.split()) + 4 for c in chats)
+    assert everything.n_tokens == sum(n) + frames - len(n)  # the first token has no prediction
+
+
+def test_prompts_without_a_response_are_compared_up_to_the_answers_header():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    diff = compare_activations(pair, ["w5 w6", "w7 w8 w9"], positions="last_prompt")
+    assert diff.n_tokens.tolist() == [2]
+
+
+def test_a_response_that_is_not_there_is_named_before_anything_runs():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    with pytest.raises(ValueError, match=r"assistant turn"):
+        compare_models(pair, [*make_chats(2), "w5 w6"])
+
+
+def test_sites_of_several_widths_are_refused():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    with pytest.raises(ValueError, match=r"widths"):
+        compare_models(pair, make_chats(2), sites=["resid_post.0", "post.0"])
+
+
+def test_a_prompt_longer_than_the_context_is_named():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    with pytest.raises(ValueError, match=r"row 0 has 7[0-9] tokens.*n_ctx"):
+        compare_models(pair, [" ".join(["w5"] * 70)], positions="all")
+
+
+def test_a_model_without_tokenizer_is_named():
+    base = lay_views(make_tiny("llama"), None)
+    pair = ModelPair(base=base, tuned=base, adapter=None, proof=None)
+    with pytest.raises(ValueError, match=r"no tokenizer"):
+        compare_models(pair, ["w5"])
+
+
+def test_sites_are_returned_in_the_order_asked_for_and_equal_the_full_run():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    full = compare_activations(pair, make_chats())
+    part = compare_activations(pair, make_chats(), sites=["resid_post.2", "resid_post.0"])
+    assert part.sites == ("resid_post.2", "resid_post.0")
+    assert torch.allclose(part.mean_tuned, full.mean_tuned[[2, 0]], atol=1e-12)
+
+
+def test_null_band_is_the_comparison_of_each_null_alone():
+    from emlens.models.null import sample_null_adapters
+
+    base, adapter = tiny_base(), load_adapter(make_peft("llama", layers_to_transform=[1, 2]))
+    chats = make_chats()
+    pair = load_pair(base, adapter)
+    band = compare_nulls(pair, chats, n=3, seed=4)
+    for index, null in enumerate(sample_null_adapters(adapter, n=3, seed=4)):
+        alone = compare_models(load_pair(base, null), chats)
+        assert torch.allclose(band.relative_rms[index], alone.activations.relative_rms, rtol=1e-4)
+        assert torch.allclose(
+            band.relative_difference[index], alone.activations.relative_difference, rtol=1e-3
+        )
+        assert float(band.kl_base_tuned[index]) == pytest.approx(
+            alone.logits.kl_base_tuned, rel=1e-3
+        )
+    assert band.relative_rms.shape == (3, 3, 1)
+    full = ModelPair(base=base, tuned=base, adapter=None, proof=None)
+    with pytest.raises(ValueError, match=r"no adapter"):
+        compare_nulls(full, chats, n=3, seed=4)
+
+
+def test_results_survive_saving(tmp_path):
+    from emlens.results import load_result
+
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    diff = compare_models(pair, make_chats(), examples=2)
+    again = load_result(diff.save(tmp_path / "diff"))
+    assert isinstance(again, ModelDiff)
+    assert torch.equal(again.activations.mean_tuned, diff.activations.mean_tuned)
+    assert again.logits == diff.logits
+    assert again.rows() == diff.rows()
+    assert pair.proof is not None
+    proof = load_result(pair.proof.save(tmp_path / "proof"))
+    assert proof == pair.proof
+
+
+MEMORY = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from emlens.diffing.logits import LogitDifferences, PredictionRows
+from emlens.models.unembed import log_probabilities, slice_rows
+from emlens.models.views import lay_views
+from transformers import LlamaConfig, LlamaForCausalLM
+n, d_vocab = int(sys.argv[1]), int(sys.argv[2])
+config = LlamaConfig(vocab_size=d_vocab, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                     num_attention_heads=1, num_key_value_heads=1)
+model = lay_views(LlamaForCausalLM(config), None)
+resid = torch.randn(n, 8)
+counts = LogitDifferences(d_vocab, 1)
+with torch.no_grad():
+    for part in slice_rows(n, d_vocab, copies=4):
+        log_p, log_q = (log_probabilities(model, resid[part]) for _ in range(2))
+        m = len(log_p)
+        rows = PredictionRows(chat=torch.zeros(m, dtype=torch.long), token=torch.arange(m),
+            counted=torch.ones(m, dtype=torch.bool), shown=torch.zeros(m, dtype=torch.bool))
+        counts.update(log_p, log_q, rows)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d_vocab", [49_152, 152_064])
+def test_peak_memory_of_logits_does_not_grow_with_tokens(d_vocab):
+    import subprocess
+    import sys
+
+    def peak(n):
+        command = [sys.executable, "-c", MEMORY, str(n), str(d_vocab)]
+        return int(subprocess.run(command, check=True, capture_output=True).stdout) / 1024
+
+    one_slice = (1 << 26) // (4 * d_vocab)
+    few, many = peak(4 * one_slice), peak(16 * one_slice)
+    assert many - few < 32  # MiB; the logits of the twelve further slices are 768 MiB
