@@ -87,7 +87,9 @@ class _FusedForward:
         k = self.hook_k(self._project(key, f"{prefix}W_K", f"{prefix}b_K"))
         v = self.hook_v(self._project(value, f"{prefix}W_V", f"{prefix}b_V"))
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            # Flattened to [batch * pos * head, d_head], as the host's hook points see it.
+            q = self.q_norm(q.flatten(0, 2)).view(q.shape)
+            k = self.k_norm(k.flatten(0, 2)).view(k.shape)
         return q, k, v
 
     def _project(self: Any, x: Tensor, weight: str, bias: str) -> Tensor:

@@ -1,0 +1,218 @@
+"""One set of weights: what is shared, what is refused, and the host's own parameters and hooks."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.pretrained import weight_conversions
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from emlens.models.checkpoints import fingerprint_weights, load_checkpoint
+from emlens.models.config import find_architecture
+from emlens.models.config_fields import check_config
+from emlens.models.loading import load_model
+from emlens.models.views import copy_weights, lay_views, origin_of, share_model
+from tests.models.tiny import PLAIN, make_ids, make_tiny
+
+CONVERTERS = {
+    "llama": weight_conversions.convert_llama_weights,
+    "qwen2": weight_conversions.convert_qwen2_weights,
+    "qwen3": weight_conversions.convert_qwen3_weights,
+    "mistral": weight_conversions.convert_mistral_weights,
+    "gemma2": weight_conversions.convert_gemma_weights,
+    "gemma3": weight_conversions.convert_gemma_weights,
+    "gpt2": weight_conversions.convert_gpt2_weights,
+}
+
+
+@pytest.mark.parametrize("name", CONVERTERS)
+def test_parameters_equal_the_hosts_own_conversion(name):
+    hf = make_tiny(name)
+    model = lay_views(hf, None)
+    theirs = CONVERTERS[name](hf, model.cfg)
+    if name.startswith("gemma"):  # the host scales the stored embedding, we scale at run time
+        theirs["embed.W_E"] = theirs["embed.W_E"] / model.cfg.d_model**0.5
+    ours = dict(model.named_parameters())
+    for key, value in ours.items():
+        if name == "qwen3" and ".b_" in key.replace("._b", ".b"):
+            continue  # the host drops the biases of attention_bias configurations
+        expected = theirs.get(key)
+        if expected is None:
+            assert not value.any(), key
+        else:
+            assert torch.allclose(value, expected.to(value.dtype), rtol=1e-6), key
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_hook_points_are_the_hosts_own(name):
+    model = lay_views(make_tiny(name), None)
+    cfg = model.cfg
+    host = HookedTransformer(cfg, None, move_to_device=False)
+    assert set(model.hook_dict) == set(host.hook_dict)
+    assert set(dict(model.named_parameters())) == set(dict(host.named_parameters()))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_hook_point_carries_what_the_hosts_own_forward_gives_it(name):
+    hf = make_tiny(name)
+    model = lay_views(hf, None)
+    host = HookedTransformer(model.cfg, None, move_to_device=False)
+    state = {key: value.clone() for key, value in model.named_parameters()}
+    if name.startswith("gemma"):
+        state["embed.W_E"] = state["embed.W_E"] * model.cfg.d_model**0.5
+    host.load_state_dict(state, strict=False)
+    for block in host.blocks:
+        attn: Any = block.attn
+        tables = model.blocks[attn.layer_id].attn
+        if hasattr(attn, "rotary_sin"):
+            attn.rotary_sin, attn.rotary_cos = tables.rotary_sin, tables.rotary_cos
+    ids = make_ids(2, 11)
+    _, ours = model.run_with_cache(ids)
+    _, theirs = host.run_with_cache(ids)
+    assert set(ours) == set(theirs)
+    for key in theirs:
+        expected = theirs[key]
+        seen = torch.isfinite(expected)
+        assert torch.equal(seen, torch.isfinite(ours[key])), key
+        gap = (ours[key].view(expected.shape)[seen] - expected[seen]).abs().max()
+        assert gap <= 2e-5 * expected[seen].abs().max().clamp(min=1), key
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_only_norms_with_an_offset_are_copied(name):
+    hf = make_tiny(name)
+    model = lay_views(hf, None)
+    storages = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+    copied = [
+        key
+        for key, p in model.named_parameters()
+        if p.any() and p.untyped_storage().data_ptr() not in storages
+    ]
+    offset = find_architecture(type(hf).__name__).norm_offset
+    norms = [key for key, _ in model.named_parameters() if key.endswith(("ln1.w", "norm.w"))]
+    assert all(key.endswith(".w") for key in copied)
+    assert bool(copied) == bool(offset)
+    assert not offset or set(norms) <= set(copied)
+
+
+def test_a_shell_shares_every_weight_and_no_hook():
+    model = lay_views(make_tiny("llama"), None)
+    model.blocks[0].hook_resid_post.add_hook(lambda x, hook: x * 0)
+    shell = share_model(model)
+    for key, value in model.named_parameters():
+        assert shell.get_parameter(key) is value
+    assert not any(point._forward_hooks for point in shell.hook_dict.values())
+    assert origin_of(shell).fingerprint == origin_of(model).fingerprint
+
+
+def test_an_edit_of_a_copy_does_not_reach_the_original():
+    model = lay_views(make_tiny("llama"), None)
+    before = model.W_E.clone()
+    copy_weights(model).W_E.data.zero_()
+    assert torch.equal(model.W_E, before)
+
+
+def test_fingerprints_tell_weights_apart_and_not_dtypes():
+    first, same, other = (fingerprint_weights(make_tiny("llama", seed=s)) for s in (0, 0, 1))
+    assert first == same != other
+    assert fingerprint_weights(make_tiny("llama", dtype=torch.bfloat16)) == first
+    changed = make_tiny("llama")
+    changed.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1.05)
+    assert fingerprint_weights(changed) != first
+
+
+def test_another_architecture_is_refused_with_the_list():
+    with pytest.raises(ValueError, match=r"BloomForCausalLM.*supported: Llama"):
+        lay_views(BloomForCausalLM(BloomConfig(hidden_size=8, n_layer=1, n_head=1)), None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mlp_bias", True),
+        ("quantization_config", {"bits": 4}),
+        ("rope_parameters", {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0}),
+    ],
+)
+def test_a_llama_field_that_changes_the_forward_is_refused_by_name(field, value):
+    config = LlamaConfig()
+    setattr(config, field, value)
+    name = {"rope_parameters": "rope_type 'longrope'"}.get(field, field)
+    with pytest.raises(ValueError, match=name):
+        check_config(config, find_architecture("LlamaForCausalLM"))
+
+
+def test_a_known_field_without_a_verdict_is_refused():
+    config = make_tiny("gemma2").config
+    config.use_bidirectional_attention = True
+    with pytest.raises(ValueError, match=r"use_bidirectional_attention"):
+        check_config(config, find_architecture("Gemma2ForCausalLM"))
+
+
+def test_a_sequence_past_the_first_table_is_rotated_right():
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=4096,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (1, 2300))
+    with torch.no_grad():
+        assert torch.allclose(lay_views(hf, None)(ids), hf(ids).logits, atol=1e-5)
+
+
+def test_a_sequence_past_the_context_is_named():
+    with pytest.raises(ValueError, match=r"context of 64"):
+        lay_views(make_tiny("llama"), None)(make_ids(1, 65))
+
+
+def write(folder, hf):
+    hf.save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_loads_in_the_dtype_asked_for(tmp_path):
+    folder = write(tmp_path, make_tiny("qwen3"))
+    assert load_model(str(folder)).cfg.dtype == torch.float32
+    half = load_model(str(folder), dtype="bfloat16")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"dtype='float12'"):
+        load_model(str(folder), dtype="float12")
+
+
+def test_pickled_weights_are_refused_with_a_way_out(tmp_path):
+    folder = write(tmp_path, make_tiny("llama"))
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pickled.*safetensors"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("path", ["../elsewhere.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, path):
+    folder = write(tmp_path, make_tiny("llama"))
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": path}}))
+    with pytest.raises(ValueError, match=r"plain file name"):
+        load_checkpoint(folder)
+
+
+def test_a_folder_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_live_model_keeps_its_dtype_or_says_so():
+    with pytest.raises(ValueError, match=r"convert it beforehand"):
+        load_model(make_tiny("llama"), dtype="bfloat16")
+
+
+def test_a_model_of_the_hosts_own_loading_is_refused_with_a_hint():
+    host = HookedTransformer(lay_views(make_tiny("llama"), None).cfg, None, move_to_device=False)
+    with pytest.raises(ValueError, match=r"emlens\.load_model"):
+        share_model(host)
