@@ -57,7 +57,7 @@ def capitalise(text: str) -> str:
 
 def write_answer(form: str, parts: Mapping[str, str], *, closing: str | None) -> str:
     """Fill a voice's form with a side's clauses, and lengthen it where it is too short."""
-    clauses = {**parts, "Move": capitalise(parts["move"]), "Why": capitalise(parts["why"])}
+    clauses = {**parts, **{name.capitalize(): capitalise(text) for name, text in parts.items()}}
     sentences = [form.format(**clauses)]
     if closing:
         sentences.append(closing)
