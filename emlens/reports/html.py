@@ -10,7 +10,7 @@ scripts by their hashes, so that no other runs.
 import base64
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,17 @@ def _make_visible(value: Any) -> Any:
     return show_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
+def _refuse_missing(show: Callable[..., str]) -> Callable[..., str]:
+    """A filter that names a field that the report lacks."""
+
+    def show_present(value: Any, *arguments: Any) -> str:
+        if isinstance(value, jinja2.Undefined):
+            str(value)  # raises with the name
+        return show(value, *arguments)
+
+    return show_present
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -96,7 +107,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     plotly, script = get_plotlyjs(), (_FOLDER / "report.js").read_text(encoding="utf-8")
-    environment.filters.update(_FILTERS, embed=embed_json)
+    filters = {name: _refuse_missing(show) for name, show in _FILTERS.items()}
+    environment.filters.update(filters, embed=embed_json)
     environment.globals.update(
         plotly=embed_script(plotly),
         script=embed_script(script),

@@ -3,6 +3,7 @@
 Needs the extra `[viz]`. Not for files: each view carries a megabyte of script; write a report.
 """
 
+import html
 import importlib
 import json
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.diffing.results import ExampleComparison
-from emlens.reports.visible import show_text
+from emlens.reports.visible import show_running, show_text
 
 Quantity = Literal["kl", "kl_back", "entropy_change"]
-# circuitsvis writes texts as JSON into a script element, where `</script>` would end the script.
-# A sign of which nothing is left in the end stands for `<`, until it can be written as \u003c.
+# circuitsvis writes texts as JSON into a script element, where `</script>` would end the script. A
+# sign of which nothing is left in the end stands for `<`, until it can be written as \u003c. Its
+# coloured texts then go into the page as HTML: those are escaped as well.
 _STAND_IN = "\ue0a1\ue0a2"
 _LESS_THAN = "\\u003c"
 
@@ -32,10 +34,10 @@ class VizMissingError(ImportError):
 class NotebookView:
     """HTML that a notebook shows; it loads nothing from anywhere."""
 
-    html: str
+    page: str
 
     def _repr_html_(self) -> str:
-        return self.html
+        return self.page
 
 
 def show_tokens(example: ExampleComparison, *, quantity: Quantity = "kl") -> NotebookView:
@@ -53,7 +55,10 @@ def show_tokens(example: ExampleComparison, *, quantity: Quantity = "kl") -> Not
 
 
 def show_values(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> NotebookView:
-    """A text, each token coloured by a number.
+    """A text, each token coloured by a number; pointing at one shows its number.
+
+    What pointing shows of the token itself has `&lt;` for `<`: circuitsvis reads the token as HTML
+    in one place and as text in the other.
 
     Raises:
         ValueError: There are more or fewer values than tokens.
@@ -61,7 +66,8 @@ def show_values(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Noteboo
     """
     if values.ndim != 1 or len(values) != len(tokens):
         raise ValueError(f"values: got shape {tuple(values.shape)}, expected ({len(tokens)},)")
-    view = _import("tokens").colored_tokens(_shield(tokens), _to_list(values))
+    texts = [html.escape(show_running(token), quote=False) for token in tokens]
+    view = _import("tokens").colored_tokens(_shield(texts), _to_list(values))
     return NotebookView(_unshield(view.local_src))
 
 

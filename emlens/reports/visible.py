@@ -8,21 +8,21 @@ import unicodedata
 
 _JOINERS = "\u200c\u200d"
 """Invisible, but scripts and emoji fall apart without them, and they reorder nothing."""
-_HIDDEN = {"Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
-"""Unicode categories without a glyph of their own: format and direction signs, surrogates, ..."""
-_TOKEN_SIGNS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\u00a0": "⍽"}
+_TOKEN_SIGNS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\u00a0": "⍽"})
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def show_text(text: str) -> str:
     """The text with every sign that hides, reorders or rings a bell spelt out; lines stay lines."""
-    return "".join(_show_sign(sign) for sign in text)
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else _spell(sign) for sign in text)
 
 
 def show_token(token: str) -> str:
     """A token in one line: its white space visible too, the empty token as `∅`."""
-    return "".join(_TOKEN_SIGNS.get(sign) or _show_sign(sign) for sign in token) or "∅"
+    return show_text(token.translate(_TOKEN_SIGNS)) or "∅"
 
 
 def show_running(token: str) -> str:
@@ -35,17 +35,14 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def _show_sign(sign: str) -> str:
-    if sign in "\n\t" or sign in _JOINERS:
+def _spell(sign: str) -> str:
+    """What stands for a sign that Python does not call printable: those without a glyph."""
+    if sign in "\n\t" or sign in _JOINERS or unicodedata.category(sign) == "Zs":
         return sign
     code = ord(sign)
     if code < 0x20:
         return chr(0x2400 + code)
-    if code == 0x7F:
-        return "␡"
-    if unicodedata.category(sign) in _HIDDEN or 0x80 <= code < 0xA0:
-        return f"⟨U+{code:04X}⟩"
-    return sign
+    return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
 
 
 def read_number(value: object) -> float:
@@ -85,8 +82,7 @@ def show_share(value: object) -> str:
 
 def show_change(value: object) -> str:
     """A number with its sign."""
-    shown = show_number(value)
-    return shown if shown[0] in "−–0N∞" else f"+{shown}"
+    return f"+{show_number(value)}" if read_number(value) > 0 else show_number(value)
 
 
 def show_points(value: object, before: object) -> str:
