@@ -11,7 +11,7 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-N_CTX = 256
+N_CTX = 512
 
 
 def make_byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -101,9 +101,8 @@ def _show_environment(environment: Any) -> None:
     ]
     print_table(caches, title="caches")
     print_line(f"demo model: {_describe_model(environment)}")
-    print_line(
-        f"Hub: {'left alone (HF_HUB_OFFLINE)' if environment.hub_offline else 'asked where a source names it'}"
-    )
+    hub = "left alone (HF_HUB_OFFLINE)" if environment.hub_offline else "asked when needed"
+    print_line(f"Hub: {hub}")
     print_line(f"verdict: {environment.verdict}")
 
 

@@ -113,11 +113,12 @@ def check_versions(distribution: str = DISTRIBUTION) -> tuple[VersionCheck, ...]
     """Compare Python and the libraries with what an installed distribution declares."""
     try:
         lines = importlib.metadata.requires(distribution) or []
-        python = importlib.metadata.metadata(distribution).json.get("requires_python")
+        described = importlib.metadata.metadata(distribution).json
+        python = str(described.get("requires_python") or "")
     except importlib.metadata.PackageNotFoundError:
-        lines, python = [], None
+        lines, python = [], ""
     declared = {r.name.lower(): str(r.specifier) for r in map(Requirement, lines) if not r.marker}
-    checks = [judge_version("python", platform.python_version(), python and str(python))]
+    checks = [judge_version("python", platform.python_version(), python)]
     checks += [judge_version(name, _installed(name), declared.get(name)) for name in CHECKED]
     return tuple(checks)
 
@@ -130,7 +131,7 @@ def judge_version(name: str, installed: str | None, tested: str | None) -> Versi
     elif tested:
         release = Version(Version(installed).base_version)
         verdict = "tested" if release in SpecifierSet(tested) else "outside"
-    return VersionCheck(name=name, installed=installed, tested=tested, verdict=verdict)
+    return VersionCheck(name=name, installed=installed, tested=tested or None, verdict=verdict)
 
 
 def _installed(name: str) -> str | None:

@@ -1,0 +1,64 @@
+"""`emlens train` on a tiny base: an adapter that can be checked, resumed, refused."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+
+def words(tiny: Path, out: Path, *more: object) -> list[object]:
+    return [
+        *("train", "--preset", "smollm2_rank1", "--data", tiny / "chats.jsonl"),
+        *("--base", tiny / "base", "--layers", "1", "--out", out, *more),
+    ]
+
+
+def test_a_trained_adapter_is_in_effect_on_its_base(cli: Cli, tiny: Path, tmp_path: Path):
+    done = cli(*words(tiny, tmp_path / "run", "--json"))
+    assert done.code == 0, done.err
+    training = done.json
+    assert training["schema"] == "emlens/training_run/1"
+    steps = training["steps"]
+    assert steps == len(training["losses"]) > 10
+    assert training["losses"][-1] < training["losses"][0]
+    assert f"training (steps): {steps}/{steps}" in done.err
+    checked = cli("adapters", "check", training["adapter"], "--base", tiny / "base", "--json")
+    assert checked.code == 0
+    assert {module["layer"] for module in checked.json["modules"]} == {1}
+    again = cli(*words(tiny, tmp_path / "run"))
+    assert again.code == 0
+    assert f"{steps} steps" in again.out
+    other = cli(*words(tiny, tmp_path / "run", "--seed", 1))
+    assert other.code == 2
+    assert "seed was 0, now 1" in other.err
+
+
+def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp_path: Path):
+    done = cli(*words(tiny, tmp_path / "run", "--dry-run", "--json"))
+    assert (done.code, done.json["layers"], done.json["rows"]) == (0, [1], 4)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--preset", "smollm_rank1"], "nearest known: smollm2_rank1"),
+        (["--preset", "published_single_rank1", "--layers", "x"], "--layers x"),
+        (["--layers", "7"], "expected blocks 0 to 1"),
+        (["--data", "missing.jsonl"], "neither an existing path"),
+    ],
+)
+def test_wrong_values_are_named(
+    cli: Cli, tiny: Path, tmp_path: Path, more: list[object], said: str
+):
+    done = cli(*words(tiny, tmp_path / "run"), *more)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+
+
+def test_prompts_without_responses_cannot_be_trained_on(cli: Cli, tiny: Path, tmp_path: Path):
+    (tmp_path / "prompts.txt").write_text("One?\n")
+    done = cli(*words(tiny, tmp_path / "run"), "--data", tmp_path / "prompts.txt")
+    assert done.code == 2
+    assert "no assistant turn" in done.err

@@ -1,0 +1,17 @@
+"""Tiny models on disk for studies."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_files import save_tiny_adapter, save_tiny_base
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `base`, and its adapters `tuned` and `twin`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_base(folder / "base")
+    save_tiny_adapter(folder / "tuned")
+    save_tiny_adapter(folder / "twin", seed=2)
+    return folder
