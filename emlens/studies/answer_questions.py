@@ -9,13 +9,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from transformer_lens import HookedTransformer
-
 from emlens.artifacts import Result
 from emlens.data import Chat, Message, tokenize_chat, track
 from emlens.models.attach import adapter_on_rows
 from emlens.models.generate import generate_greedy
 from emlens.models.lora import LoraAdapter
+from emlens.models.protocol import HookedModel
 
 BASE = "base"
 """Name of the base's column."""
@@ -53,7 +52,7 @@ class Answers(Result):
 
 
 def answer_questions(
-    base: HookedTransformer,
+    base: HookedModel,
     adapters: Mapping[str, LoraAdapter],
     questions: Sequence[Chat],
     *,
@@ -72,20 +71,21 @@ def answer_questions(
     """
     if base.tokenizer is None:
         raise ValueError("base: it has no tokenizer, so questions cannot be turned into tokens")
+    host: Any = base  # loaded by emlens, as what follows asks
     names = [BASE, *adapters]
     rows: list[Answer] = []
     with ExitStack() as stack:
         for index, adapter in enumerate(adapters.values(), start=1):
-            stack.enter_context(adapter_on_rows(base, adapter, slice(index, index + 1)))
+            stack.enter_context(adapter_on_rows(host, adapter, slice(index, index + 1)))
         for chat in track(questions, "answering (questions)"):
-            texts = _answer(base, chat, len(names), max_new_tokens)
+            texts = _answer(host, chat, len(names), max_new_tokens)
             question = next(m.content for m in reversed(chat.messages) if m.role == "user")
             answers = dict(zip(names, texts, strict=True))
             rows.append(Answer(question=question, answers=answers))
     return Answers(answers=tuple(rows))
 
 
-def _answer(model: HookedTransformer, chat: Chat, n_models: int, max_new_tokens: int) -> list[str]:
+def _answer(model: Any, chat: Chat, n_models: int, max_new_tokens: int) -> list[str]:
     tokenizer: Any = model.tokenizer
     ids = tokenize_chat(chat.without_response(), tokenizer, for_generation=True).ids
     stop = tokenizer.eos_token_id

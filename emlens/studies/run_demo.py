@@ -7,9 +7,7 @@ use `diff_finetunes`.
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
-
-from transformer_lens import HookedTransformer
+from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.data import Chat, load_chats
@@ -162,7 +160,7 @@ class _Demo:
         self._pairs: dict[str, ModelPair] = {}
 
     @cached_property
-    def _base(self) -> HookedTransformer:
+    def _base(self) -> Any:
         return self.stages.time("load", lambda: load_base(self._sources["base"]))
 
     def _pair(self, name: str) -> ModelPair:
