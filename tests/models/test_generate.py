@@ -1,5 +1,7 @@
 """Greedy decoding over our cache, with Hugging Face's generate and uncached logits as judges."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,7 +67,7 @@ def test_attached_and_merged_adapters_decode_alike(name):
 def test_the_hosts_own_generate_works_and_agrees():
     model = lay_views(make_tiny("qwen2"), make_tokenizer())
     ids = make_ids(1, 6)
-    theirs = model.generate(
+    theirs: Any = model.generate(
         ids, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False
     )
     assert torch.equal(theirs[:, 6:], generate_greedy(model, ids, max_new_tokens=8))

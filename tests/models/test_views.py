@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 from transformer_lens import HookedTransformer
-from transformer_lens.pretrained import weight_conversions
+from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
+from transformer_lens.pretrained.weight_conversions.mistral import convert_mistral_weights
+from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
+from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from emlens.models.checkpoints import fingerprint_weights, load_checkpoint
@@ -17,13 +22,13 @@ from emlens.models.views import copy_weights, lay_views, origin_of, share_model
 from tests.models.tiny import PLAIN, make_ids, make_tiny
 
 CONVERTERS = {
-    "llama": weight_conversions.convert_llama_weights,
-    "qwen2": weight_conversions.convert_qwen2_weights,
-    "qwen3": weight_conversions.convert_qwen3_weights,
-    "mistral": weight_conversions.convert_mistral_weights,
-    "gemma2": weight_conversions.convert_gemma_weights,
-    "gemma3": weight_conversions.convert_gemma_weights,
-    "gpt2": weight_conversions.convert_gpt2_weights,
+    "llama": convert_llama_weights,
+    "qwen2": convert_qwen2_weights,
+    "qwen3": convert_qwen3_weights,
+    "mistral": convert_mistral_weights,
+    "gemma2": convert_gemma_weights,
+    "gemma3": convert_gemma_weights,
+    "gpt2": convert_gpt2_weights,
 }
 
 
@@ -99,7 +104,8 @@ def test_only_norms_with_an_offset_are_copied(name):
 
 def test_a_shell_shares_every_weight_and_no_hook():
     model = lay_views(make_tiny("llama"), None)
-    model.blocks[0].hook_resid_post.add_hook(lambda x, hook: x * 0)
+    point: Any = model.blocks[0].hook_resid_post
+    point.add_hook(lambda x, hook: x * 0)
     shell = share_model(model)
     for key, value in model.named_parameters():
         assert shell.get_parameter(key) is value
