@@ -17,7 +17,7 @@ from tests.models.tiny import PLAIN, make_ids, make_tiny, make_tokenizer
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_tokens_equal_hugging_faces_greedy_generate(name):
-    hf = make_tiny(name)
+    hf: Any = make_tiny(name)
     ids = make_ids(3, 7)
     hf.generation_config.eos_token_id = None
     expected = hf.generate(ids, max_new_tokens=12, do_sample=False)[:, 7:]
