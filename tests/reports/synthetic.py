@@ -99,7 +99,7 @@ def make_activations(*, n_layers: int = 30, positions: tuple[str, ...] = ("respo
 def make_null(*, n_layers: int = 30, n: int = 8) -> NullBand:
     generator = torch.Generator().manual_seed(0)
     depth = torch.linspace(0, 1, n_layers)[None, :, None]
-    noise = 0.7 + 0.6 * torch.rand(n, 1, 1, generator=generator)
+    noise = 0.7 + 0.6 * torch.rand(n, n_layers, 1, generator=generator)
     return NullBand(
         seed=0,
         sites=tuple(f"resid_post.{layer}" for layer in range(n_layers)),

@@ -85,12 +85,13 @@ def test_each_fine_tune_has_its_own_sentence_and_null(report: dict[str, Any]):
     other_proof = {**proof, "adapter": "careful-finance", "adapter_fingerprint": "cc"}
     other = {**diff, "tuned": "careful-finance", "tuned_fingerprint": "cc"}
     far = {**null, "kl_base_tuned": [8.3]}
-    report["results"] = [other_proof, proof, diff, far, other, null]
+    near = {**null, "kl_base_tuned": [0.166]}
+    report["results"] = [other_proof, proof, diff, far, other, near]
     careful, reckless = say(report)
     assert careful.startswith("careful-finance is in effect")
     assert reckless.startswith("reckless-finance is in effect")
     assert "0.10 × the strongest of them" in reckless
-    assert "5." in careful.rpartition("a token (")[2]
+    assert "5.0 × the strongest of them" in careful
 
 
 def test_a_comparison_without_a_proof_names_its_fine_tune(report: dict[str, Any]):

@@ -11,18 +11,21 @@
     if (place >= 0) trace.line.color = themes[scheme].layout.colorway[place];
   }
 
-  function draw(scheme) {
+  // A printed page does not tell its width in time: these are pixels that A4 and Letter have.
+  const printed = (place) => ({ width: place.closest(".grid") ? 320 : 660, autosize: false });
+
+  function draw(scheme, size = () => ({})) {
     for (const place of document.querySelectorAll(".plot")) {
       const figure = read(place.id + "-data");
       figure.data.forEach((trace) => recolour(trace, scheme));
-      const layout = { ...figure.layout, template: themes[scheme] };
+      const layout = { ...figure.layout, template: themes[scheme], ...size(place) };
       Plotly.react(place, figure.data, layout, settings);
     }
   }
   const drawOnScreen = () => draw(dark.matches ? "dark" : "light");
   drawOnScreen();
   dark.addEventListener("change", drawOnScreen);
-  addEventListener("beforeprint", () => draw("light"));
+  addEventListener("beforeprint", () => draw("light", printed));
   addEventListener("afterprint", drawOnScreen);
 
   const tip = document.getElementById("tip");
