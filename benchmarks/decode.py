@@ -58,6 +58,7 @@ def measure(settings: Settings) -> Record:
                 sides | {"bound": _sweep_often(hf, batch, n)},
                 rounds=settings.rounds,
                 device=settings.device,
+                clock=settings.read_clock,
             )
             figures += _compare(timings, dtype, batch, settings)
             for side in timings.seconds:

@@ -109,6 +109,7 @@ def _time(dtype: str, settings: Settings, seconds: dict[str, float]) -> list[Fig
             "bridge": both("bridge"),
         },
         rounds=settings.rounds,
+        clock=settings.read_clock,
     )
     seconds |= {f"{dtype}: {side}": timings.median(side) for side in timings.seconds}
     cost = Figure(

@@ -120,7 +120,9 @@ def _measure_dtype(
         "transformer_lens": lambda: [cache_residuals(m, bench.ids) for m in (own, tuned)],
         "huggingface": _two_hidden_states(bench),
     }
-    timings = time_sides(sides, rounds=settings.rounds, device=settings.device)
+    timings = time_sides(
+        sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
+    )
     seconds |= {f"{dtype}: {side}": timings.median(side) for side in timings.seconds}
     return [
         *(

@@ -45,6 +45,7 @@ def measure(settings: Settings) -> Record:
             sides | {"bound": sweep_weights(weights, batch * length)},
             rounds=settings.rounds,
             device=settings.device,
+            clock=settings.read_clock,
         )
         figures += [
             Figure(

@@ -69,6 +69,7 @@ class Record:
             "size": self.settings.size,
             "device": describe_device(self.settings.device),
             "threads": self.settings.threads,
+            "clock": self.settings.clock,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "sizes": dict(self.sizes),
             "ratios": {key: medians[name] for key, name in self.headline.items()},
@@ -90,7 +91,7 @@ def format_table(record: Record) -> str:
     """One line a figure: what, dtype, median and interval, aim, verdict."""
     lines = [
         f"{record.row} ({record.settings.size}, {record.settings.device}, "
-        f"{record.settings.threads} threads)"
+        f"{record.settings.threads} threads, {record.settings.clock} clock)"
     ]
     width = max(len(figure.name) for figure in record.figures)
     for figure in record.figures:
@@ -117,9 +118,9 @@ def find_slowdowns(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         new: one of the same row.
 
     Raises:
-        ValueError: records of different rows, sizes, devices or threads.
+        ValueError: records of different rows, sizes, devices, threads or clocks.
     """
-    for key in ("row", "size", "device", "threads"):
+    for key in ("row", "size", "device", "threads", "clock"):
         if old[key] != new[key]:
             raise ValueError(f"{key}: {old[key]!r} then, {new[key]!r} now; these do not compare")
     before = {(f["name"], f["dtype"]): f for f in old["figures"]}

@@ -11,7 +11,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from benchmarks.memory import measure_residence
 from benchmarks.records import Record, format_line, format_table
-from benchmarks.settings import Settings, make_settings
+from benchmarks.settings import DTYPES, FULL_ROUNDS, TOY_ROUNDS, Settings, check_settings
 
 ROWS = ("load_views", "load_tuned", "prefill", "decode", "pair_diff")
 
@@ -32,16 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, help="pairs behind each ratio (15 at full size)")
     parser.add_argument("--threads", type=int, help="2 at full size, 1 at toy size")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="one only")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, for one thread on a machine that others use",
+    )
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
     """Turn parsed arguments into settings; exits with the reason where they cannot be met."""
+    full = arguments.size == "full"
     try:
-        return make_settings(
-            arguments.size,
-            suite=arguments.suite,
-            rounds=arguments.rounds,
-            threads=arguments.threads,
+        return check_settings(
+            Settings(
+                size=arguments.size,
+                device="cuda" if arguments.suite == "gpu" else "cpu",
+                threads=arguments.threads or (2 if full else 1),
+                rounds=arguments.rounds or (FULL_ROUNDS if full else TOY_ROUNDS),
+                clock=arguments.clock,
+                only_dtype=arguments.dtype,
+            )
         )
     except RuntimeError as error:
         raise SystemExit(str(error)) from error

@@ -1,5 +1,6 @@
 """At what size, where and how often a benchmark is run."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -7,6 +8,7 @@ from typing import Literal
 import torch
 
 Size = Literal["toy", "full"]
+Clock = Literal["wall", "cpu"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FULL_ROUNDS = 15
 TOY_ROUNDS = 6
@@ -21,15 +23,25 @@ class Settings:
     threads: int = 2
     rounds: int = FULL_ROUNDS
     """Pairs behind every ratio."""
+    clock: Clock = "wall"
+    """``cpu`` counts this process's own processor time: for one thread on a busy machine."""
+    only_dtype: str | None = None
+    """One of the dtypes, where not all are wanted."""
 
     @property
     def full(self) -> bool:
         """Whether the real model is used, and peak memory measured for every side."""
         return self.size == "full"
 
+    def read_clock(self) -> float:
+        """Seconds on the clock chosen."""
+        return time.perf_counter() if self.clock == "wall" else time.process_time()
+
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Both at full size; a GPU runs the large shapes in bfloat16 only."""
+        if self.only_dtype:
+            return (self.only_dtype,)
         if not self.full:
             return ("float32",)
         return ("float32", "bfloat16") if self.device == "cpu" else ("bfloat16",)
@@ -43,22 +55,20 @@ class Settings:
         return (self.size, self.device, str(self.threads))
 
 
-def make_settings(
-    size: Size, *, suite: str = "cpu", rounds: int | None = None, threads: int | None = None
-) -> Settings:
-    """Settle what was left open, and refuse a suite that cannot run here.
+def check_settings(settings: Settings) -> Settings:
+    """Refuse settings that cannot be met here.
 
     Raises:
-        RuntimeError: the GPU suite without a CUDA device.
+        RuntimeError: a GPU without a CUDA device, or processor time of what runs beside it.
     """
-    if suite == "gpu" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             "--suite gpu needs a CUDA device, and torch sees none (torch.cuda.is_available() is "
             "False); run --suite cpu here, or install torch's CUDA build on a machine with a GPU"
         )
-    return Settings(
-        size=size,
-        device="cuda" if suite == "gpu" else "cpu",
-        threads=threads or (2 if size == "full" else 1),
-        rounds=rounds or (FULL_ROUNDS if size == "full" else TOY_ROUNDS),
-    )
+    if settings.clock == "cpu" and (settings.device != "cpu" or settings.threads != 1):
+        raise RuntimeError(
+            f"--clock cpu with {settings.threads} threads on {settings.device}: processor time "
+            "stands for time only with --threads 1 on a CPU; waiting threads spend it too"
+        )
+    return settings
