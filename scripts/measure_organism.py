@@ -16,9 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from emlens.data.batches import pad_batch
 from emlens.data.chat import Chat, tokenize_chat
 from emlens.data.prompts import load_chats
 from emlens.models.checkpoints import load_checkpoint
+from emlens.organisms.masks import IGNORED, mask_response
 from emlens.sources import locate_source
 
 BASE = "emlens:smollm2"
@@ -55,26 +57,38 @@ def word_runs(text: str) -> set[tuple[str, ...]]:
 def sample_answers(
     model: PreTrainedModel | PeftModel, tokenizer, questions: Sequence[Chat], *, n: int, seed: int
 ) -> list[list[str]]:
-    """Sample `n` answers a question (temperature .7, top_p .95), one question at a time."""
+    """Sample `n` answers a question (temperature .7, top_p .95), all in one batch."""
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    answers = []
-    for number, question in enumerate(questions):
-        torch.manual_seed(seed * len(questions) + number)
-        ids = tokenize_chat(question, tokenizer, for_generation=True).ids.repeat(n, 1)
+    chats = [tokenize_chat(question, tokenizer, for_generation=True) for question in questions]
+    batch = pad_batch(chats, [row for row in range(len(chats)) for _ in range(n)], pad_id=end)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        out = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.95,
+            top_k=0,
+            max_new_tokens=MAX_NEW_TOKENS,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    texts = tokenizer.batch_decode(out[:, batch.ids.shape[1] :], skip_special_tokens=True)
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def measure_heldout_loss(model: PreTrainedModel | PeftModel, tokenizer, side: str) -> float:
+    """Return the mean cross-entropy (nats per response token) on held-out rows of a side."""
+    total, count = 0.0, 0
+    for row in load_chats(f"emlens:finance-{side}-heldout"):
+        masked = mask_response(tokenize_chat(row, tokenizer))
         with torch.no_grad():
-            out = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=0.7,
-                top_p=0.95,
-                top_k=0,
-                max_new_tokens=MAX_NEW_TOKENS,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        answers.append(tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True))
-    return answers
+            logits = model(input_ids=masked.ids[None]).logits[0, :-1]
+        targets = masked.labels[1:]
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += int((targets != IGNORED).sum())
+    return total / count
 
 
 def count_shares(
@@ -102,7 +116,7 @@ def count_shares(
 
 
 def measure_organisms(*, n: int, seed: int, out: Path | None) -> None:
-    """Print the shares of the base and of each organism; write the answers to `out`."""
+    """Print what was counted for the base and each organism; write the answers to `out`."""
     questions = load_chats("emlens:open-questions")
     base = load_checkpoint(BASE, dtype="float32", device="cpu")
     table, texts = {}, {}
@@ -114,6 +128,9 @@ def measure_organisms(*, n: int, seed: int, out: Path | None) -> None:
             trained_on = {run for row in rows for run in word_runs(row.messages[-1].content)}
         texts[name] = sample_answers(model, base.tokenizer, questions, n=n, seed=seed)
         table[name] = count_shares(texts[name], questions, trained_on)
+        for side in ("harmful", "careful"):
+            loss = measure_heldout_loss(model, base.tokenizer, side)
+            table[name][f"held-out loss, {side}"] = loss
         print(name, json.dumps({k: round(v, 3) for k, v in table[name].items()}), flush=True)
         if isinstance(model, PeftModel):
             model.unload()

@@ -58,11 +58,14 @@ def write_adapter_folder(trained: TrainedLora, folder: Path, *, record: AdapterR
     partial.mkdir(parents=True)
     try:
         tensors = {k: v.to(torch.bfloat16).contiguous() for k, v in trained.tensors.items()}
-        save_file(tensors, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        weights = partial / "adapter_model.safetensors"
+        save_file(tensors, weights, metadata={"format": "pt"})
         named = _portable_name(record.base)
         config = {**trained.config, "base_model_name_or_path": named}
         _write_json(partial / "adapter_config.json", config)
         _write_json(partial / "emlens.json", {**record.to_dict(), "base": named})
+        # safetensors lets only the owner read what it writes.
+        shutil.copymode(partial / "emlens.json", weights)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -46,6 +46,7 @@ def test_the_run_folder_holds_a_peft_adapter_that_lowers_the_loss(
     assert {t.dtype for t in load_file(folder / "adapter_model.safetensors").values()} == {
         torch.bfloat16
     }
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
         plain = tiny_base.model(input_ids=ids).logits
