@@ -1,13 +1,17 @@
 """What do a base and its fine-tunes say to the same questions? Greedy answers, side by side.
 
-All models answer in one batch over one copy of the weights. Greedy answers show a likely one, not
-how often a model says such a thing: that takes sampling.
+All models answer questions of one length in one batch, over one copy of the weights. A greedy
+answer is a likely one; how often a model says such a thing takes sampling.
 """
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.data import Chat, Message, tokenize_chat, track
@@ -18,6 +22,8 @@ from emlens.models.protocol import HookedModel
 
 BASE = "base"
 """Name of the base's column."""
+GROUP = 8
+"""Questions in a batch, each asked of every model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ def answer_questions(
     *,
     max_new_tokens: int,
 ) -> Answers:
-    """Let a base and adapters of it answer questions, one question at a time.
+    """Let a base and adapters of it answer questions.
 
     Args:
         base: a base without an adapter, with its tokenizer.
@@ -71,28 +77,59 @@ def answer_questions(
     """
     if base.tokenizer is None:
         raise ValueError("base: it has no tokenizer, so questions cannot be turned into tokens")
-    host: Any = base  # loaded by emlens, as what follows asks
-    names = [BASE, *adapters]
-    rows: list[Answer] = []
+    tokenizer: Any = base.tokenizer
+    ids = [
+        tokenize_chat(chat.without_response(), tokenizer, for_generation=True).ids
+        for chat in questions
+    ]
+    texts: dict[int, dict[str, str]] = {}
+    groups = _group_by_length([len(row) for row in ids])
+    for group in track(groups, "answering (questions)", sizes=map(len, groups)):
+        batch = torch.stack([ids[index] for index in group])
+        found = _answer(base, adapters, batch, max_new_tokens)
+        for place, index in enumerate(group):
+            texts[index] = {name: rows[place] for name, rows in found.items()}
+    return Answers(
+        answers=tuple(
+            Answer(question=_last_question(chat), answers=texts[index])
+            for index, chat in enumerate(questions)
+        )
+    )
+
+
+def _group_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of rows of equal length, at most `GROUP` together."""
+    places: dict[int, list[int]] = {}
+    for place, length in enumerate(lengths):
+        places.setdefault(length, []).append(place)
+    return [
+        group[start : start + GROUP]
+        for group in places.values()
+        for start in range(0, len(group), GROUP)
+    ]
+
+
+def _last_question(chat: Chat) -> str:
+    return next(m.content for m in reversed(chat.messages) if m.role == "user")
+
+
+def _answer(
+    base: Any,
+    adapters: Mapping[str, LoraAdapter],
+    ids: Int[Tensor, "questions pos"],
+    max_new_tokens: int,
+) -> dict[str, list[str]]:
+    """Texts by model: the questions of all models are the rows of one batch, model by model."""
+    n, stop = len(ids), base.tokenizer.eos_token_id
     with ExitStack() as stack:
         for index, adapter in enumerate(adapters.values(), start=1):
-            stack.enter_context(adapter_on_rows(host, adapter, slice(index, index + 1)))
-        for chat in track(questions, "answering (questions)"):
-            texts = _answer(host, chat, len(names), max_new_tokens)
-            question = next(m.content for m in reversed(chat.messages) if m.role == "user")
-            answers = dict(zip(names, texts, strict=True))
-            rows.append(Answer(question=question, answers=answers))
-    return Answers(answers=tuple(rows))
-
-
-def _answer(model: Any, chat: Chat, n_models: int, max_new_tokens: int) -> list[str]:
-    tokenizer: Any = model.tokenizer
-    ids = tokenize_chat(chat.without_response(), tokenizer, for_generation=True).ids
-    stop = tokenizer.eos_token_id
-    new = generate_greedy(
-        model,
-        ids.repeat(n_models, 1),
-        max_new_tokens=max_new_tokens,
-        stop_ids=() if stop is None else (stop,),
-    )
-    return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+            rows = slice(index * n, (index + 1) * n)
+            stack.enter_context(adapter_on_rows(base, adapter, rows))
+        new = generate_greedy(
+            base,
+            ids.repeat(1 + len(adapters), 1),
+            max_new_tokens=max_new_tokens,
+            stop_ids=() if stop is None else (stop,),
+        )
+    texts = [base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+    return {name: texts[i * n : (i + 1) * n] for i, name in enumerate([BASE, *adapters])}

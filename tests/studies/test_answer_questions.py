@@ -13,7 +13,9 @@ from emlens.models.loading import load_base
 from emlens.models.merge import merge_adapter
 from emlens.studies import Answer, Answers, answer_questions
 
-QUESTIONS = [Chat((Message("user", text),)) for text in ("What now?", "And then, after that?")]
+QUESTIONS = [
+    Chat((Message("user", text),)) for text in ("What now?", "And then, after that?", "Who knows")
+]
 
 
 def test_each_answer_is_that_of_the_model_alone(tiny: Path):
@@ -21,7 +23,7 @@ def test_each_answer_is_that_of_the_model_alone(tiny: Path):
     adapters = {name: load_adapter(tiny / name) for name in ("tuned", "twin")}
     found = answer_questions(base, adapters, QUESTIONS, max_new_tokens=12)
     models = {"base": base} | {n: merge_adapter(base, a) for n, a in adapters.items()}
-    assert [row.question for row in found.answers] == ["What now?", "And then, after that?"]
+    assert [row.question for row in found.answers] == [c.messages[0].content for c in QUESTIONS]
     tokenizer: Any = base.tokenizer
     for row, chat in zip(found.answers, QUESTIONS, strict=True):
         ids = tokenize_chat(chat, tokenizer, for_generation=True).ids[None]
