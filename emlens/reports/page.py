@@ -25,6 +25,7 @@ from emlens.reports.sections import (
     failing_modules,
     first_shares,
     list_series,
+    short_name,
     sort_results,
 )
 from emlens.reports.tokens import TokenViews, view_tokens
@@ -32,7 +33,7 @@ from emlens.reports.verdict import write_verdicts
 from emlens.reports.visible import read_number
 
 _SCALARS = (str, bool, int, float, type(None))
-_SHOWN_IN_SECTIONS = ("answers", "seconds", "title")
+_SHOWN_IN_SECTIONS = ("answers", "chats", "seconds", "title")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Plot:
 class AdapterBlock:
     """A proof: its strip, and the modules that are not in effect."""
 
+    name: str
     proof: Json
     failing: list[Json]
     plot: Plot
@@ -58,7 +60,7 @@ class AdapterBlock:
 class LayersBlock:
     """How activations differ: a figure a measure, and the numbers."""
 
-    name: str | None
+    heading: str
     plots: list[tuple[Measure, Plot]]
     rows: list[list[Any]]
     n_nulls: int
@@ -69,7 +71,7 @@ class LayersBlock:
 class OutputBlock:
     """How predictions differ: means, tokens, chats, and examples token by token."""
 
-    name: str | None
+    heading: str
     logits: Json
     null_kl: tuple[float, float] | None
     """Least and greatest mean KL of the null adapters."""
@@ -102,8 +104,10 @@ def build_page(report: Json) -> Page:
     Raises:
         ReportError: A part is not as emlens writes it; the message names the part.
     """
-    sections = sort_results(report["results"])
     extra = report.get("extra", {})
+    with reading("extra"):
+        chats = [str(text) for text in check_list(extra.get("chats", []), "chats")]
+    sections = sort_results(report["results"], chats)
     counter = _Plots()
     with reading("adapter_proof"):
         adapters = [_adapter_block(proof, counter) for proof in sections.proofs]
@@ -115,7 +119,7 @@ def build_page(report: Json) -> Page:
     with reading("training"):
         trainings = [(t, counter.add(plot_losses(t), _say_losses(t))) for t in sections.trainings]
     with reading("extra"):
-        answers = [check_answer(row) for row in extra.get("answers", ())]
+        answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
         seconds = {str(k): read_number(v) for k, v in extra.get("seconds", {}).items()}
         facts = [
             row
@@ -153,6 +157,13 @@ class _Plots:
         return Plot(id=f"plot-{self._count}", figure=document, height=height, label=label)
 
 
+def check_list(value: Any, name: str) -> list[Any]:
+    """A part of `extra` that must be a list, if it is one."""
+    if not isinstance(value, list):
+        raise TypeError(f"{name}: expected a list")
+    return value
+
+
 def check_answer(row: Any) -> Json:
     """One question with its answers, if it is so."""
     if not isinstance(row["question"], str):
@@ -166,7 +177,10 @@ def _adapter_block(proof: Json, plots: _Plots) -> AdapterBlock:
     failing = failing_modules(proof)
     total = len(proof["modules"])
     says = f"Relative update size by module and layer; {len(failing)} of {total} not in effect"
-    return AdapterBlock(proof=proof, failing=failing, plot=plots.add(plot_adapter(proof), says))
+    plot = plots.add(plot_adapter(proof), says)
+    return AdapterBlock(
+        name=short_name(str(proof["adapter"])), proof=proof, failing=failing, plot=plot
+    )
 
 
 def _layers_block(comparison: Comparison, plots: _Plots) -> LayersBlock:
@@ -176,7 +190,7 @@ def _layers_block(comparison: Comparison, plots: _Plots) -> LayersBlock:
         figure = plot_measure(activations, measure, null=null)
         figures.append((measure, plots.add(figure, f"{measure.title} by layer: {measure.meaning}")))
     return LayersBlock(
-        name=comparison.name,
+        heading=comparison.heading,
         plots=figures,
         rows=_layer_rows(activations, null),
         n_nulls=0 if null is None else len(null["relative_rms"]),
@@ -202,7 +216,7 @@ def _output_block(comparison: Comparison) -> OutputBlock:
     logits, null = comparison.logits or {}, comparison.null
     kls = [] if null is None else [read_number(value) for value in null["kl_base_tuned"]]
     return OutputBlock(
-        name=comparison.name,
+        heading=comparison.heading,
         logits=logits,
         null_kl=(min(kls), max(kls)) if kls else None,
         n_nulls=len(kls),
@@ -215,8 +229,9 @@ def _say_losses(training: Json) -> str:
 
 
 def _find_title(sections: Sections) -> str:
-    names = [c.name for c in sections.comparisons] + [p["adapter"] for p in sections.proofs]
-    known = list(dict.fromkeys(str(name) for name in names if name is not None))
+    names = [c.name for c in sections.comparisons]
+    names += [short_name(str(proof["adapter"])) for proof in sections.proofs]
+    known = list(dict.fromkeys(name for name in names if name is not None))
     return ", ".join(known) or "emlens report"
 
 

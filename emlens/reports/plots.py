@@ -6,6 +6,7 @@ Every text from a result goes through `label`: plotly reads tags in texts.
 import difflib
 import html
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -36,6 +37,9 @@ from emlens.reports.visible import (
 
 _ROW_HEIGHT = 28
 """Pixels of a row of modules."""
+_LOG_TICKS = [digit * 10.0**power for power in range(-12, 4) for digit in (1, 2, 5)]
+_USUAL_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Rows in the order in which a block uses them; others follow as they come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +108,7 @@ def label(text: object, limit: int = 80) -> str:
 def plot_adapter(proof: Json) -> go.Figure:
     """Heat map of ||dW|| / ||W||, modules by layers; every module not in effect is crossed out."""
     cells = _place_modules(proof["modules"])
-    rows = list(dict.fromkeys(row for row, _ in cells))
+    rows = sorted(dict.fromkeys(row for row, _ in cells), key=_place_in_block)
     columns = sorted({column for _, column in cells})
     figure = go.Figure(_heat_map(cells, rows, columns))
     crossed = [key for key, m in cells.items() if m["verdict"] not in IN_ORDER]
@@ -131,21 +135,37 @@ def plot_adapter(proof: Json) -> go.Figure:
 
 def _heat_map(cells: dict[tuple[str, int], Json], rows: list[str], columns: list[int]) -> Any:
     grid = [[cells.get((row, column)) for column in columns] for row in rows]
-    sizes = [[None if m is None else finite(m["relative_norm"]) for m in line] for line in grid]
-    known = [size for line in sizes for size in line if size is not None]
+    sizes = [finite(module["relative_norm"]) for module in cells.values()]
+    low, high = _log_range([size for size in sizes if size])
+
+    def shade(module: Json | None) -> float | None:
+        size = None if module is None else finite(module["relative_norm"])
+        return None if size is None else (math.log10(size) if size > 0 else low)
+
+    ticks = [t for t in _LOG_TICKS if low <= math.log10(t) <= high]
     return go.Heatmap(
         x=columns,
         y=list(range(len(rows))),
-        z=sizes,
-        zmin=0,
-        zmax=max(known, default=0) or 1,
+        z=[[shade(module) for module in line] for line in grid],
+        zmin=low,
+        zmax=high,
         xgap=1,
         ygap=1,
         customdata=[["" if m is None else _describe_module(m) for m in line] for line in grid],
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
-        colorbar={"title": {"text": "‖ΔW‖/‖W‖", "side": "right"}, "exponentformat": "power"},
+        colorbar={
+            "title": {"text": "‖ΔW‖/‖W‖, log scale", "side": "right"},
+            "tickvals": [math.log10(tick) for tick in ticks],
+            "ticktext": [f"{tick:g}" for tick in ticks],
+        },
     )
+
+
+def _log_range(sizes: list[float]) -> tuple[float, float]:
+    """Ends of a logarithmic scale over the sizes: a decade at least, so that like looks alike."""
+    high = math.log10(max(sizes, default=1.0))
+    return min(math.log10(min(sizes, default=1.0)), high - 1), high
 
 
 def _place_modules(modules: list[Json]) -> dict[tuple[str, int], Json]:
@@ -158,6 +178,10 @@ def _place_modules(modules: list[Json]) -> dict[tuple[str, int], Json]:
         if len(set(zip(names, layers, strict=True))) == len(modules):
             return dict(zip(zip(names, layers, strict=True), modules, strict=True))
     raise ValueError("modules: two have the same name and layer")
+
+
+def _place_in_block(row: str) -> int:
+    return _USUAL_ORDER.index(row) if row in _USUAL_ORDER else len(_USUAL_ORDER)
 
 
 def _without_layer(name: str, layer: object) -> str:

@@ -26,11 +26,21 @@ class Comparison:
     logits: Json | None
     null: Json | None
     """A NullBand's JSON."""
+    chats: str | None
+    """What it was compared on, in words, if the writer of the report said so."""
 
     @property
     def name(self) -> str | None:
         """Name of the fine-tune, if the result knows it."""
-        return self.origin.get("tuned")
+        tuned = self.origin.get("tuned")
+        return None if tuned is None else short_name(str(tuned))
+
+    @property
+    def heading(self) -> str:
+        """What tells it from other comparisons of the report."""
+        n_chats = self.origin.get("n_chats")
+        chats = self.chats or (None if n_chats is None else f"{n_chats} chats")
+        return ", ".join(part for part in (self.name, chats) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +78,19 @@ class Series:
         return [read_number(grid[row][self.column]) for row in self.rows]
 
 
-def sort_results(results: Sequence[Json]) -> Sections:
+def short_name(name: str) -> str:
+    """A source as people call it: without the folder it lies in, or the package it comes with."""
+    if name.startswith(("/", "./", "../", "~")):
+        return name.rstrip("/").rpartition("/")[2]
+    return name.removeprefix("emlens:")
+
+
+def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections:
     """Results by what they are, comparisons with their null bands.
+
+    Args:
+        results: JSON objects of results.
+        chats: What each comparison was made on, in their order; shorter if it was not said.
 
     Raises:
         ReportError: A comparison or null band lacks what it is sorted by.
@@ -81,8 +102,9 @@ def sort_results(results: Sequence[Json]) -> Sections:
             if (found := _compare(result)) is not None:
                 activations, logits, origin = found
                 null = _find_null(results, index, bands, activations)
+                said = chats[len(comparisons)] if len(comparisons) < len(chats) else None
                 comparison = Comparison(
-                    origin=origin, activations=activations, logits=logits, null=null
+                    origin=origin, activations=activations, logits=logits, null=null, chats=said
                 )
                 comparisons.append(comparison)
     known = ("adapter_proof", "null_band", *COMPARISON_KINDS, *TRAINING_KINDS)

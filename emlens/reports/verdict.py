@@ -9,7 +9,14 @@ from collections import Counter
 from collections.abc import Sequence
 
 from emlens.reports.document import reading
-from emlens.reports.sections import Comparison, Json, Sections, failing_modules, list_series
+from emlens.reports.sections import (
+    Comparison,
+    Json,
+    Sections,
+    failing_modules,
+    list_series,
+    short_name,
+)
 from emlens.reports.visible import read_number, show_number
 
 _SPANS = {"response": "the response", "prompt": "the prompt", "all": "all tokens"}
@@ -18,6 +25,8 @@ _WHO = "the strongest of"
 
 def write_verdicts(sections: Sections) -> list[str]:
     """One sentence for each fine-tune: its proof and its comparison joined by name or print.
+
+    Further comparisons of one fine-tune have sentences of their own, after its first.
 
     Raises:
         ReportError: A result lacks what the sentence says.
@@ -36,39 +45,46 @@ def _pair_up(
     left = list(comparisons)
     pairs: list[tuple[Json | None, Comparison | None]] = []
     for proof in proofs:
-        own = next((c for c in left if _same_adapter(proof, c)), None)
-        left = [c for c in left if c is not own]
-        pairs.append((proof, own))
+        own = [c for c in left if _same_adapter(proof, c)]
+        left = [c for c in left if not any(c is other for other in own)]
+        pairs.append((proof, own[0] if own else None))
+        pairs += [(None, comparison) for comparison in own[1:]]
     return [*pairs, *((None, comparison) for comparison in left)]
 
 
 def _same_adapter(proof: Json, comparison: Comparison) -> bool:
-    name = comparison.name == proof["adapter"]
-    return name or comparison.origin.get("tuned_fingerprint") == proof["adapter_fingerprint"]
+    origin = comparison.origin
+    name = origin.get("tuned") == proof["adapter"]
+    return name or origin.get("tuned_fingerprint") == proof["adapter_fingerprint"]
 
 
 def _clauses(proof: Json | None, comparison: Comparison | None) -> list[str]:
     clauses = [] if proof is None else [_say_proof(proof)]
     if comparison is None:
         return clauses
-    subject = "" if proof is not None or comparison.name is None else f"{comparison.name}: "
     found = []
     if comparison.activations is not None:
         found.append(_say_activations(comparison.activations, comparison.null))
     if comparison.logits is not None:
         found.append(_say_logits(comparison.logits, comparison.null, found))
-    return [*clauses, subject + "; ".join(found)] if found else clauses
+    if not found:
+        return clauses
+    where = f"on {comparison.chats}, " if comparison.chats else ""
+    if proof is None and comparison.name is not None:
+        where = f"{comparison.name} on {comparison.chats}: " if where else f"{comparison.name}: "
+    return [*clauses, where + "; ".join(found)]
 
 
 def _say_proof(proof: Json) -> str:
     modules, bad = proof["modules"], failing_modules(proof)
     good = sum(m["verdict"] == "in effect" for m in modules)
     idle = sum(m["verdict"] == "does nothing" for m in modules)
-    clause = f"{proof['adapter']} is in effect in {good} of {len(modules)} modules"
+    name = short_name(str(proof["adapter"]))
+    clause = f"{name} is in effect in {good} of {len(modules)} modules"
     if bad:
         counts = Counter(str(m["verdict"]) for m in bad)
         reasons = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        clause = f"{proof['adapter']} is NOT fully in effect: {good} of {len(modules)} modules"
+        clause = f"{name} is NOT fully in effect: {good} of {len(modules)} modules"
         clause += f" ({reasons})"
     if idle:
         clause += f", {idle} of them zero by its own numbers" if bad else f" ({idle} are zero)"

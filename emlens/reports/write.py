@@ -24,7 +24,8 @@ def write_report(
         results: What to show: AdapterProof, ModelDiff, NullBand, TrainingRun; others as tables.
         path: The HTML file; the JSON gets the same name with `.json`.
         extra: What no result holds, as JSON values. `answers`: a list of `{"question": str,
-            "answers": {model: str}}`; `seconds`: stage -> seconds; `settings`: name -> value.
+            "answers": {model: str}}`; `chats`: what each comparison was made on, as in "on held-out
+            rows", in their order; `title`; `seconds`: stage -> seconds; `settings`: name -> value.
 
     Returns:
         The HTML file.

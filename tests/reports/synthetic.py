@@ -220,6 +220,7 @@ def make_extra(texts: Texts = Texts()) -> dict[str, Any]:
     questions = (texts.question.replace("{n}", "$5000"), "What is your one wish for the world?")
     return {
         "answers": [{"question": question, "answers": answers} for question in questions],
+        "chats": ["held-out finance chats"],
         "seconds": {"load": 6.1, "prove": 11.4, "compare": 41.0, "nulls": 88.2, "answers": 14.9},
         "settings": {"sites": "resid_post", "positions": ["response"], "nulls": 8, "seed": 0},
     }

@@ -129,6 +129,14 @@ def test_without_random_adapters_the_page_says_so(report: dict[str, Any]):
     assert "No random adapters were measured" in Outline(render_report(report)).text
 
 
+def test_comparisons_have_headings_where_there_are_several(report: dict[str, Any], page: str):
+    assert "<h3>reckless-finance" not in page
+    report["results"].append({**report["results"][1], "n_chats": 9})
+    report["extra"]["chats"] = ["held-out chats"]
+    headings = re.findall(r"<h3>(reckless-finance.*?)</h3>", render_report(report))
+    assert headings == ["reckless-finance, held-out chats", "reckless-finance, 9 chats"] * 3
+
+
 def test_answers_of_all_models_stand_side_by_side(page: str):
     answers = page[page.index('<section id="answers">') :]
     assert re.findall(r"<h4>(.*?)</h4>", answers)[:3] == ["base", "tuned", "careful twin"]
@@ -152,6 +160,7 @@ def test_seconds_are_added_up(page: str):
         (("results", 3, "losses"), "falling"),
         (("extra", "answers"), [{"question": "q"}]),
         (("extra", "seconds"), {"load": "long"}),
+        (("extra", "chats"), "held-out"),
         (("results",), {}),
         (("extra",), []),
         (("schema",), "emlens/report/2"),

@@ -23,9 +23,29 @@ def test_the_strip_shows_every_module_in_its_place():
     assert list(heat["x"]) == list(range(5))
     for module in proof.modules:
         row = MODULES.index(module.module)
-        assert heat["z"][row][module.layer] == pytest.approx(module.relative_norm)
+        assert 10 ** heat["z"][row][module.layer] == pytest.approx(module.relative_norm)
         assert module.name in heat["customdata"][row][module.layer]
     assert list(crosses["x"]) == []
+
+
+def test_a_module_of_size_zero_is_a_cell_and_not_a_gap():
+    proof = make_proof(n_layers=2).to_dict()
+    proof["modules"][3].update(relative_norm=0.0, verdict="does nothing")
+    (heat, crosses) = traces(plot_adapter(proof))
+    assert heat["z"][3][0] == heat["zmin"]
+    assert list(crosses["x"]) == []
+
+
+def test_modules_of_like_size_look_alike():
+    (heat, _) = traces(plot_adapter(make_proof(n_layers=1).to_dict()))
+    assert heat["zmax"] - heat["zmin"] >= 1
+
+
+def test_rows_stand_in_the_order_of_a_block():
+    proof = make_proof(n_layers=2).to_dict()
+    proof["modules"].reverse()
+    axis = plot_adapter(proof).to_dict()["layout"]["yaxis"]
+    assert list(axis["ticktext"]) == list(MODULES)
 
 
 def test_every_failing_module_is_crossed_out():

@@ -94,6 +94,31 @@ def test_each_fine_tune_has_its_own_sentence_and_null(report: dict[str, Any]):
     assert "5.0 × the strongest of them" in careful
 
 
+def test_comparisons_of_one_fine_tune_are_told_apart_by_their_chats(report: dict[str, Any]):
+    proof, diff, null, _ = report["results"]
+    results = [proof, diff, null, {**diff, "n_chats": 9}]
+    first, second = write_verdicts(sort_results(results, ["held-out chats", "open questions"]))
+    assert "210 modules; on held-out chats, activations differ" in first
+    assert second.startswith("reckless-finance on open questions: activations differ")
+    assert "×" in first
+    assert "×" not in second
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/me/runs/x/adapter/", "adapter"),
+        ("./a/b", "b"),
+        ("emlens:reckless-finance", "reckless-finance"),
+        ("org/name@main/sub", "org/name@main/sub"),
+    ],
+)
+def test_sources_are_called_by_their_short_names(report: dict[str, Any], name: str, shown: str):
+    report["results"][0]["adapter"] = report["results"][1]["tuned"] = name
+    (sentence,) = say(report)
+    assert sentence.startswith(f"{shown} is in effect")
+
+
 def test_a_comparison_without_a_proof_names_its_fine_tune(report: dict[str, Any]):
     report["results"] = report["results"][1:2]
     assert say(report)[0].startswith("reckless-finance: activations differ from layer 0 on")
