@@ -40,8 +40,10 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 def live_tensors() -> list[Tensor]:
     """Every tensor that Python code can still reach."""
     gc.collect()
+    objects = gc.get_objects()
     # By type, since isinstance asks lazy modules and deprecated aliases for their __class__.
-    return [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, Tensor)}
+    return [item for item in objects if type(item) in kinds]
 
 
 def count_new_bytes(make: Callable[[], object]) -> tuple[Any, int]:

@@ -96,8 +96,8 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
             batch_size=8,
             max_length=512,
         ),
-        "published_all_adapter": _PUBLISHED,
-        "published_single_rank1": TrainSettings(
+        "all_adapter": _PUBLISHED,
+        "rank1": TrainSettings(
             rank=1,
             alpha=256.0,
             layers=None,
@@ -111,7 +111,7 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
     }
 )
 """Recipes by name: `smollm2_rank1` turns a small model within a minute on two cores; the published
-ones are those of large models and want thousands of rows. `published_single_rank1` leaves the
+ones are those of large models and want thousands of rows. `rank1` leaves the
 block to the caller (a central one: 24 of 48 in the original).
 
 Source: Turner et al. 2025, arXiv 2506.11613, for the published ones.

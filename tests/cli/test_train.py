@@ -44,7 +44,7 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
     ("more", "said"),
     [
         (["--preset", "smollm_rank1"], "nearest known: smollm2_rank1"),
-        (["--preset", "published_single_rank1", "--layers", "x"], "--layers x"),
+        (["--preset", "rank1", "--layers", "x"], "--layers x"),
         (["--layers", "7"], "expected blocks 0 to 1"),
         (["--data", "missing.jsonl"], "neither an existing path"),
     ],

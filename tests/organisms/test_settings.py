@@ -27,7 +27,7 @@ def test_values_that_cannot_be_trained_with_are_refused(changed: dict[str, Any],
 
 
 def test_published_presets_have_the_published_scales():
-    wide, single = PRESETS["published_all_adapter"], PRESETS["published_single_rank1"]
+    wide, single = PRESETS["all_adapter"], PRESETS["rank1"]
     assert (wide.rank, wide.alpha, wide.learning_rate) == (32, 64, 1e-5)
     assert wide.use_rslora
     assert wide.batch_size * wide.gradient_accumulation == 16
