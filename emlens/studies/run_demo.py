@@ -131,6 +131,7 @@ def run_demo(
         Path(out) / REPORT_NAME,
         extra={
             "answers": [vars(row) for row in answers.answers],
+            "chats": ["held-out finance rows", "both models' answers to open questions"],
             "seconds": seconds,
             "settings": {**vars(size), **sources},
         },
