@@ -116,7 +116,10 @@ def list_schemas() -> dict[str, dict[str, str]]:
     if importlib.util.find_spec("emlens.artifacts") is None:
         return {}
     from emlens.artifacts import Result
+    from emlens.results import RESULT_CLASSES, result_class
 
+    for kind in RESULT_CLASSES:  # imported, so that the list does not depend on what was
+        result_class(kind)
     schemas: dict[str, dict[str, str]] = {}
 
     def add(cls: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from emlens.artifacts import Result
 from emlens.data import Chat, Message, tokenize_chat, track
 from emlens.models.attach import adapter_on_rows
-from emlens.models.generate import generate_greedy
+from emlens.models.generate import generate_greedy, stop_tokens
 from emlens.models.lora import LoraAdapter
 from emlens.models.protocol import HookedModel
 
@@ -120,7 +120,7 @@ def _answer(
     max_new_tokens: int,
 ) -> dict[str, list[str]]:
     """Texts by model: the questions of all models are the rows of one batch, model by model."""
-    n, stop = len(ids), base.tokenizer.eos_token_id
+    n = len(ids)
     with ExitStack() as stack:
         for index, adapter in enumerate(adapters.values(), start=1):
             rows = slice(index * n, (index + 1) * n)
@@ -129,7 +129,7 @@ def _answer(
             base,
             ids.repeat(1 + len(adapters), 1),
             max_new_tokens=max_new_tokens,
-            stop_ids=() if stop is None else (stop,),
+            stop_ids=stop_tokens(base),
         )
     texts = [base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
     return {name: texts[i * n : (i + 1) * n] for i, name in enumerate([BASE, *adapters])}

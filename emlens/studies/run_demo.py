@@ -42,7 +42,7 @@ class DemoSize:
     """Chats shown token by token."""
 
 
-FULL = DemoSize(questions=12, new_tokens=64, heldout=40, nulls=8, examples=6)
+FULL = DemoSize(questions=12, new_tokens=64, heldout=32, nulls=8, examples=6)
 QUICK = DemoSize(questions=2, new_tokens=24, heldout=6, nulls=2, examples=2)
 
 

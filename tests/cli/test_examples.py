@@ -22,21 +22,23 @@ def read_example(command: Any) -> list[str]:
     return shlex.split(line)[1:]
 
 
-@pytest.fixture
-def _runs(cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an example about finished runs finds where it is called."""
+def make_runs(cli: Cli, tiny: Path) -> None:
+    """The finished runs that the example of `report` names, where it is called."""
     diff = ["diff", "--base", tiny / "base", "--tuned", tiny / "tuned"]
-    assert cli(*diff, "--prompts", tiny / "chats.jsonl", "--out", tmp_path / "runs/diff").code == 0
-    shutil.copytree(tmp_path / "runs/diff", tmp_path / "runs/demo")
-    monkeypatch.chdir(tmp_path)
+    assert cli(*diff, "--prompts", tiny / "chats.jsonl", "--out", "runs/diff").code == 0
+    shutil.copytree("runs/diff", "runs/demo")
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_runs")
 @pytest.mark.parametrize("path", COMMANDS)
-def test_the_example_of_each_command_works(cli: Cli, path: str):
+def test_the_example_of_each_command_works(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+):
+    monkeypatch.chdir(tmp_path)
     words = read_example(COMMANDS[path])
     assert " ".join(["emlens", *words]).startswith(path)
+    if path == "emlens report":
+        make_runs(cli, tiny)
     flags = {flag for parameter in COMMANDS[path].params for flag in parameter.opts}
     done = cli(*words, *(["--dry-run"] if "--dry-run" in flags else []))
     assert done.code == 0, done.err
