@@ -16,6 +16,8 @@ from emlens.numerics.sketch import CovarianceSketch, TopDirections
 
 SKETCH_RANK = 32
 """Test vectors of a sketch: an exact covariance at every site would be 10 GB at 14B."""
+NO_CHANGE = 32 * torch.finfo(torch.float32).eps
+"""Relative change up to which a site does not differ; in shared layers the change is exactly 0."""
 TOP = 4
 """Leading directions kept."""
 
@@ -48,7 +50,6 @@ def summarise_changes(
     *,
     sites: Sequence[str],
     positions: Sequence[str],
-    epsilon: float,
     tuned: int = 0,
 ) -> ActivationDiff:
     """Turn accumulators [site position] into the result for one of the models compared.
@@ -57,7 +58,6 @@ def summarise_changes(
         accumulators: one for each site and positions.
         sites: labels of the first axis, in the model's order.
         positions: labels of the second axis.
-        epsilon: machine epsilon of the models' dtype; a relative change under 32 of it is none.
         tuned: which of the models.
     """
     bases = [[cell.base.result() for cell in row] for row in accumulators]
@@ -70,7 +70,7 @@ def summarise_changes(
     moved = _stack(changes, lambda m: _scalar(m.mean_square_norm)).sqrt()
     norm = change.norm(dim=-1)
     relative_rms = _ratio(moved, root)
-    differs = (relative_rms > 32 * epsilon).any(dim=1)
+    differs = (relative_rms > NO_CHANGE).any(dim=1)
     return ActivationDiff(
         sites=tuple(sites),
         positions=tuple(positions),

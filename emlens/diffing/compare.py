@@ -105,7 +105,6 @@ def compare_models(
             cells,
             sites=[str(site) for site in work.sites],
             positions=[str(p) for p in work.positions],
-            epsilon=torch.finfo(pair.base.cfg.dtype).eps,
         ),
         logits=_finish_logits(pair, work, logits, examples),
     )
@@ -129,7 +128,6 @@ def compare_activations(
         cells,
         sites=[str(site) for site in work.sites],
         positions=[str(p) for p in work.positions],
-        epsilon=torch.finfo(pair.base.cfg.dtype).eps,
     )
 
 

@@ -120,6 +120,8 @@ class LogitDifferences:
         """
         total = self._sums.sum(0)
         n = total[0].item()
+        if n == 0:
+            raise ValueError(f"positions: {positions} holds no token that a model predicts")
         means = (total[1:] / n).tolist()
         return LogitDiff(
             positions=positions,

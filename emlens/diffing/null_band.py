@@ -72,7 +72,6 @@ def compare_nulls(
             cells,
             sites=[str(site) for site in work.sites],
             positions=[str(p) for p in work.positions],
-            epsilon=torch.finfo(pair.base.cfg.dtype).eps,
             tuned=index,
         )
         for index in range(n)

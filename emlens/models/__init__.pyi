@@ -1,5 +1,6 @@
 from .adapter_files import load_adapter, save_adapter
 from .attach import attach_adapter
+from .copies import copy_weights
 from .export import save_checkpoint
 from .generate import generate_greedy
 from .loading import load_model
@@ -9,7 +10,7 @@ from .null import sample_null_adapters
 from .pair import ModelPair, load_pair
 from .paired import forward_many
 from .proof import AdapterNotInEffectError, AdapterProof, verify_adapter
-from .views import copy_weights, origin_of
+from .views import origin_of
 
 __all__ = [
     "AdapterNotInEffectError",

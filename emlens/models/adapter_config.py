@@ -117,8 +117,12 @@ def _judge_numbers(config: Mapping[str, Any]) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern, value in (config.get(name) or {}).items():
             good = isinstance(value, int | float) and not isinstance(value, bool)
-            if not good or not math.isfinite(value) or (name == "rank_pattern" and value < 1):
-                raise ValueError(f"adapter_config.json: {name}[{pattern!r}]={value!r}")
+            bounded = name != "rank_pattern" or (good and 1 <= value <= MAX_RANK)
+            if not good or not math.isfinite(value) or not bounded:
+                raise ValueError(
+                    f"adapter_config.json: {name}[{pattern!r}]={value!r}, expected a number"
+                    + (f" from 1 to {MAX_RANK}" if name == "rank_pattern" else "")
+                )
 
 
 def _default_config() -> dict[str, Any]:

@@ -6,6 +6,7 @@ Nothing that a config names is imported or downloaded. Weights come from safeten
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _checked(adapter: LoraAdapter, *, allow_noop: bool) -> LoraAdapter:
     if not allow_noop and not any(m.B.any() and m.scale for m in adapter.modules.values()):
         raise ValueError(
-            f"{adapter.name}: every B is zero, so the adapter does nothing (a checkpoint of step "
-            "0?); pass allow_noop=True if that is wanted"
+            f"{adapter.name}: every B or every scale is zero, so the adapter does nothing "
+            "(a checkpoint of step 0?); pass allow_noop=True if that is wanted"
         )
     return adapter
 
@@ -209,16 +210,21 @@ def _jsonable(value: Any) -> Any:
 def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
     """Write an adapter as a PEFT folder that peft and emlens read back with the same effect.
 
-    Scales become ``lora_alpha`` = scale * rank per module, so rsLoRA is written out.
+    The folder appears whole or not at all. Scales become ``lora_alpha`` = scale * rank per module,
+    so rsLoRA is written out.
+
+    Raises:
+        ValueError: a folder in use.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"folder: {folder} is not empty; name a new one")
     names = sorted(adapter.modules)
     first = adapter.modules[names[0]]
     config = LoraConfig(
         r=first.rank,
         lora_alpha=first.scale * first.rank,  # pyright: ignore[reportArgumentType]
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in names}),
+        target_modules=names,
         rank_pattern={n: m.rank for n, m in adapter.modules.items() if m.rank != first.rank},
         alpha_pattern={
             n: m.scale * m.rank  # pyright: ignore[reportArgumentType]
@@ -237,10 +243,17 @@ def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
         ends = ("lora_embedding_A", "lora_embedding_B") if embedding else _LINEAR_ENDS
         tensors[f"base_model.model.{name}.{ends[0]}"] = module.A.contiguous()
         tensors[f"base_model.model.{name}.{ends[1]}"] = module.B.contiguous()
-    write_tensors_atomic(folder / "adapter_model.safetensors", tensors)
-    write_json_atomic(folder / "adapter_config.json", fields)
     record = {"base": adapter.base_name, "base_fingerprint": adapter.base_fingerprint}
-    write_json_atomic(folder / "emlens.json", record)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        draft = Path(name) / "adapter"
+        draft.mkdir()
+        write_tensors_atomic(draft / "adapter_model.safetensors", tensors)
+        write_json_atomic(draft / "adapter_config.json", fields)
+        write_json_atomic(draft / "emlens.json", record)
+        if folder.exists():
+            folder.rmdir()
+        draft.replace(folder)
     return folder
 
 

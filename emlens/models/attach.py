@@ -108,6 +108,17 @@ class _Reader:
         self(output.flatten(2) if output.ndim == 4 else output)
 
 
+@dataclass(frozen=True)
+class _Last:
+    """A pre-hook that moves a hook behind all others of its hook point before each pass."""
+
+    point: Any
+    handle: Any
+
+    def __call__(self, _module: Any, _args: Any) -> None:
+        self.point._forward_hooks.move_to_end(self.handle.id)
+
+
 @dataclass
 class _Writer:
     """Adds (scale * B) u for the columns of u that belong to one module's part."""
@@ -182,13 +193,18 @@ def _install_group(
         module = getattr(block, reads)
         handles = [module.register_forward_pre_hook(reader.before_module, with_kwargs=True)]
     else:
-        point = block.attn.hook_z if reads == "z" else block.mlp.hook_post
-        handles = [point.register_forward_hook(reader.at_point)]
+        module, point = (
+            (block.attn, block.attn.hook_z) if reads == "z" else (block.mlp, block.mlp.hook_post)
+        )
+        handle = point.register_forward_hook(reader.at_point)
+        # What a user's hook makes of the value is what the module multiplies: read it last.
+        last = module.register_forward_pre_hook(_Last(point, handle))
+        handles = [handle, last]
     start = 0
     for target in group:
         columns = slice(start, start + target.lora.rank)
         start = columns.stop
-        B = target.lora.scale * target.lora.B.float()
+        B = target.lora.scale * target.lora.B.to(torch.promote_types(dtype, torch.float32))
         for part, chosen in enumerate(part_rows(len(B), target.place)):
             writer = _Writer(reader, columns, B[chosen].to(device, dtype), rows)
             point = write_point(block, target.place.writes[part], architecture)

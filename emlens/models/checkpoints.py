@@ -9,12 +9,13 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -110,16 +111,22 @@ def load_checkpoint(
     check_model_folder(folder)
     place = {"": str(read_device(device))}
     wanted = dtype if dtype == "auto" else read_dtype(dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=wanted,
-        device_map=place,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-    ).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=wanted,
+            device_map=place,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: weights are truncated or damaged: {error}") from error
+    _check_complete(folder, info)
+    model.eval().requires_grad_(False)
+    _check_finite(folder, model)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     return Checkpoint(
         model=model,
@@ -127,6 +134,32 @@ def load_checkpoint(
         name=str(source),
         fingerprint=fingerprint_weights(model),
     )
+
+
+def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that left weights at random, or LoRA layers aside.
+
+    Raises:
+        ValueError: tensors missing or of another shape, or un-merged LoRA layers.
+    """
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise ValueError(f"{folder}: the checkpoint lacks {len(missing)} tensors: {missing[:3]}")
+    mismatched = sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if mismatched:
+        raise ValueError(f"{folder}: tensors of another shape than config.json: {mismatched[:3]}")
+    lora = sorted(k for k in info["unexpected_keys"] if "lora_" in k or ".base_layer." in k)
+    if lora:
+        raise ValueError(
+            f"{folder}: holds un-merged LoRA layers ({lora[0]}); save the adapter on its own and "
+            "pass it as adapter="
+        )
+
+
+def _check_finite(folder: Path, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(torch.linalg.vector_norm(parameter, ord=torch.inf))):
+            raise ValueError(f"{folder}: {name} holds NaN or infinite values")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -180,7 +180,8 @@ class _NormForward:
             return self._stepwise(x)
         if self._last is not None:
             seen, out, uses = self._last
-            if seen is x and (x.is_inference() or x._version == 0):
+            same = seen is x and (x.is_inference() or x._version == 0)
+            if same and out.requires_grad == (torch.is_grad_enabled() and x.requires_grad):
                 self._last = (seen, out, uses + 1) if uses < 2 else None
                 return out
         out = self._fused(x)

@@ -46,6 +46,7 @@ def save_checkpoint(model: HookedTransformer, folder: str | Path) -> Path:
         _to_hugging_face(model).save_pretrained(draft)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(draft)
+        draft.chmod(0o755)  # a temporary folder is made for its owner alone
         if folder.exists():
             folder.rmdir()
         draft.replace(folder)

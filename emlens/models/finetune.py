@@ -265,7 +265,11 @@ def finetune_lora(
 
 def _put_on(model: PreTrainedModel, lora: LoraSettings, start_from: Path | None) -> PeftModel:
     if start_from is not None:
-        return PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
+        except BaseException:
+            _remove_lora(model)
+            raise
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -277,6 +281,15 @@ def _put_on(model: PreTrainedModel, lora: LoraSettings, start_from: Path | None)
     tuned = get_peft_model(model, config)
     assert isinstance(tuned, PeftModel)
     return tuned
+
+
+def _remove_lora(model: PreTrainedModel) -> None:
+    """Put back the linear modules that an interrupted injection has already wrapped."""
+    for name, module in list(model.named_modules()):
+        base = getattr(module, "base_layer", None)
+        if base is not None:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, base)
 
 
 def _arguments(

@@ -12,6 +12,15 @@ from transformer_lens import HookedTransformer
 
 from emlens.models.kv_cache import KeyValueCache
 from emlens.models.unembed import compute_logits
+from emlens.models.views import origin_of
+
+
+def stop_tokens(model: HookedTransformer) -> tuple[int, ...]:
+    """Return the ids that end an answer: the tokenizer's own and the generation config's."""
+    named = getattr(origin_of(model).generation_config, "eos_token_id", None)
+    own = getattr(model.tokenizer, "eos_token_id", None)
+    ids = [own, *(named if isinstance(named, list | tuple) else [named])]
+    return tuple(sorted({i for i in ids if i is not None}))
 
 
 @torch.inference_mode()

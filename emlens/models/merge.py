@@ -5,6 +5,7 @@ Merging rounds to the model's dtype; where that loses the update, attach the ada
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -49,7 +50,8 @@ def merged_parameters(
             name = f"blocks.{target.layer}.{parameter}"
             matrix = to_matrix(read_parameter(model, name), target.place.kind)
             update = delta[rows[index]].to(matrix.device)
-            merged = (matrix.to(update.dtype) + update).to(matrix.dtype)
+            wide = torch.promote_types(matrix.dtype, update.dtype)
+            merged = (matrix.to(wide) + update).to(matrix.dtype)
             if target.place.conv1d:
                 merged = merged.mT.contiguous().mT  # keep the checkpoint's own storage order
             yield name, from_matrix(merged, target.place.kind, model.cfg.d_head)

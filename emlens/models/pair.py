@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformer_lens import HookedTransformer
 
 from emlens.models.adapter_files import load_adapter
@@ -50,7 +51,7 @@ class ModelPair:
 
 
 def load_pair(
-    base: ModelSource | HookedTransformer,
+    base: ModelSource | HookedTransformer | PeftModel,
     tuned: AdapterSource | HookedTransformer,
     *,
     form: Form = "attached",
@@ -73,6 +74,11 @@ def load_pair(
         AdapterNotInEffectError: the adapter is not what the tuned model computes.
     """
     check_form(form)
+    if isinstance(base, PeftModel):
+        raise ValueError(
+            "base: a live peft model carries a LoRA of its own; pass its get_base_model() before "
+            "the LoRA was put on, or load_model(peft_model) for the tuned model"
+        )
     if not isinstance(base, HookedTransformer):
         base = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if isinstance(tuned, HookedTransformer):

@@ -80,6 +80,10 @@ def forward_many(
     Raises:
         HookNeverFiredError: a site that the forward pass does not reach.
     """
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            f"ids {tuple(ids.shape)} and mask {tuple(mask.shape)}: expected both [batch pos]"
+        )
     device = base.W_E.device
     ids, mask = ids.to(device), mask.to(device)
     adapters = [item for item in tuned if isinstance(item, LoraAdapter)]

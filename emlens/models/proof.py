@@ -161,7 +161,9 @@ def _compare_bases(adapter: LoraAdapter, name: str, fingerprint: str) -> str:
         return "same"
     if adapter.base_fingerprint:
         return f"trained on other weights ({adapter.base_name}, {adapter.base_fingerprint[:8]})"
-    if adapter.base_name is None or adapter.base_name == name:
+    if not adapter.base_name:
+        return "the adapter records no base"
+    if adapter.base_name == name:
         return "same"
     if str(adapter.base_name).startswith("unsloth/"):
         return f"trained on the mirror {adapter.base_name}"

@@ -33,7 +33,9 @@ class RotaryTables:
         self.cos, self.sin = self._tabulate(min(n_ctx, FIRST_TABLE))
 
     def _tabulate(self, length: int) -> tuple[Tensor, Tensor]:
-        cos, sin = self._make(torch.arange(length, device=self._device)[None])
+        # Tables outlive the call: made in inference mode, they could never enter a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            cos, sin = self._make(torch.arange(length, device=self._device)[None])
         return cos[0], sin[0]
 
     def get(
@@ -94,7 +96,7 @@ class SharedTables:
 
     An entry is valid for one attention-mask object and one (offset, query, key) shape. The mask is
     held so that its identity cannot be reused, and its version is compared, so that an edit in
-    place is seen.
+    place is seen (tensors made in inference mode have no version: do not edit those in place).
     """
 
     def __init__(self) -> None:
@@ -105,7 +107,7 @@ class SharedTables:
         self, tables: RotaryTables, *, offset: int, length: int, mask: Tensor | None
     ) -> Rotation:
         """Return the rotation of positions offset .. offset + length under a padding mask."""
-        key = (mask, _version(mask), offset, length)
+        key = (mask, _version(mask), torch.is_inference_mode_enabled(), offset, length)
         found = self._rotations.get(id(tables))
         if found is not None and _same(found[0], key):
             return found[1]
@@ -126,7 +128,8 @@ class SharedTables:
     ) -> AttentionMask:
         """Return the causal (and sliding-window) mask for queries ``like`` [batch query ...]."""
         length = like.shape[1]
-        key = (padding, _version(padding), offset, length, n_keys, like.dtype)
+        mode = torch.is_inference_mode_enabled()
+        key = (padding, _version(padding), mode, offset, length, n_keys, like.dtype)
         found = self._masks.get(window)
         if found is not None and _same(found[0], key):
             return found[1]

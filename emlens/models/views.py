@@ -307,17 +307,6 @@ def require_views(model: Any) -> None:
         )
 
 
-def copy_weights(model: HookedTransformer) -> HookedTransformer:
-    """Return a model that owns a copy of every weight, safe to edit in place."""
-    copies: dict[int, Tensor] = {}
-    owned: dict[str, Tensor] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
-        if id(value) not in copies:
-            copies[id(value)] = value.detach().clone(memory_format=torch.preserve_format)
-        owned[name] = copies[id(value)]
-    return share_model(model, owned)
-
-
 def share_equal(model: HookedTransformer, base: HookedTransformer) -> HookedTransformer:
     """Return a model that shares with ``base`` every tensor bit-equal to the base's."""
     theirs = dict(base.named_parameters(remove_duplicate=False))

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats, tokenize_chat
+from emlens.models.adapter_files import load_adapter
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
 from emlens.models.finetune import (
     LoraSettings,
@@ -126,6 +127,8 @@ def train_organism(
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
     start = None if start_from is None else locate_source(start_from)
+    if start is not None:
+        load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
     data_sha256 = hash_chats(rows)
     run = RunFolder.start(
         out,

@@ -165,6 +165,14 @@ def test_a_planted_direction_is_found_where_it_was_planted():
     assert float(diff.top_shares[2, 0, 0]) < 0.999
 
 
+def test_a_small_change_is_found_in_half_precision_too():
+    base = tiny_base(dtype=torch.bfloat16)
+    adapter, _ = planted(base, size=0.05)
+    diff = compare_activations(load_pair(base, adapter), make_chats())
+    assert 0.001 < float(diff.relative_rms[1, 0]) < 0.25
+    assert diff.first_differing_site == "resid_post.1"
+
+
 def test_nothing_is_found_when_nothing_is_planted():
     base = tiny_base()
     adapter, _ = planted(base)

@@ -6,10 +6,11 @@ from transformers import AutoModelForCausalLM
 
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.copies import copy_weights
 from emlens.models.export import save_checkpoint
 from emlens.models.loading import load_base, load_model
 from emlens.models.merge import merge_adapter
-from emlens.models.views import copy_weights, lay_views
+from emlens.models.views import lay_views
 from tests.models.adapters import make_peft
 from tests.models.tiny import PLAIN, make_ids, make_tiny
 

@@ -1,5 +1,7 @@
 """peft's own merge and un-merged forward are the oracle of ours."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -172,3 +174,22 @@ def test_null_adapters_keep_shapes_and_norms_and_differ():
         assert not torch.equal(drawn.A, second.modules[name].A)
     again = sample_null_adapters(adapter, n=5, seed=3)[0]
     assert all(torch.equal(again.modules[n].A, m.A) for n, m in first.modules.items())
+
+
+@pytest.mark.parametrize("point", ["attn.hook_z", "mlp.hook_post", "attn.hook_q", "mlp.hook_pre"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_a_users_edit_reaches_an_attached_adapter_as_it_reaches_a_merged_one(name, point):
+    peft_model = make_peft(name)
+    base, adapter = load_base(peft_model), load_adapter(peft_model)
+    ids = make_ids(2, 8)
+    edit: list[Any] = [(f"blocks.1.{point}", lambda x, hook: 0.5 * x.flip(1))]
+    attached = attach_adapter(base, adapter).run_with_hooks(ids, fwd_hooks=edit)
+    merged = merge_adapter(base, adapter).run_with_hooks(ids, fwd_hooks=edit)
+    assert near(attached, merged)
+    assert not near(attached, attach_adapter(base, adapter)(ids))
+
+
+def test_a_folder_in_use_is_not_overwritten_by_an_adapter(tmp_path):
+    (tmp_path / "notes.txt").write_text("keep")
+    with pytest.raises(ValueError, match="not empty"):
+        save_adapter(load_adapter(make_peft("llama")), tmp_path)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformer
 from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_weights
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
@@ -14,11 +15,17 @@ from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_w
 from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
 from emlens.models.checkpoints import fingerprint_weights, load_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.config_fields import check_config
-from emlens.models.loading import load_model
-from emlens.models.views import copy_weights, lay_views, origin_of, share_model
+from emlens.models.copies import copy_weights
+from emlens.models.generate import generate_greedy
+from emlens.models.loading import load_base, load_model
+from emlens.models.pair import load_pair
+from emlens.models.views import lay_views, origin_of, share_model
+from tests.models.adapters import make_peft
 from tests.models.tiny import PLAIN, make_ids, make_tiny
 
 CONVERTERS = {
@@ -222,3 +229,72 @@ def test_a_model_of_the_hosts_own_loading_is_refused_with_a_hint():
     host = HookedTransformer(lay_views(make_tiny("llama"), None).cfg, None, move_to_device=False)
     with pytest.raises(ValueError, match=r"emlens\.load_model"):
         share_model(host)
+
+
+def test_a_copy_keeps_ties_and_an_attached_adapter():
+    peft_model = make_peft("llama-tied-biased")
+    tuned = attach_adapter(load_base(peft_model), load_adapter(peft_model))
+    copy = copy_weights(tuned)
+    ids = make_ids(1, 6)
+    assert torch.equal(copy(ids), tuned(ids))
+    before = copy.unembed.W_U.clone()
+    copy.embed.W_E.data += 1.0
+    assert torch.allclose(copy.unembed.W_U, before + 1.0)
+    assert not torch.equal(copy.W_E, tuned.W_E)
+
+
+def test_gradients_flow_after_decoding():
+    model = lay_views(make_tiny("llama"), None)
+    ids = make_ids(1, 6)
+    generate_greedy(model, ids, max_new_tokens=1)
+    resid = model(ids, stop_at_layer=0).detach().requires_grad_(True)
+    model(resid, start_at_layer=0).sum().backward()
+    assert resid.grad is not None
+    assert bool(resid.grad.any())
+
+
+def edit_weights(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def drop(tensors):
+    del tensors[UP]
+
+
+def widen(tensors):
+    tensors[UP] = torch.zeros(41, 24)
+
+
+def spoil(tensors):
+    tensors[UP][3, 2] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"), [(drop, "lacks"), (widen, "another shape"), (spoil, "NaN")]
+)
+def test_a_damaged_checkpoint_is_refused_and_the_tensor_named(tmp_path, change, says):
+    folder = write(tmp_path, make_tiny("llama"))
+    edit_weights(folder, change)
+    with pytest.raises(ValueError, match=rf"{says}[^\0]*|{UP}") as caught:
+        load_checkpoint(folder)
+    assert UP in str(caught.value)
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    folder = write(tmp_path, make_tiny("llama"))
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"truncated or damaged"):
+        load_checkpoint(folder)
+
+
+def test_a_live_peft_model_is_no_base_of_a_pair():
+    peft_model = make_peft("llama")
+    with pytest.raises(ValueError, match=r"LoRA of its own"):
+        load_pair(peft_model, load_adapter(peft_model))
