@@ -112,7 +112,7 @@ def load_checkpoint(
     place = {"": str(read_device(device))}
     wanted = dtype if dtype == "auto" else read_dtype(dtype)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=wanted,
             device_map=place,
@@ -124,6 +124,7 @@ def load_checkpoint(
         )
     except SafetensorError as error:
         raise ValueError(f"{folder}: weights are truncated or damaged: {error}") from error
+    model, info = loaded
     _check_complete(folder, info)
     model.eval().requires_grad_(False)
     _check_finite(folder, model)
