@@ -15,6 +15,8 @@ RESULT_CLASSES = MappingProxyType(
         "logit_diff": "emlens.diffing.results:LogitDiff",
         "model_diff": "emlens.diffing.results:ModelDiff",
         "null_band": "emlens.diffing.results:NullBand",
+        "direction": "emlens.vectors:Direction",
+        "directions": "emlens.vectors:Directions",
         "adapter_proof": "emlens.models.proof:AdapterProof",
         "adapter_summary": "emlens.models.adapter_summary:AdapterSummary",
         "memory_plan": "emlens.models.memory:MemoryPlan",
