@@ -1,0 +1,200 @@
+"""Low-rank affine maps of the values at one place; not for changes that depend on thresholds.
+
+y -> y + (y V) U^T + c. Adding a vector (rank 0), projecting directions out and moving them to a
+given value are such maps, and so is any sequence of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from emlens.numerics.projection import orthonormal_basis
+from emlens.numerics.validation import WidthError, ZeroVectorError, check_finite, check_same
+
+
+class ConflictingTargetsError(ValueError):
+    """Dependent directions are to be moved to values that no vector has at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankAffine:
+    """y -> y + (y V) U^T + c for row vectors y.
+
+    Raises:
+        WidthError: factors of different shapes.
+        NonFiniteError: NaN or infinity.
+    """
+
+    U: Float[Tensor, "d k"]
+    """What is written, a column for each of the k numbers read."""
+    V: Float[Tensor, "d k"]
+    """What is read."""
+    c: Float[Tensor, " d"]
+    """What is added whatever is read."""
+
+    def __post_init__(self) -> None:
+        if self.U.ndim != 2 or self.U.shape != self.V.shape or self.c.shape != self.U.shape[:1]:
+            raise WidthError(
+                f"U has shape {tuple(self.U.shape)}, V {tuple(self.V.shape)}, c "
+                f"{tuple(self.c.shape)}; expected [d, k], [d, k] and [d]"
+            )
+        check_finite("U, V or c", self.U, self.V, self.c)
+
+    @property
+    def width(self) -> int:
+        """Entries of the vectors it maps."""
+        return len(self.c)
+
+    @property
+    def rank(self) -> int:
+        """Numbers read: columns of U and V, dependent ones included."""
+        return self.U.shape[1]
+
+    @cached_property
+    def _shifts(self) -> bool:
+        return bool(self.c.any())
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "LowRankAffine":
+        """The same map elsewhere or in another precision."""
+        return LowRankAffine(*(t.to(device, dtype) for t in (self.U, self.V, self.c)))
+
+    def apply(
+        self, y: Float[Tensor, "*batch d"], where: Bool[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch d"]:
+        """Map vectors along the last axis; y itself stays as it was.
+
+        Half precision is computed in float32 and rounded once: a direction taken out of a vector
+        that mostly lies along it would otherwise leave a remainder of the size of what is left.
+
+        Args:
+            y: values.
+            where: which of them to map; all by default.
+        """
+        check_same("y's last axis", y.shape[-1], "the width of the map", self.width)
+        wide = torch.promote_types(y.dtype, torch.float32)
+        out = self._apply_flat(
+            y.reshape(-1, self.width).to(wide), None if where is None else where.flatten()
+        )
+        return out.to(y.dtype).view(y.shape)
+
+    def _apply_flat(self, y: Tensor, where: Tensor | None) -> Tensor:
+        """One pass that reads and one that writes; nothing is done in place."""
+        U, V, c = (t.to(y.device, y.dtype) for t in (self.U, self.V, self.c))
+        if self.rank == 0:
+            return y + c if where is None else torch.addr(y, where.to(y.dtype), c)
+        if self.rank == 1 and not self._shifts:
+            read = y.mv(V[:, 0])
+            return torch.addr(y, read if where is None else read * where, U[:, 0])
+        read = y @ V
+        if self._shifts:
+            read = torch.nn.functional.pad(read, (0, 1), value=1.0)
+            U = torch.cat([U, c[:, None]], dim=1)
+        return torch.addmm(y, read if where is None else read * where[:, None], U.mT)
+
+    def then(self, after: "LowRankAffine") -> "LowRankAffine":
+        """The one map that does this and afterwards the other.
+
+        y1 = y + (y V1) U1^T + c1 put into y1 + (y1 V2) U2^T + c2 reads V2 + V1 (U1^T V2) of y and
+        c1 V2 of nothing.
+        """
+        check_same("the other map's width", after.width, "this map's", self.width)
+        V = torch.cat([self.V, after.V + self.V @ (self.U.mT @ after.V)], dim=1)
+        c = self.c + after.U @ (self.c @ after.V) + after.c
+        return LowRankAffine(torch.cat([self.U, after.U], dim=1), V, c)
+
+    def compress(self) -> "LowRankAffine":
+        """The same map with as few columns as it needs, those of V orthonormal.
+
+        U V^T is decomposed through two thin QR factorisations; the [d, d] product is never formed.
+        """
+        Q_u, R_u = torch.linalg.qr(self.U)
+        Q_v, R_v = torch.linalg.qr(self.V)
+        left, singular, right = torch.linalg.svd(R_u @ R_v.mT)
+        # Relative to the factors, not to the product: two maps that undo each other leave rank 0.
+        size = torch.linalg.matrix_norm(R_u) * torch.linalg.matrix_norm(R_v)
+        kept = singular > size * self.width * torch.finfo(singular.dtype).eps
+        return LowRankAffine(
+            Q_u @ (left[:, kept] * singular[kept]), Q_v @ right.mT[:, kept], self.c
+        )
+
+    def fold_into(
+        self, W: Float[Tensor, "d_in d"], b: Float[Tensor, " d"]
+    ) -> tuple[Float[Tensor, "d_in d"], Float[Tensor, " d"]]:
+        """Weights W', b' with x W' + b' equal to this map of x W + b, rounded once.
+
+        A table of vectors (an embedding) is folded as `fold_into(table, zeros)`; b' then belongs
+        to every row.
+        """
+        check_same("W's last axis", W.shape[-1], "the width of the map", self.width)
+        check_same("b's width", len(b), "the width of the map", self.width)
+        wide = torch.promote_types(W.dtype, torch.float32)
+        U, V, c = (t.to(W.device, wide) for t in (self.U, self.V, self.c))
+        W_wide, b_wide = W.to(wide), b.to(wide)
+        folded = torch.addmm(W_wide, W_wide @ V, U.mT)
+        return folded.to(W.dtype), (b_wide + U @ (b_wide @ V) + c).to(b.dtype)
+
+
+def compose(maps: Sequence[LowRankAffine]) -> LowRankAffine:
+    """The one map that does all of them in order, compressed.
+
+    Raises:
+        ValueError: no map.
+        WidthError: maps of different widths.
+    """
+    if not maps:
+        raise ValueError("maps: got none, expected at least one")
+    whole = maps[0]
+    for after in maps[1:]:
+        whole = whole.then(after)
+    return whole.compress()
+
+
+def translation(vector: Float[Tensor, " d"]) -> LowRankAffine:
+    """Add a vector: y -> y + vector, in float64."""
+    none = vector.new_zeros((len(vector), 0), dtype=torch.float64)
+    return LowRankAffine(none, none, vector.double())
+
+
+def ablation(
+    vectors: Float[Tensor, "k d"], values: Float[Tensor, " k"] | None = None
+) -> LowRankAffine:
+    """Move the components along vectors to given values, and nothing orthogonal to them.
+
+    y -> y - (y Q) Q^T + m with Q an orthonormal basis of the vectors' span and m the vector of
+    that span whose component along each vector has its value; m = 0 without values. In float64.
+
+    Args:
+        vectors: of any norm, one or several, which need not be orthogonal or independent.
+        values: v^ . y afterwards, for each vector; zeros by default.
+
+    Raises:
+        ZeroVectorError: a vector is zero.
+        NonFiniteError: NaN or infinity.
+        ConflictingTargetsError: dependent vectors with values that contradict each other.
+    """
+    check_finite("vectors", vectors)
+    wide = vectors.double()
+    wide = wide / wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    if not bool((norms > 0).all()):
+        raise ZeroVectorError(
+            f"vectors: {int((norms == 0).sum())} of {len(vectors)} are zero and have no direction: "
+            "the two means they were made from are the same there"
+        )
+    units = wide / norms
+    Q = orthonormal_basis(units).mT
+    if values is None:
+        return LowRankAffine(-Q, Q, units.new_zeros(units.shape[1]))
+    check_same("values' length", len(values), "the number of vectors", len(vectors))
+    wanted = values.to(units)
+    c = torch.linalg.pinv(units) @ wanted
+    if not torch.allclose(units @ c, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max())):
+        raise ConflictingTargetsError(
+            f"values: no vector has the components {wanted.tolist()} along these directions at "
+            "once; some of them are parallel or dependent, with different values"
+        )
+    return LowRankAffine(-Q, Q, c)
