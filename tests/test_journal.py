@@ -1,0 +1,216 @@
+"""The journal under kills, full disks and second writers."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emlens import journal
+from emlens.journal import Journal, JournalError, JournalLockedError, read_journal
+
+ROWS = [{"id": f"r{i}", "text": "käse\u2028\n\x85" * i, "n": i} for i in range(6)]
+
+
+def test_rows_come_back_as_they_went_in_and_in_order(tmp_path: Path):
+    path = tmp_path / "deep" / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS[:2])
+        kept.append(ROWS[2:])
+        assert kept.ids == tuple(row["id"] for row in ROWS)
+        assert "r3" in kept
+        assert "r9" not in kept
+        assert kept.rows() == ROWS
+    assert read_journal(path) == ROWS
+
+
+def test_an_id_is_kept_once(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS[:3])
+        before = path.read_bytes()
+        for batch in (
+            [ROWS[4], ROWS[1]],
+            [ROWS[4], ROWS[4]],
+            [{"n": 1}],
+            [{"id": 3}],
+            [{"id": ""}],
+        ):
+            with pytest.raises(JournalError, match="id"):
+                kept.append(batch)
+        assert path.read_bytes() == before
+        kept.append(ROWS[3:])
+    assert read_journal(path) == ROWS
+
+
+def test_what_json_has_no_number_for_is_refused_whole(tmp_path: Path):
+    with Journal(tmp_path / "rows.jsonl") as kept:
+        with pytest.raises(ValueError, match="JSON"):
+            kept.append([ROWS[0], {"id": "x", "n": float("nan")}])
+        assert kept.ids == ()
+    assert read_journal(tmp_path / "rows.jsonl") == []
+
+
+@given(st.integers(min_value=0))
+def test_a_file_cut_anywhere_opens_with_its_whole_lines(tmp_path_factory, place: int):
+    path = tmp_path_factory.mktemp("cut") / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS)
+    data = path.read_bytes()
+    data = data[: place % (len(data) + 1)]
+    path.write_bytes(data)
+    whole = data.count(b"\n")
+    assert read_journal(path) == ROWS[:whole]
+    with Journal(path) as kept:
+        assert len(kept) == whole
+        kept.append(ROWS[whole:])
+    assert read_journal(path) == ROWS
+
+
+def test_zeros_left_by_a_power_cut_are_cut(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS[:2])
+    with path.open("ab") as file:
+        file.write(b"\0" * 4096)
+    with Journal(path) as kept:
+        kept.append(ROWS[2:])
+    assert read_journal(path) == ROWS
+
+
+@pytest.mark.parametrize(
+    "line", [b"{]\n", b"[1]\n", b'{"n": 1}\n', b'{"id": "r0"}\n', b"\n", b"\xff\n"]
+)
+def test_damage_before_the_end_is_named_and_nothing_is_thrown_away(tmp_path: Path, line: bytes):
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS[:2])
+    data = path.read_bytes() + line + b'{"id": "after"}\n'
+    path.write_bytes(data)
+    for read in (read_journal, Journal):
+        with pytest.raises(JournalError, match=r"rows\.jsonl:3"):
+            read(path)
+    assert path.read_bytes() == data
+    path.write_bytes(data[: -len(line) - 16])
+    Journal(path).close()  # the lock was given back
+
+
+def test_one_writer_at_a_time_and_readers_at_any(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    with Journal(path) as kept:
+        kept.append(ROWS[:1])
+        with pytest.raises(JournalLockedError, match="another process"):
+            Journal(path)
+        code = f"from emlens.journal import Journal\nJournal({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert "JournalLockedError" in done.stderr
+        assert read_journal(path) == ROWS[:1]
+    with Journal(path) as again:
+        again.append(ROWS[1:])
+    with pytest.raises(JournalError, match="closed"):
+        again.append([{"id": "late"}])
+
+
+def test_a_batch_is_on_the_disk_when_append_returns(tmp_path: Path, monkeypatch):
+    calls: list[str] = []
+    write, fsync = os.write, os.fsync
+    monkeypatch.setattr(journal.os, "write", lambda f, d: calls.append("write") or write(f, d))
+    monkeypatch.setattr(journal.os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    with Journal(tmp_path / "rows.jsonl") as kept:
+        calls.clear()
+        kept.append(ROWS)
+        assert calls == ["write", "fsync"]
+
+
+def test_a_disk_that_takes_a_part_at_a_time_gets_the_rest(tmp_path: Path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(journal.os, "write", lambda f, d: write(f, d[:7]))
+    with Journal(tmp_path / "rows.jsonl") as kept:
+        kept.append(ROWS)
+    assert read_journal(tmp_path / "rows.jsonl") == ROWS
+
+
+FULL_DISK = """
+import resource, signal, sys
+from emlens.journal import Journal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Journal(sys.argv[1]) as kept:
+    kept.append([{"id": "a", "text": "x" * 500}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (800, hard))
+    try:
+        kept.append([{"id": "b", "text": "y"}, {"id": "c", "text": "z" * 500}])
+    except OSError as error:
+        print(type(error).__name__, error.errno, kept.ids)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    kept.append([{"id": "b", "text": "y"}])
+"""
+
+
+def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("OSError 27 ('a',)")
+    assert [row["id"] for row in read_journal(path)] == ["a", "b"]
+
+
+KILLER = """
+import os, random, signal, sys, time
+from emlens.journal import Journal, read_journal
+
+def write(path, told=None):
+    with Journal(path) as kept:
+        for start in range(0, 600, 5):
+            batch = [
+                {"id": f"row-{i}", "text": "x" * (i * 37 % 900)} for i in range(start, start + 5)
+            ]
+            if missing := [row for row in batch if row["id"] not in kept]:
+                kept.append(missing)
+                if told is not None:
+                    os.write(told, f"{start} ".encode())
+
+whole, killed = sys.argv[1:]
+write(whole)
+rng, kills = random.Random(0), 0
+for _ in range(60):
+    reads, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        write(killed, told)
+        os._exit(0)
+    os.close(told)
+    first = os.read(reads, 1)
+    time.sleep(rng.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    rest = b""
+    while more := os.read(reads, 4096):
+        rest += more
+    os.close(reads)
+    # Whatever was told to be kept is there.
+    kept = {row["id"] for row in read_journal(killed)}
+    assert all(f"row-{int(start) + 4}" in kept for start in (first + rest).split())
+    if len(kept) == 600:
+        break
+print(kills)
+write(killed)
+"""
+
+
+def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(tmp_path: Path):
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(whole), str(killed)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 3
+    assert killed.read_bytes() == whole.read_bytes()
+    assert [row["id"] for row in read_journal(killed)] == [f"row-{i}" for i in range(600)]
