@@ -19,6 +19,14 @@ from emlens.data.chat import (
     as_chats,
     tokenize_chat,
 )
+from emlens.data.contrast import (
+    ContrastError,
+    ContrastTexts,
+    prompt_hash,
+    prompt_hashes,
+    split_by_score,
+    text_hash,
+)
 from emlens.data.positions import (
     EmptySelectionError,
     Positions,
@@ -27,18 +35,24 @@ from emlens.data.positions import (
 )
 from emlens.data.progress import report_progress, show_progress, tell_progress, track
 from emlens.data.prompts import PromptFileError, load_chats
+from emlens.data.scores import BehaviourScores, ModelScorer, ResponseScorer
 
 __all__ = [
     "Batch",
     "BatchError",
     "Batching",
+    "BehaviourScores",
     "Chat",
     "ChatError",
+    "ContrastError",
+    "ContrastTexts",
     "EmptySelectionError",
     "Message",
+    "ModelScorer",
     "Positions",
     "PositionsError",
     "PromptFileError",
+    "ResponseScorer",
     "SpanError",
     "TokenizedChat",
     "TokenizerLike",
@@ -49,9 +63,13 @@ __all__ = [
     "parse_positions",
     "plan_batches",
     "position_mask",
+    "prompt_hash",
+    "prompt_hashes",
     "report_progress",
     "show_progress",
+    "split_by_score",
     "tell_progress",
+    "text_hash",
     "tokenize_chat",
     "track",
 ]
