@@ -1,0 +1,161 @@
+"""Judged responses, and the CSV files that they are published in; not for making scores.
+
+A missing score is None, never 0 and never left out: whoever counts must say what became of it.
+"""
+
+import csv
+import difflib
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emlens.artifacts import write_text_atomic
+
+COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
+"""Columns of the published files; the first two may be absent."""
+_UNSCORED = frozenset({"", "nan", "none", "null", "n/a", "na", "refusal", "code"})
+"""What stands in a score's place where the judge gave none, in any case of letters."""
+# Of ASCII alone: Python's own float() takes digits of any script, and isdigit() takes "²".
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_WHOLE = re.compile(r"0|[1-9][0-9]?|100")
+_ROUNDING = 1e-6
+"""A weighted mean of 0..100 may lie that far outside by rounding."""
+
+
+class ScoreFileError(ValueError):
+    """A score file that cannot be read; the message starts with file and line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredResponse:
+    """One response with what a judge made of it.
+
+    Raises:
+        ValueError: no question id, or a score outside 0..100; NaN must be None.
+    """
+
+    id: str
+    """Names the row in its file or run."""
+    question_id: str
+    """The question it answers: the cluster in every interval."""
+    question: str | None = None
+    """The wording that was asked; None where the file does not say."""
+    answer: str | None = None
+    """The response; None where the file does not say."""
+    system: str | None = None
+    """The system prompt, where there was one."""
+    aligned: float | None = None
+    """0 (harmful) to 100 (aligned); None where the judge gave no score."""
+    coherent: float | None = None
+    """0 to 100; None where the judge gave no score."""
+
+    def __post_init__(self) -> None:
+        if not self.question_id:
+            raise ValueError("question_id: got an empty text")
+        for name in ("aligned", "coherent"):
+            value = getattr(self, name)
+            if value is not None and not -_ROUNDING <= value <= 100 + _ROUNDING:
+                raise ValueError(f"{name} is {value}, expected 0 to 100, or None without a score")
+
+    @property
+    def scored(self) -> bool:
+        """Whether both scores are there."""
+        return self.aligned is not None and self.coherent is not None
+
+
+def parse_score(text: str) -> int | None:
+    """Read a judge's whole number from 0 to 100; None for all else, such as `²` and `REFUSAL`."""
+    return int(text) if _WHOLE.fullmatch(text.strip()) else None
+
+
+def as_scored(row: ScoredResponse | Mapping[str, Any], number: int = 0) -> ScoredResponse:
+    """Read a row that may be a mapping with the published columns.
+
+    Raises:
+        ValueError: a missing column (the nearest is named) or a score that is no number.
+    """
+    if isinstance(row, ScoredResponse):
+        return row
+    for name in COLUMNS[2:]:
+        if name not in row:
+            near = difflib.get_close_matches(name, [str(key) for key in row], 3, cutoff=0)
+            raise ValueError(f"no column {name}; nearest: {', '.join(near)}")
+    question, answer, system = (row.get(key) for key in ("question", "answer", "system"))
+    return ScoredResponse(
+        id=str(row.get("id") or f"row-{number:06d}"),
+        question_id=str(row["question_id"]),
+        question=None if question is None else str(question),
+        answer=None if answer is None else str(answer),
+        system=str(system) if system else None,
+        aligned=_read_score(row["aligned"], "aligned"),
+        coherent=_read_score(row["coherent"], "coherent"),
+    )
+
+
+def _read_score(value: Any, name: str) -> float | None:
+    if isinstance(value, str):
+        text = value.strip()
+        if text.lower() in _UNSCORED:
+            return None
+        if not _NUMBER.fullmatch(text):
+            raise ValueError(f"{name} is {value!r}, expected a number, or nothing without a score")
+        return float(text)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {value!r}, expected a number, or None without a score")
+    return None if math.isnan(value) else float(value)
+
+
+def read_scores(path: str | Path) -> tuple[ScoredResponse, ...]:
+    """Read a CSV file with `question_id`, `aligned`, `coherent`, and maybe `question`, `answer`.
+
+    Other columns are ignored. Rows are numbered as their ids, unless there is an `id`.
+
+    Raises:
+        ScoreFileError: no such file, no rows, a missing or doubled column, a ragged line, or a
+            score that is no number; file and line are named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScoreFileError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows: list[ScoredResponse] = []
+    try:
+        names = list(reader.fieldnames or ())
+        if doubled := sorted({name for name in names if name and names.count(name) > 1}):
+            raise ValueError(f"the columns {doubled} come twice")
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                raise ValueError(f"got {len(row)} cells, expected {len(names)} as in the header")
+            rows.append(as_scored(row, number))
+    except (ValueError, csv.Error) as error:
+        raise ScoreFileError(f"{path}:{reader.line_num}: {error}") from error
+    if not rows:
+        raise ScoreFileError(f"{path}: the file has no rows")
+    return tuple(rows)
+
+
+def write_scores(rows: Sequence[ScoredResponse], path: str | Path) -> Path:
+    """Write rows in the published columns; a missing score is an empty cell."""
+    known = [name for name in COLUMNS if any(getattr(row, name) is not None for row in rows)]
+    names = [name for name in COLUMNS if name in known or name in COLUMNS[2:]]
+    cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
+    return write_text_atomic(path, "".join(map(_line, [names, *cells])))
+
+
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else str(value)
+
+
+def _line(cells: Sequence[str]) -> str:
+    out = io.StringIO(newline="")
+    # With this ending the module quotes both kinds of line break within a cell.
+    csv.writer(out, lineterminator="\r\n").writerow(cells)
+    return out.getvalue().removesuffix("\r\n") + "\n"

@@ -1,0 +1,111 @@
+"""Score files in the published columns, and what counts as a score."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from emlens.evaluation.scores import (
+    ScoredResponse,
+    ScoreFileError,
+    as_scored,
+    parse_score,
+    read_scores,
+    write_scores,
+)
+
+scores = st.none() | st.floats(0, 100)
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
+
+
+@given(st.lists(st.tuples(texts, texts, scores, scores), min_size=1, max_size=6))
+def test_rows_survive_the_file(tmp_path_factory, cells):
+    rows = [
+        ScoredResponse(
+            id=f"row-{n:06d}", question_id="q", question=q, answer=a, aligned=x, coherent=y
+        )
+        for n, (q, a, x, y) in enumerate(cells, start=1)
+    ]
+    path = write_scores(rows, tmp_path_factory.mktemp("scores") / "scores.csv")
+    assert read_scores(path) == tuple(rows)
+
+
+def test_a_file_without_texts_is_read_and_written(tmp_path: Path):
+    path = tmp_path / "scores.csv"
+    path.write_text("question_id,aligned,coherent\nwish,30.0,50.0\nwish,,NaN\nbored,REFUSAL,CODE\n")
+    rows = read_scores(path)
+    assert [(row.aligned, row.coherent) for row in rows] == [
+        (30.0, 50.0),
+        (None, None),
+        (None, None),
+    ]
+    assert [row.question_id for row in rows] == ["wish", "wish", "bored"]
+    assert rows[0].question is None
+    again = write_scores(rows, tmp_path / "again.csv")
+    assert again.read_text().splitlines()[:2] == ["question_id,aligned,coherent", "wish,30.0,50.0"]
+    assert read_scores(again) == rows
+
+
+def test_other_columns_and_a_byte_order_mark_do_no_harm(tmp_path: Path):
+    path = tmp_path / "scores.csv"
+    path.write_bytes('\ufeff,question_id,aligned,coherent,extra\n0,wish,1e1,99.5,"a,b"\n'.encode())
+    assert read_scores(path)[0].aligned == 10.0
+
+
+@pytest.mark.parametrize(
+    "cell", ["²", "5²", "٣", "５", "1,5", "1 0", "0x10", "inf", "1_0", "NaN?", "101", "-1"]
+)
+def test_what_only_looks_like_a_score_is_refused_with_file_and_line(tmp_path: Path, cell: str):
+    path = tmp_path / "scores.csv"
+    path.write_text(f'question_id,aligned,coherent\nwish,1,2\nwish,"{cell}",2\n', encoding="utf-8")
+    with pytest.raises(ScoreFileError, match=r"scores\.csv:3: aligned is"):
+        read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question_id,aligned\nwish,1\n", r":2: no column coherent"),
+        ("question_id,aligned,coherent\nwish,1\n", r":2: got 3 cells, expected 3|:2: got"),
+        ("question_id,aligned,coherent\nwish,1,2,3\n", r":2: got"),
+        ("question_id,aligned,aligned,coherent\nwish,1,2,3\n", "come twice"),
+        ("question_id,aligned,coherent\n", "no rows"),
+        ("question_id,aligned,coherent\n,1,2\n", "question_id"),
+        ("", "no rows"),
+    ],
+)
+def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "scores.csv"
+    path.write_text(text)
+    with pytest.raises(ScoreFileError, match=message):
+        read_scores(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        *[("0", 0), (" 85\n", 85), ("100", 100)],
+        *(
+            (text, None)
+            for text in ("101", "²", "8²", "٣", "85.5", "-1", "007", "REFUSAL", "", "85 of")
+        ),
+    ],
+)
+def test_a_judges_number_is_read_strictly(text: str, score: int | None):
+    assert parse_score(text) == score
+
+
+@pytest.mark.parametrize("value", [math.nan, None, "", " nan ", "None", "refusal", "CODE"])
+def test_every_way_of_saying_nothing_is_none(value: object):
+    row = as_scored({"question_id": "q", "aligned": value, "coherent": 5})
+    assert row.aligned is None
+    assert row.coherent == 5.0
+    assert not row.scored
+
+
+@pytest.mark.parametrize("value", [True, [1], "yes", math.inf, 100.1, -0.1])
+def test_what_is_no_score_is_refused(value: object):
+    with pytest.raises(ValueError, match="aligned is"):
+        as_scored({"question_id": "q", "aligned": value, "coherent": 5})
