@@ -111,6 +111,28 @@ _GPT2_PLACES = (
     _gpt2_place("mlp.c_proj", ("mlp.W_out",), "plain", "post", ("hook_mlp_out",)),
 )
 
+_NEOX_PLACES = (
+    Place(
+        module="attention.query_key_value",
+        parameters=("attn.W_Q", "attn.W_K", "attn.W_V"),
+        biases=("attn.b_Q", "attn.b_K", "attn.b_V"),
+        kind="heads_out",
+        reads="attn",
+        writes=("attn.hook_q", "attn.hook_k", "attn.hook_v"),
+        by_head=True,
+    ),
+    Place(
+        module="attention.dense",
+        parameters=("attn.W_O",),
+        biases=("attn.b_O",),
+        kind="heads_in",
+        reads="z",
+        writes=("hook_attn_out",),
+    ),
+    _mlp_place("mlp.dense_h_to_4h", "in", "mlp.b_in", "mlp", "mlp.hook_pre"),
+    _mlp_place("mlp.dense_4h_to_h", "out", "mlp.b_out", "post", "hook_mlp_out"),
+)
+
 _NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm"}
 _SANDWICH_NORMS = {
@@ -201,6 +223,26 @@ def _gpt2(config: Any) -> dict[str, Any]:
     }
 
 
+def _neox(config: Any) -> dict[str, Any]:
+    d_head = config.hidden_size // config.num_attention_heads
+    share = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    return {
+        "d_model": config.hidden_size,
+        "d_head": d_head,
+        "n_heads": config.num_attention_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "eps": config.layer_norm_eps,
+        "d_vocab": config.vocab_size,
+        "act_fn": config.hidden_act,
+        "normalization_type": "LN",
+        "positional_embedding_type": "rotary",
+        "rotary_dim": int(d_head * share),
+        "parallel_attn_mlp": config.use_parallel_residual,
+    }
+
+
 _SLIDING = frozenset({"sliding_window", "layer_types", "use_sliding_window"})
 _GEMMA_FIELDS = (
     _SIZES
@@ -281,6 +323,16 @@ _ENTRIES = (
         embed="wte",
         pos_embed="wpe",
         final_norm="ln_f",
+    ),
+    Architecture(
+        name="GPTNeoXForCausalLM",
+        places=_NEOX_PLACES,
+        norms=_NORMS,
+        read_config=_neox,
+        handled=_SIZES | {"layer_norm_eps", "use_parallel_residual"},
+        trunk="gpt_neox",
+        embed="embed_in",
+        final_norm="final_layer_norm",
     ),
 )
 ARCHITECTURES: Mapping[str, Architecture] = {entry.name: entry for entry in _ENTRIES}

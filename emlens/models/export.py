@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from emlens.models.attach import attached_adapter
 from emlens.models.config import Architecture
-from emlens.models.layout import Place, to_matrix
+from emlens.models.layout import Place, join_parts, to_matrix
 from emlens.models.lora import architecture_of, read_parameter
 from emlens.models.merge import merge_adapter
 from emlens.models.views import origin_of, share_model
@@ -121,8 +121,9 @@ def _norm(
 
 def _linear(model: HookedTransformer, prefix: str, place: Place) -> tuple[Tensor, Tensor | None]:
     matrices = [to_matrix(read_parameter(model, prefix + n), place.kind) for n in place.parameters]
-    weight = matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+    d_head = model.cfg.d_head
+    weight = join_parts(matrices, place, d_head)
     known = dict(model.named_parameters())
     biases = [known[prefix + n].detach().flatten() for n in place.biases if prefix + n in known]
-    bias = torch.cat(biases) if biases else None
+    bias = join_parts(biases, place, d_head) if biases else None
     return (weight.mT if place.conv1d else weight), bias

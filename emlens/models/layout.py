@@ -4,7 +4,7 @@ Everything that reads or writes weights (loading, adapters, merging, proof, expo
 these functions; do not use them for weights that TransformerLens processed (folded or centred).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,6 +35,8 @@ class Place:
     """Hook points below the block that carry the output, aligned with ``parameters``."""
     conv1d: bool = False
     """Whether the checkpoint stores the weight as [d_in d_out] (GPT-2's Conv1D)."""
+    by_head: bool = False
+    """Whether a fused projection's rows go head by head, each head's parts together (GPT-NeoX)."""
 
     @property
     def suffix(self) -> str:
@@ -62,14 +64,42 @@ def from_matrix(
     return matrix.mT
 
 
-def split_rows(value: Float[Tensor, "d_out ..."], place: Place) -> tuple[Float[Tensor, "..."], ...]:
-    """Split the output rows of a fused projection into those of its parts, as views."""
-    return value.chunk(len(place.parameters), dim=0)
-
-
-def part_rows(d_out: int, place: Place) -> tuple[Int[Tensor, " rows"], ...]:
+def part_rows(d_out: int, place: Place, d_head: int) -> tuple[Int[Tensor, " rows"], ...]:
     """Return, for each TransformerLens part of a module, its rows of the module's output."""
-    return torch.arange(d_out).chunk(len(place.parameters))
+    n_parts = len(place.parameters)
+    if not place.by_head:
+        return torch.arange(d_out).chunk(n_parts)
+    return tuple(r.flatten() for r in torch.arange(d_out).view(-1, n_parts, d_head).unbind(1))
+
+
+def split_weight(
+    matrix: Float[Tensor, "d_out d_in"], place: Place, d_head: int
+) -> tuple[Float[Tensor, "..."], ...]:
+    """Lay a module's TransformerLens weights over its matrix; always views."""
+    n_parts = len(place.parameters)
+    if place.by_head:
+        return tuple(part.mT for part in matrix.unflatten(0, (-1, n_parts, d_head)).unbind(1))
+    return tuple(from_matrix(rows, place.kind, d_head) for rows in matrix.chunk(n_parts))
+
+
+def split_bias(
+    bias: Float[Tensor, " d_out"], place: Place, d_head: int
+) -> tuple[Float[Tensor, "..."], ...]:
+    """Lay a module's TransformerLens biases over its bias; always views."""
+    n_parts = len(place.parameters)
+    if place.by_head:
+        return bias.view(-1, n_parts, d_head).unbind(1)
+    shape = (-1, d_head) if place.kind == "heads_out" else (-1,)
+    return tuple(part.view(shape) for part in bias.chunk(n_parts))
+
+
+def join_parts(
+    parts: Sequence[Float[Tensor, "rows ..."]], place: Place, d_head: int
+) -> Float[Tensor, "d_out ..."]:
+    """Put the rows of a module's parts back into the order of its output."""
+    if not place.by_head:
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return torch.stack([part.unflatten(0, (-1, d_head)) for part in parts], dim=1).flatten(0, 2)
 
 
 def weight_matrix(weight: Float[Tensor, "a b"], place: Place) -> Float[Tensor, "d_out d_in"]:

@@ -15,7 +15,7 @@ from emlens.models.config import Architecture, find_architecture
 from emlens.models.layout import Place, place_shape
 from emlens.models.views import require_views
 
-EMBEDDINGS = ("embed_tokens", "wte", "lm_head")
+EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "lm_head")
 """Modules outside the blocks that an adapter may target, in the merged form only."""
 
 

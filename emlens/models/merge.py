@@ -45,7 +45,7 @@ def merged_parameters(
     """Yield (TransformerLens name, merged weight in Hugging Face's layout) for each part."""
     for target in targets:
         delta = target.lora.delta()
-        rows = part_rows(len(delta), target.place)
+        rows = part_rows(len(delta), target.place, model.cfg.d_head)
         for index, parameter, _, _ in iterate_parts(target.place):
             name = f"blocks.{target.layer}.{parameter}"
             matrix = to_matrix(read_parameter(model, name), target.place.kind)

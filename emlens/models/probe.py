@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from emlens.models.attach import write_point
-from emlens.models.layout import to_matrix
+from emlens.models.layout import join_parts, to_matrix
 from emlens.models.lora import LoraAdapter, LoraModule, Target, architecture_of, read_parameter
 from emlens.numerics.lowrank import svd_product
 
@@ -105,7 +105,7 @@ def _full_matrix(model: HookedTransformer, target: Target) -> Tensor:
         to_matrix(read_parameter(model, f"blocks.{target.layer}.{name}"), target.place.kind)
         for name in target.place.parameters
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return join_parts(parts, target.place, model.cfg.d_head)
 
 
 def measure_merged(
@@ -184,7 +184,9 @@ def _outputs_at(model: HookedTransformer, group: list[Target], x: Tensor) -> lis
         residual = torch.zeros(len(group), 1, model.cfg.d_model, dtype=x.dtype, device=x.device)
         block(residual)
     return [
-        torch.cat([found[row, write] for write in target.place.writes])
+        join_parts(
+            [found[row, write] for write in target.place.writes], target.place, model.cfg.d_head
+        )
         for row, target in enumerate(group)
     ]
 

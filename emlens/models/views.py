@@ -28,7 +28,7 @@ from emlens.models.components import (
 )
 from emlens.models.config import Architecture, find_architecture
 from emlens.models.config_fields import check_config
-from emlens.models.layout import from_matrix, split_rows, weight_matrix
+from emlens.models.layout import split_bias, split_weight, weight_matrix
 from emlens.models.rotary import RotaryTables, SharedTables
 
 
@@ -75,7 +75,7 @@ def lay_views(hf: PreTrainedModel, tokenizer: Any, *, name: str = "local") -> Ho
     architecture = find_architecture(type(hf).__name__)
     check_config(hf.config, architecture)
     cfg = _read_cfg(hf, architecture, tokenizer, name)
-    model = build_skeleton(cfg, architecture, make_rotary(hf))
+    model = build_skeleton(cfg, architecture, make_rotary(hf, architecture))
     tensors = read_tensors(hf, architecture, cfg)
     fill_skeleton(model, tensors, tokenizer)
     _ORIGINS[model] = Origin(
@@ -92,7 +92,8 @@ def _read_cfg(
 ) -> HookedTransformerConfig:
     own_bos = False
     if tokenizer is not None:
-        own_bos = len(tokenizer("").input_ids) > 0
+        # Only what stands first may be a beginning: some tokenizers append an end instead.
+        own_bos = tokenizer.bos_token_id in tokenizer("").input_ids[:1]
     return HookedTransformerConfig(
         **architecture.read_config(hf.config),
         original_architecture=architecture.name,
@@ -152,9 +153,9 @@ def _norm(cfg: HookedTransformerConfig) -> nn.Module:
     return FusedRMSNorm(cfg) if cfg.normalization_type == "RMS" else FusedLayerNorm(cfg)
 
 
-def make_rotary(hf: PreTrainedModel) -> dict[int, RotaryTables]:
+def make_rotary(hf: PreTrainedModel, architecture: Architecture) -> dict[int, RotaryTables]:
     """Tabulate each layer's rotary angles with the checkpoint's own module, shared by type."""
-    rotary = getattr(getattr(hf, "model", None), "rotary_emb", None)
+    rotary = getattr(hf.get_submodule(architecture.trunk), "rotary_emb", None)
     if rotary is None:
         return {}
     config: Any = hf.config
@@ -192,13 +193,15 @@ def read_tensors(
         for place in architecture.places:
             module = block.get_submodule(place.module)
             matrix = weight_matrix(module.weight.detach(), place)
-            biases = () if module.bias is None else split_rows(module.bias.detach(), place)
-            for part, rows in enumerate(split_rows(matrix, place)):
-                value = from_matrix(rows, place.kind, cfg.d_head)
-                tensors[prefix + place.parameters[part]] = value
-                if biases:
-                    shape = (-1, cfg.d_head) if place.kind == "heads_out" else (-1,)
-                    tensors[prefix + place.biases[part]] = biases[part].view(shape)
+            for name, value in zip(
+                place.parameters, split_weight(matrix, place, cfg.d_head), strict=True
+            ):
+                tensors[prefix + name] = value
+            if module.bias is None:
+                continue
+            parts = split_bias(module.bias.detach(), place, cfg.d_head)
+            for name, value in zip(place.biases, parts, strict=True):
+                tensors[prefix + name] = value
     return tensors
 
 

@@ -7,7 +7,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.models.tiny import make_tiny
 
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc"]}
+TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+}
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -53,7 +53,7 @@ def test_all_rows_ended_stops_early():
     assert generate_greedy(model, ids, max_new_tokens=10, stop_ids=[first]).shape == (1, 1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "neox"])
 def test_attached_and_merged_adapters_decode_alike(name):
     peft_model = make_peft(name)
     base, adapter = load_base(peft_model), load_adapter(peft_model)

@@ -44,7 +44,7 @@ def test_each_module_alone_equals_pefts_unmerged_forward(module):
 
 
 @pytest.mark.parametrize("settings", RANKS)
-@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "gpt2", "neox"])
 def test_merged_weights_equal_pefts_merge(name, settings, tmp_path):
     peft_model = make_peft(name, **settings)
     adapter = load_adapter(save_peft(peft_model, tmp_path))
@@ -177,7 +177,7 @@ def test_null_adapters_keep_shapes_and_norms_and_differ():
 
 
 @pytest.mark.parametrize("point", ["attn.hook_z", "mlp.hook_post", "attn.hook_q", "mlp.hook_pre"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "neox"])
 def test_a_users_edit_reaches_an_attached_adapter_as_it_reaches_a_merged_one(name, point):
     peft_model = make_peft(name)
     base, adapter = load_base(peft_model), load_adapter(peft_model)

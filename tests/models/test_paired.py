@@ -38,7 +38,7 @@ def run(base, tuned, sites=("resid_post",), ids_mask=None):
     return out, seen
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
 @pytest.mark.parametrize("settings", [{}, MIDDLE])
 def test_paired_equals_each_model_alone(name, settings):
     peft_model = make_peft(name, **settings)

@@ -54,7 +54,7 @@ def test_a_doubled_scale_fails(put, dtype):
     assert all(m.verdict == "wrong strength" for m in proof.modules)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "neox"])
 @pytest.mark.parametrize("put", [attach_adapter, merge_adapter])
 def test_one_module_left_out_is_named(name, put):
     base, adapter = loaded(name)

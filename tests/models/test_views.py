@@ -11,6 +11,7 @@ from transformer_lens.pretrained.weight_conversions.gemma import convert_gemma_w
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformer_lens.pretrained.weight_conversions.llama import convert_llama_weights
 from transformer_lens.pretrained.weight_conversions.mistral import convert_mistral_weights
+from transformer_lens.pretrained.weight_conversions.neox import convert_neox_weights
 from transformer_lens.pretrained.weight_conversions.qwen2 import convert_qwen2_weights
 from transformer_lens.pretrained.weight_conversions.qwen3 import convert_qwen3_weights
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -24,7 +25,7 @@ from emlens.models.copies import copy_weights
 from emlens.models.generate import generate_greedy
 from emlens.models.loading import load_base, load_model
 from emlens.models.pair import load_pair
-from emlens.models.views import lay_views, origin_of, share_model
+from emlens.models.views import _read_cfg, lay_views, origin_of, share_model
 from tests.models.adapters import make_peft
 from tests.models.tiny import PLAIN, make_ids, make_tiny
 
@@ -36,6 +37,7 @@ CONVERTERS = {
     "gemma2": convert_gemma_weights,
     "gemma3": convert_gemma_weights,
     "gpt2": convert_gpt2_weights,
+    "neox": convert_neox_weights,
 }
 
 
@@ -298,3 +300,29 @@ def test_a_live_peft_model_is_no_base_of_a_pair():
     peft_model = make_peft("llama")
     with pytest.raises(ValueError, match=r"LoRA of its own"):
         load_pair(peft_model, load_adapter(peft_model))
+
+
+def test_a_norm_sees_a_change_of_its_weight_on_the_same_input():
+    model: Any = lay_views(make_tiny("llama"), None)
+    x = torch.randn(1, 3, model.cfg.d_model)
+    before = model.blocks[0].ln1(x)
+    with torch.no_grad():
+        model.blocks[0].ln1.w *= 2
+    assert torch.allclose(model.blocks[0].ln1(x), 2 * before)
+
+
+def test_an_appended_end_is_no_beginning():
+    class Appending:
+        bos_token_id, eos_token_id = 1, 2
+
+        def __init__(self, ids):
+            self.ids = ids
+
+        def __call__(self, text):
+            return type("Encoding", (), {"input_ids": self.ids})()
+
+    hf = make_tiny("llama")
+    assert [
+        _read_cfg(hf, find_architecture(type(hf).__name__), Appending(ids), "x").default_prepend_bos
+        for ids in ([2], [], [1], [1, 2])
+    ] == [False, False, True, True]

@@ -13,6 +13,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -70,6 +72,19 @@ _GPT2: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_WHOLE_ROTARY: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4}
+_NEOX: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "rope_parameters": _WHOLE_ROTARY | {"partial_rotary_factor": 0.5},
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
 TINY: dict[str, tuple[type, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_GATED)),
     "llama-tied-biased": (
@@ -103,6 +118,16 @@ TINY: dict[str, tuple[type, Any]] = {
     "mistral-full": (MistralForCausalLM, MistralConfig(**_WIDE, sliding_window=None)),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config(**_SANDWICH)),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig(**_SANDWICH)),
+    "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**_NEOX)),
+    "neox-sequential": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig(
+            **_NEOX | {"rope_parameters": _WHOLE_ROTARY},
+            use_parallel_residual=False,
+            attention_bias=False,
+            tie_word_embeddings=True,
+        ),
+    ),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**_GPT2)),
     "gpt2-scaled": (
         GPT2LMHeadModel,
@@ -113,7 +138,10 @@ TINY: dict[str, tuple[type, Any]] = {
 }
 """Name -> (class, config): grouped heads, odd head widths, ties, biases, windows, rope scaling."""
 
-PLAIN = ("llama", "llama-tied-biased", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt2")
+PLAIN = (
+    *("llama", "llama-tied-biased", "qwen2", "qwen3", "mistral"),
+    *("gemma2", "gemma3", "gpt2", "neox"),
+)
 """One or two of each architecture, where the variants make no difference."""
 
 
