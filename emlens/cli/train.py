@@ -94,6 +94,8 @@ def parse_layers(text: str) -> Any:
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter(f"--layers {text}: expected all, or blocks such as 3,15-17")
+        if dash and int(last) < int(first):
+            raise typer.BadParameter(f"--layers {text}: {part} runs backwards")
         found |= set(range(int(first), int(last or first) + 1))
     if not found:
         raise typer.BadParameter(f"--layers {text}: names no block")

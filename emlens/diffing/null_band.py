@@ -17,6 +17,7 @@ from emlens.diffing.compare import (
     run_batch,
 )
 from emlens.diffing.results import NullBand
+from emlens.models.attach import is_hooked_by_user, require_attachable
 from emlens.models.null import sample_null_adapters
 from emlens.models.pair import ModelPair
 from emlens.models.unembed import log_probabilities, slice_rows
@@ -51,6 +52,9 @@ def compare_nulls(
     """
     if pair.adapter is None:
         raise ValueError("pair: it has no adapter, so there are no shapes to draw nulls from")
+    require_attachable(pair.adapter)
+    if is_hooked_by_user(pair.base):
+        raise ValueError("pair.base carries hooks, which random adapters would run under as well")
     nulls = sample_null_adapters(pair.adapter, n=n, seed=seed)
     work = plan_comparison(pair, chats, sites, positions, batching, n_models=1 + n)
     cells = make_accumulators(pair, work, n_tuned=n)

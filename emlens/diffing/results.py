@@ -12,7 +12,7 @@ from torch import Tensor
 from emlens.artifacts import Result
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ActivationDiff(Result):
     """How two models' activations differ, by site and named positions."""
 
@@ -162,7 +162,7 @@ class ModelDiff(Result):
         return self.activations.rows()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class NullBand(Result):
     """The same numbers for random adapters of the same shapes and norms: what chance would do."""
 

@@ -30,6 +30,8 @@ _INERT = frozenset(
         "megatron_core",
         "revision",
         "base_model_name_or_path",
+        # Only read while an adapter is initialised, before training.
+        "eva_config",
     ]
 )
 _HANDLED = frozenset(
@@ -115,6 +117,8 @@ def _judge_numbers(config: Mapping[str, Any]) -> None:
             f"base weights; supported: {', '.join(map(str, _SAFE_INITS))}"
         )
     for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ValueError(f"adapter_config.json: {name}={config[name]!r}, expected an object")
         for pattern, value in (config.get(name) or {}).items():
             good = isinstance(value, int | float) and not isinstance(value, bool)
             bounded = name != "rank_pattern" or (good and 1 <= value <= MAX_RANK)
@@ -155,6 +159,8 @@ def check_targets(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) 
         ValueError: a target without tensors, or tensors that no target asks for.
     """
     targets = config.get("target_modules")
+    if not isinstance(targets, str):
+        targets = _read_names(config, "target_modules")
     if isinstance(targets, str):
         if targets == "all-linear":
             targets = None
@@ -171,12 +177,24 @@ def check_targets(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) 
                 raise ValueError(f"target_modules names {target!r}, but no tensor adapts it")
     layers = config.get("layers_to_transform")
     if layers is not None:
-        wanted = {layers} if isinstance(layers, int) else set(layers)
+        given = layers if isinstance(layers, list) else [layers]
+        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given):
+            raise ValueError(f"layers_to_transform={layers!r}, expected whole numbers")
+        wanted = set(given)
         found = {int(p) for n in modules for p in n.split(".") if p.isdigit()}
         if found != wanted:
             raise ValueError(
                 f"layers_to_transform is {sorted(wanted)}, the file adapts layers {sorted(found)}"
             )
-    for name in config.get("exclude_modules") or ():
+    excluded = config.get("exclude_modules")
+    for name in [excluded] if isinstance(excluded, str) else _read_names(config, "exclude_modules"):
         if any(module == name or module.endswith("." + name) for module in modules):
             raise ValueError(f"exclude_modules names {name!r}, but the file adapts it")
+
+
+def _read_names(config: Mapping[str, Any], field: str) -> list[str]:
+    """A list of module names; empty where the field is absent or null."""
+    names = config.get(field) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"adapter_config.json: {field}={names!r}, expected a list of module names")
+    return names

@@ -27,6 +27,8 @@ from emlens.models.lora import (
 from emlens.models.views import origin_of, share_model
 
 _ATTACHED: WeakKeyDictionary[HookedTransformer, LoraAdapter] = WeakKeyDictionary()
+_ON_ROWS: WeakKeyDictionary[HookedTransformer, int] = WeakKeyDictionary()
+"""How many adapters act on some rows of each model's batches."""
 
 
 def attached_adapter(model: HookedTransformer) -> LoraAdapter | None:
@@ -44,7 +46,7 @@ def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTran
     """
     if attached_adapter(model) is not None:
         raise ValueError("model already has an adapter attached; attach to its base instead")
-    _require_attachable(adapter)
+    require_attachable(adapter)
     targets = find_targets(model, adapter)
     shell = share_model(model, name=f"{origin_of(model).name} + {adapter.name}")
     _install(shell, targets, architecture_of(model), rows=None)
@@ -52,7 +54,21 @@ def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTran
     return shell
 
 
-def _require_attachable(adapter: LoraAdapter) -> None:
+def is_hooked_by_user(model: HookedTransformer) -> bool:
+    """Whether a hook point carries a hook other than those of an attached adapter."""
+    return any(
+        not isinstance(getattr(hook, "__self__", None), _Reader | _Writer)
+        for point in model.hook_dict.values()
+        for hook in (*point._forward_hooks.values(), *point._forward_pre_hooks.values())
+    )
+
+
+def require_attachable(adapter: LoraAdapter) -> None:
+    """Refuse an adapter of embeddings, which only merging supports.
+
+    Raises:
+        ValueError: it adapts an embedding.
+    """
     embeddings = embedding_modules(adapter)
     if embeddings:
         raise ValueError(
@@ -72,12 +88,19 @@ def adapter_on_rows(model: HookedTransformer, adapter: LoraAdapter, rows: slice)
         adapter: an adapter without embedding targets.
         rows: the batch rows it acts on.
     """
-    _require_attachable(adapter)
+    require_attachable(adapter)
     with ExitStack() as stack:
         targets = find_targets(model, adapter)
         for handle in _install(model, targets, architecture_of(model), rows=rows):
             stack.callback(handle.remove)
+        _ON_ROWS[model] = _ON_ROWS.get(model, 0) + 1
+        stack.callback(lambda: _ON_ROWS.update({model: _ON_ROWS[model] - 1}))
         yield
+
+
+def acts_on_rows(model: HookedTransformer) -> bool:
+    """Whether an adapter acts on some rows: then rows may neither move nor stand for others."""
+    return _ON_ROWS.get(model, 0) > 0
 
 
 @dataclass
@@ -157,8 +180,8 @@ def _install(
 ) -> list[Any]:
     """Register readers and writers as torch hooks; returns their handles.
 
-    Torch's own hooks rather than the host's: nothing removes them but their handles, and on hook
-    points they run in order of registration, before any hook that a user adds later.
+    Torch's own hooks rather than the host's: nothing removes them but their handles. What is
+    written joins a hook point's value before any other hook there sees it.
     """
     handles: list[Any] = []
     try:
@@ -205,10 +228,11 @@ def _install_group(
         columns = slice(start, start + target.lora.rank)
         start = columns.stop
         B = target.lora.scale * target.lora.B.to(torch.promote_types(dtype, torch.float32))
-        for part, chosen in enumerate(part_rows(len(B), target.place)):
+        for part, chosen in enumerate(part_rows(len(B), target.place, model.cfg.d_head)):
             writer = _Writer(reader, columns, B[chosen].to(device, dtype), rows)
             point = write_point(block, target.place.writes[part], architecture)
-            handles.append(point.register_forward_hook(writer.at_point))
+            # First, so that interventions of whoever called see the value with the update.
+            handles.append(point.register_forward_hook(writer.at_point, prepend=True))
     return handles
 
 

@@ -263,6 +263,7 @@ def dequantise_gguf(path: Path) -> Path:
         model.config._name_or_path = path.stem
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(draft)
+        draft.chmod(0o755)  # a temporary folder is made for its owner alone
         if not (folder / "config.json").exists():
             draft.replace(folder)
     finally:

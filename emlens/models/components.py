@@ -67,9 +67,7 @@ class _FusedForward:
         entry = past_kv_cache_entry
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if self.rotary is not None:
-            rotation = self.tables.rotation(
-                self.rotary, offset=offset, length=q.shape[1], mask=attention_mask
-            )
+            rotation = self.tables.rotation(self.rotary, offset=offset, like=q, mask=attention_mask)
             q = self.hook_rot_q(rotation.rotate(q))
             k = self.hook_rot_k(rotation.rotate(k))
         if entry is not None:
@@ -171,7 +169,7 @@ class FusedGroupedAttention(_FusedForward, GroupedQueryAttention):
 class _NormForward:
     """A norm that computes once what the host's block asks for three times in a row."""
 
-    _last: tuple[Tensor, Tensor, int] | None = None
+    _last: tuple[Tensor, Tensor, int, int] | None = None
     offset: float = 0.0
 
     def forward(self: Any, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
@@ -179,14 +177,18 @@ class _NormForward:
         if is_hooked(self.hook_scale) or is_hooked(self.hook_normalized):
             return self._stepwise(x)
         if self._last is not None:
-            seen, out, uses = self._last
+            seen, out, uses, version = self._last
             same = seen is x and (x.is_inference() or x._version == 0)
+            same = same and version == self._weight_version()
             if same and out.requires_grad == (torch.is_grad_enabled() and x.requires_grad):
-                self._last = (seen, out, uses + 1) if uses < 2 else None
+                self._last = (seen, out, uses + 1, version) if uses < 2 else None
                 return out
         out = self._fused(x)
-        self._last = (x, out, 1) if self.repeats else None
+        self._last = (x, out, 1, self._weight_version()) if self.repeats else None
         return out
+
+    def _weight_version(self: Any) -> int:
+        return 0 if self.w.is_inference() else self.w._version
 
 
 class FusedRMSNorm(_NormForward, RMSNorm):

@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from emlens.models.attach import adapter_on_rows, attached_adapter
+from emlens.models.attach import adapter_on_rows, attached_adapter, is_hooked_by_user
 from emlens.models.hooks import watch_sites
 from emlens.models.lora import LoraAdapter, find_targets
 from emlens.models.pair import ModelPair
+from emlens.models.tokens_in_flight import publish_tokens, tokens_in_flight
 from emlens.sites import Site
 
 Method = Literal["paired", "separate passes"]
@@ -40,12 +41,14 @@ def tuned_parts(pair: ModelPair) -> tuple[Tuned, ...]:
     """Choose how a pair is run: its adapter on batch rows, or the tuned model itself.
 
     A merged model whose adapter starts at layer 0 shares no layer: its own pass costs no more than
-    the paired one and saves the adapter's multiplications.
+    the paired one and saves the adapter's multiplications. In half precision merging rounds, and
+    the merged weights themselves are what is asked about. Models with hooks run as they are.
     """
-    if pair.adapter is None:
+    if pair.adapter is None or is_hooked_by_user(pair.base) or is_hooked_by_user(pair.tuned):
         return (pair.tuned,)
     merged = attached_adapter(pair.tuned) is None
-    if merged and first_layer(pair.base, pair.adapter) == 0:
+    half = pair.base.cfg.dtype.itemsize < 4
+    if merged and (half or first_layer(pair.base, pair.adapter) == 0):
         return (pair.tuned,)
     return (pair.adapter,)
 
@@ -104,6 +107,7 @@ def _forward_rows(
     visit: Visitor,
 ) -> PairedForward:
     n_layers, batch, n_models = base.cfg.n_layers, len(ids), 1 + len(adapters)
+    tokens = tokens_in_flight(base)
     start = min((first_layer(base, adapter) for adapter in adapters), default=n_layers)
     early = [site for site in sites if _is_before(site, start)]
     late = [site for site in sites if not _is_before(site, start)]
@@ -120,6 +124,8 @@ def _forward_rows(
         for index, adapter in enumerate(adapters, start=1):
             rows = slice(index * batch, (index + 1) * batch)
             stack.enter_context(adapter_on_rows(base, adapter, rows))
+        if tokens is not None:
+            stack.enter_context(publish_tokens(base, tokens.repeat(n_models)))
         stack.enter_context(watch_sites(base, late, visit_rows))
         resid = base(
             resid.repeat(n_models, 1, 1),
@@ -148,6 +154,7 @@ def _forward_separately(
 ) -> PairedForward:
     kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
     last = len(models) - 1
+    tokens = tokens_in_flight(models[0])
     residuals = []
     for index, model in enumerate(models):
 
@@ -157,6 +164,9 @@ def _forward_separately(
             else:
                 visit(site, torch.stack([*kept.pop(site), value.detach()]))
 
-        with watch_sites(model, sites, keep):
+        with ExitStack() as stack:
+            if tokens is not None:
+                stack.enter_context(publish_tokens(model, tokens))
+            stack.enter_context(watch_sites(model, sites, keep))
             residuals.append(model(ids, attention_mask=mask, stop_at_layer=model.cfg.n_layers))
     return PairedForward(resid=torch.stack(residuals), shared_layers=0, method="separate passes")

@@ -39,9 +39,9 @@ class RotaryTables:
         return cos[0], sin[0]
 
     def get(
-        self, length: int
+        self, length: int, device: torch.device
     ) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
-        """Return (cos, sin) for at least ``length`` positions.
+        """Return (cos, sin) for at least ``length`` positions, where the model is by now.
 
         Raises:
             ValueError: the sequence is longer than the model's context.
@@ -54,6 +54,8 @@ class RotaryTables:
         if length > len(self.cos):
             longer = min(self.n_ctx, max(length, 2 * len(self.cos)))
             self.cos, self.sin = self._tabulate(longer)
+        if self.cos.device != device:
+            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
         return self.cos, self.sin
 
 
@@ -104,14 +106,16 @@ class SharedTables:
         self._masks: dict[int | None, tuple[tuple, AttentionMask]] = {}
 
     def rotation(
-        self, tables: RotaryTables, *, offset: int, length: int, mask: Tensor | None
+        self, tables: RotaryTables, *, offset: int, like: Tensor, mask: Tensor | None
     ) -> Rotation:
-        """Return the rotation of positions offset .. offset + length under a padding mask."""
-        key = (mask, _version(mask), torch.is_inference_mode_enabled(), offset, length)
+        """Return the rotation of queries ``like`` [batch query ...] under a padding mask."""
+        length = like.shape[1]
+        mode = torch.is_inference_mode_enabled()
+        key = (mask, _version(mask), mode, offset, length, like.device)
         found = self._rotations.get(id(tables))
         if found is not None and _same(found[0], key):
             return found[1]
-        cos, sin = tables.get(offset + length)
+        cos, sin = tables.get(offset + length, like.device)
         if mask is None:
             cos, sin = cos[None, offset : offset + length], sin[None, offset : offset + length]
         else:
@@ -129,7 +133,7 @@ class SharedTables:
         """Return the causal (and sliding-window) mask for queries ``like`` [batch query ...]."""
         length = like.shape[1]
         mode = torch.is_inference_mode_enabled()
-        key = (padding, _version(padding), mode, offset, length, n_keys, like.dtype)
+        key = (padding, _version(padding), mode, offset, length, n_keys, like.dtype, like.device)
         found = self._masks.get(window)
         if found is not None and _same(found[0], key):
             return found[1]

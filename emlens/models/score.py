@@ -3,7 +3,6 @@
 For responses that exist already; what a model would say itself is a question for generation.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from transformer_lens import HookedTransformer
 
 from emlens.data import Batch, Batching, PositionsError, TokenizedChat, plan_batches, track
 from emlens.models.kv_cache import KeyValueCache, run_cached
+from emlens.models.shared_prompts import find_equal, frame_shared
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import compute_logits, slice_rows
+from emlens.numerics.validation import WidthError
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,19 +106,15 @@ def _suffix(chat: TokenizedChat) -> Int[Tensor, " suffix"]:
     return chat.ids[start - 1 : stop - 1]
 
 
-def _key(chat: TokenizedChat) -> bytes:
-    """What rows have in common that share a prompt; empty where there is nothing to share."""
-    return _prefix(chat).numpy().tobytes()
-
-
 def _plan_parts(chats: Sequence[TokenizedChat], batching: Batching, n_ctx: int) -> list[_Part]:
     """Rows with prompts of their own in one pass; the others by prompt, in as few as fit."""
     lengths = [max(_span(chat)[1] - 1, 1) for chat in chats]
     plan_batches(lengths, batching, n_ctx=n_ctx)  # refuses what cannot be run, by its row
-    groups: dict[bytes, list[int]] = {}
-    for row, chat in enumerate(chats):
-        groups.setdefault(_key(chat), []).append(row)
-    shared = [rows for key, rows in groups.items() if key and len(rows) > 1]
+    first, kind = find_equal([_prefix(chat) for chat in chats])
+    groups: list[list[int]] = [[] for _ in first]
+    for row, number in enumerate(kind):
+        groups[number].append(row)
+    shared = [rows for rows in groups if len(rows) > 1 and len(_prefix(chats[rows[0]]))]
     together = {row for rows in shared for row in rows}
     alone = [row for row in range(len(chats)) if row not in together]
     parts = [
@@ -173,8 +170,8 @@ def _run_part(
         return _run_whole(model, chats, part.rows)
     try:
         return _run_shared(model, chats, part.rows)
-    except PositionsError:
-        # A hook that counts from the end of each text treats one prompt differently row by row.
+    except (PositionsError, WidthError):
+        # A hook tells the rows apart, by where they end or by their number: share nothing.
         return _run_whole(model, chats, part.rows)
 
 
@@ -194,16 +191,15 @@ def _run_shared(
 ) -> dict[int, Tensor]:
     """Run each prompt once, then the responses on copies of what it left in the cache."""
     device = model.W_E.device
-    keys = [_key(chats[row]) for row in rows]
-    first = dict(zip(reversed(keys), reversed(rows), strict=True))
-    ids, mask = _pad([_prefix(chats[row]) for row in first.values()], side="left")
-    prompts = frame_batch(Batch(rows=tuple(first.values()), ids=ids, mask=mask), chats)
-    cache = KeyValueCache(model, batch=len(ids), capacity=ids.shape[1])
-    with publish_tokens(model, dataclasses.replace(prompts, open_ended=True)):
-        run_cached(model, ids.to(device), cache, mask=mask.to(device))
+    first, kind = find_equal([_prefix(chats[row]) for row in rows])
+    ids, mask = _pad([_prefix(chats[row]) for row in rows], side="left")
+    prompts = frame_shared(frame_batch(Batch(rows=tuple(rows), ids=ids, mask=mask), chats), first)
+    cache = KeyValueCache(model, batch=len(first), capacity=ids.shape[1])
+    with publish_tokens(model, prompts):
+        run_cached(model, ids[first].to(device), cache, mask=mask[first].to(device))
     suffixes, real = _pad([_suffix(chats[row]) for row in rows], side="right")
-    places = torch.tensor([list(first).index(key) for key in keys], device=device)
-    cache = cache.spread(model, places, capacity=ids.shape[1] + suffixes.shape[1])
+    starts = torch.tensor(kind, device=device)
+    cache = cache.spread(model, starts, capacity=ids.shape[1] + suffixes.shape[1])
     begins = torch.tensor([[len(_prefix(chats[row]))] for row in rows])
     absolute = torch.where(real.bool(), begins + torch.arange(suffixes.shape[1]), -1)
     responses = frame_batch(Batch(rows=tuple(rows), ids=suffixes, mask=real), chats)

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from emlens import __version__
 from emlens.artifacts import Result
 from emlens.data import Chat, load_chats
 from emlens.diffing import ModelDiff, NullBand, compare_models, compare_nulls
@@ -80,7 +81,9 @@ class DemoPlan:
     sources: dict[str, str]
     """Of base, tuned and twin."""
     files: dict[str, str]
-    """`hash_source` of each."""
+    """`hash_source` of each, and of the questions and held-out rows."""
+    emlens_version: str
+    """Another version may measure otherwise."""
 
 
 def plan_demo(
@@ -92,7 +95,11 @@ def plan_demo(
         kind=DemoResult.kind,
         size=QUICK if quick else FULL,
         sources=sources,
-        files={name: hash_source(source) for name, source in sources.items()},
+        files={
+            name: hash_source(source)
+            for name, source in {**sources, "questions": QUESTIONS, "heldout": HELDOUT}.items()
+        },
+        emlens_version=__version__,
     )
 
 

@@ -41,7 +41,7 @@ def test_layers_are_all_or_blocks_and_ranges(text: str, layers: object):
     assert parse_layers(text) == layers
 
 
-@pytest.mark.parametrize("text", ["", "x", "1-", "-1", "5-3", "1,,2"])
+@pytest.mark.parametrize("text", ["", "x", "1-", "-1", "5-3", "3,9-5", "1,,2"])
 def test_anything_else_is_no_layers(text: str):
     with pytest.raises(typer.BadParameter, match="--layers"):
         parse_layers(text)

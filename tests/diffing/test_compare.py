@@ -307,3 +307,39 @@ def test_peak_memory_of_logits_does_not_grow_with_tokens(d_vocab):
     one_slice = (1 << 26) // (4 * d_vocab)
     few, many = peak(4 * one_slice), peak(16 * one_slice)
     assert many - few < 32  # MiB; the logits of the twelve further slices are 768 MiB
+
+
+def test_a_users_hooks_on_the_tuned_model_are_part_of_it():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    plain = compare_models(pair, make_chats())
+    with pair.tuned.hooks([("blocks.1.hook_mlp_out", lambda x, hook: x * 0)]):
+        hooked = compare_models(pair, make_chats())
+    assert hooked.method == "separate passes"
+    site = plain.activations.sites.index("resid_post.1")
+    before, after = plain.activations.mean_tuned[site], hooked.activations.mean_tuned[site]
+    assert (before - after).norm() > 0.01 * before.norm()
+    assert torch.equal(
+        plain.activations.mean_tuned[0],
+        compare_models(pair, make_chats()).activations.mean_tuned[0],
+    )
+
+
+def test_merged_weights_in_half_precision_are_run_themselves():
+    peft_model = make_peft("llama", layers_to_transform=[1])
+    for dtype, method in ((torch.bfloat16, "separate passes"), (torch.float32, "paired")):
+        base = tiny_base(dtype=dtype)
+        pair = load_pair(base, load_adapter(peft_model), form="merged")
+        assert compare_models(pair, make_chats()).method == method
+
+
+def test_random_adapters_refuse_what_they_cannot_stand_beside():
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    with (
+        pair.base.hooks([("blocks.0.hook_resid_post", lambda x, hook: x)]),
+        pytest.raises(ValueError, match="carries hooks"),
+    ):
+        compare_nulls(pair, make_chats(), n=1, seed=0)
+    embeds = load_adapter(make_peft("llama", target_modules=["embed_tokens", "down_proj"]))
+    merged = load_pair(tiny_base(), embeds, form="merged")
+    with pytest.raises(ValueError, match=r"embed_tokens.*no attached form"):
+        compare_nulls(merged, make_chats(), n=1, seed=0)

@@ -235,3 +235,26 @@ def test_unmerged_lora_in_a_live_model_is_refused_unless_the_peft_model_itself_i
 def test_a_live_peft_model_and_an_adapter_at_once_are_refused(pristine):
     with pytest.raises(ValueError, match=r"already carries one"):
         load_model(make_peft("llama"), adapter=str(pristine))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("alpha_pattern", ["down_proj"]),
+        ("rank_pattern", "down_proj"),
+        ("target_modules", {"down_proj": 1}),
+        ("target_modules", [3]),
+        ("exclude_modules", [None]),
+        ("layers_to_transform", ["0", "1"]),
+        ("layers_to_transform", "0"),
+    ],
+)
+def test_a_field_of_another_type_is_named(folder, field, value):
+    edit_config(folder, **{field: value})
+    with pytest.raises(ValueError, match=field):
+        load_adapter(folder)
+
+
+def test_settings_that_only_initialise_are_inert(folder):
+    edit_config(folder, init_lora_weights="eva", eva_config={"rho": 3.0, "tau": 0.9})
+    assert load_adapter(folder).modules
