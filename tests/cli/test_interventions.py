@@ -1,0 +1,72 @@
+"""What `--add`, `--ablate` and `--at` accept, and what they refuse."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+from emlens.cli.interventions import parse_addition, parse_at, parse_direction, read_interventions
+from emlens.sites import Site
+from emlens.vectors import Direction, Directions, Provenance
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    made = Provenance(construction="imported")
+    rows = [
+        Direction(site=Site(layer, "resid_post"), vector=torch.ones(4) + layer, provenance=made)
+        for layer in range(3)
+    ]
+    return Directions(directions=tuple(rows)).save(tmp_path / "found")
+
+
+def test_a_direction_is_a_file_or_one_site_of_it(saved: Path):
+    assert len(parse_direction(str(saved)).load()) == 3
+    one = parse_direction(f"{saved}@resid_post.1").load()
+    assert (one.site, one.vector.tolist()) == (Site(1, "resid_post"), [2.0] * 4)
+
+
+def test_a_file_whose_name_holds_an_at_is_found(saved: Path):
+    odd = saved.rename(saved.with_name("a@b"))
+    assert parse_direction(str(odd)).site is None
+    assert parse_direction(f"{odd}@resid_post.1").site == "resid_post.1"
+
+
+@pytest.mark.parametrize("text", ["@resid_post.1", "file@"])
+def test_half_a_direction_is_refused(text: str):
+    with pytest.raises(typer.BadParameter, match=r"FILE or FILE@SITE"):
+        parse_direction(text)
+
+
+def test_an_addition_names_its_units():
+    found = parse_addition("a:b@resid_post.1:-2.5:raw")
+    assert (str(found.file.path), found.file.site) == ("a:b", "resid_post.1")
+    assert (found.coefficient, found.units) == (-2.5, "raw")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file:2", "COEF:UNITS"),
+        ("f:2:kg", "units 'kg'"),
+        ("f:x:raw", "not a number"),
+        ("f:nan:raw", "finite"),
+        ("f:inf:raw", "finite"),
+    ],
+)
+def test_anything_else_is_no_addition(text: str, reason: str):
+    with pytest.raises(typer.BadParameter, match=reason):
+        parse_addition(text)
+
+
+def test_where_an_ablation_acts_is_never_assumed():
+    assert parse_at(["writes"]) == "writes"
+    assert parse_at(["resid_post", "mlp_out.3"]) == ("resid_post", "mlp_out.3")
+    with pytest.raises(typer.BadParameter, match="needs --at"):
+        parse_at(None)
+    with pytest.raises(typer.BadParameter, match="stands alone"):
+        parse_at(["writes", "resid_post"])
+    with pytest.raises(typer.BadParameter, match="no --ablate"):
+        read_interventions(None, None, ["writes"], allow_other_model=False)
+    assert read_interventions(None, None, None, allow_other_model=False) == ()
