@@ -1,0 +1,190 @@
+"""Captured activations: what is on disk, resuming after a kill, refusing another plan."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emlens.activations import ActivationShards, capture_activations, stream_activations
+from emlens.data import Batching
+from emlens.encoding import ArtifactError
+from emlens.models import load_adapter, load_pair
+from emlens.models.views import lay_views
+from emlens.runs import PlanChangedError
+from emlens.sites import SiteError
+from tests.activations.chats import make_chats, token_ids
+from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
+
+SITES = ["resid_post.0", "post.1"]
+SMALL = Batching(tokens=40)
+
+
+def tiny(**kwargs):
+    return lay_views(make_tiny("llama", **kwargs), make_tokenizer())
+
+
+def capture(out, *, model=None, chats=None, positions="response", batching=SMALL, sites=SITES):
+    return capture_activations(
+        model or tiny(),
+        chats or make_chats(),
+        sites=sites,
+        positions=positions,
+        out=out,
+        batching=batching,
+    )
+
+
+@torch.no_grad()
+def test_every_row_is_the_activation_of_the_token_that_the_index_names(tmp_path):
+    hf, chats = make_tiny("llama"), make_chats()
+    shards = capture(tmp_path / "run", model=lay_views(hf, make_tokenizer()), chats=chats)
+    assert shards.n_shards > 2
+    values = torch.cat(list(shards.batches("resid_post.0")))
+    assert values.shape == (shards.n_rows, 24)
+    assert torch.cat(list(shards.batches("post.1"))).shape == (len(shards), 40)
+    spans = [token_ids(chat) for chat in chats]
+    named = {tuple(row) for row in shards.index.tolist()}
+    assert named == {(k, t) for k, (_, a, b) in enumerate(spans) for t in range(a, b)}
+    hidden = [
+        hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[1][0]
+        for ids, _, _ in spans
+    ]
+    for (chat, token), row in zip(shards.index.tolist(), values, strict=True):
+        assert torch.allclose(row, hidden[chat][token], atol=1e-5)
+
+
+def test_rows_are_read_from_any_shard_in_the_order_asked_for(tmp_path):
+    shards = capture(tmp_path / "run")
+    whole = torch.cat(list(shards.batches("post.1")))
+    n = shards.n_rows
+    for rows in ([n - 1, 0, 5, 5, n // 2], slice(3, n - 2), slice(None), [], slice(None, None, -1)):
+        got = shards.read("post.1", rows)
+        assert torch.equal(got, whole[list(range(n))[rows] if isinstance(rows, slice) else rows])
+    with pytest.raises(IndexError, match=rf"{n} does not exist"):
+        shards.read("post.1", [n])
+    with pytest.raises(IndexError, match=r"-1 does not exist"):
+        shards.read("post.1", [-1])
+
+
+def test_of_a_pair_both_models_are_captured(tmp_path):
+    pair = load_pair(tiny(), load_adapter(make_peft("llama")))
+    shards = capture(tmp_path / "run", model=pair)
+    assert shards.streams == ("base", "tuned")
+    base, tuned = (torch.cat(list(shards.batches(SITES[0], stream=s))) for s in shards.streams)
+    streamed = stream_activations(pair, make_chats(), sites=SITES[0], positions="response")
+    assert streamed.mean is not None
+    assert torch.allclose(streamed.mean[0, 0, 0].float(), base.mean(0), atol=1e-5)
+    assert torch.allclose(streamed.mean[1, 0, 0].float(), tuned.mean(0), atol=1e-5)
+    assert not torch.allclose(base, tuned)
+    with pytest.raises(ValueError, match=r"got None, expected one of \['base', 'tuned'\]"):
+        shards.batches(SITES[0])
+    with pytest.raises(SiteError, match=r"resid_post.1 was not captured"):
+        shards.batches("resid_post.1", stream="base")
+
+
+def test_half_precision_stays_half_precision(tmp_path):
+    shards = capture(tmp_path / "run", model=tiny(dtype=torch.bfloat16))
+    assert shards.read(SITES[0], [0]).dtype is torch.bfloat16
+
+
+def test_a_finished_capture_is_not_run_again(tmp_path):
+    first = capture(tmp_path / "run")
+    model = tiny()
+    model.blocks[0].register_forward_hook(lambda *_: pytest.fail("the model ran"))
+    again = capture(tmp_path / "run", model=model)
+    assert again.plan == first.plan
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_the_same_call_goes_on_where_a_run_ended(tmp_path, left):
+    whole = capture(tmp_path / "whole")
+    part = capture(tmp_path / "part")
+    for shard in range(left, part.n_shards):
+        part.shard_path(shard).unlink()
+    stray = part.shard_path(left).with_name(f".{part.shard_path(left).name}.0badcafe.tmp")
+    stray.write_bytes(b"half a shard")
+    with pytest.raises(ArtifactError, match=r"lacks .* shards"):
+        ActivationShards.open(tmp_path / "part")
+    before = [part.shard_path(shard).stat().st_mtime_ns for shard in range(left)]
+    done = capture(tmp_path / "part")
+    assert [done.shard_path(shard).stat().st_mtime_ns for shard in range(left)] == before
+    assert not stray.exists()
+    for shard in range(whole.n_shards):
+        assert done.shard_path(shard).read_bytes() == whole.shard_path(shard).read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+import emlens.activations.capture as capture_module
+from pathlib import Path
+from tests.activations.test_capture import capture
+write, n = capture_module.write_tensors_atomic, [0]
+def write_and_die(path, tensors):
+    if n[0] == 2:  # in the middle of the third shard
+        Path(path).with_name(f".{Path(path).name}.00000000.tmp").write_bytes(b"half a shard")
+        os.kill(os.getpid(), signal.SIGKILL)
+    n[0] += 1
+    return write(path, tensors)
+capture_module.write_tensors_atomic = write_and_die
+capture(sys.argv[1])
+"""
+
+
+def test_a_kill_loses_at_most_the_shard_in_flight(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=root, capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    files = sorted((tmp_path / "run" / "shards").glob("0*.safetensors"))
+    assert len(files) == 2
+    kept = [file.read_bytes() for file in files]
+    whole, resumed = capture(tmp_path / "whole"), capture(tmp_path / "run")
+    assert [file.read_bytes() for file in files] == kept
+    for shard in range(whole.n_shards):
+        assert resumed.shard_path(shard).read_bytes() == whole.shard_path(shard).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"chats": make_chats(seed=1)}, r"chats was"),
+        ({"chats": make_chats()[::-1]}, r"chats was"),
+        ({"positions": "all"}, r"positions was 'response', now 'all'"),
+        ({"sites": ["resid_post.0"]}, r"sites was"),
+        ({"batching": Batching(tokens=60)}, r"batch_tokens was 40, now 60"),
+        ({"model": tiny(seed=5)}, r"base_fingerprint was"),
+        ({"model": tiny(dtype=torch.float64)}, r"dtype was 'float32', now 'float64'"),
+    ],
+)
+def test_another_plan_is_refused_naming_what_differs(tmp_path, changed, named):
+    capture(tmp_path / "run")
+    with pytest.raises(PlanChangedError, match=named):
+        capture(tmp_path / "run", **changed)
+
+
+def test_an_intervened_capture_is_not_taken_for_a_plain_one(tmp_path):
+    capture(tmp_path / "run")
+    model = tiny()
+    point: Any = model.hook_dict["blocks.0.hook_resid_post"]
+    point.register_forward_hook(lambda module, given, x: x + 1)
+    with pytest.raises(PlanChangedError, match=r"hooked was False, now True"):
+        capture(tmp_path / "run", model=model)
+
+
+def test_another_folder_is_not_taken_for_a_capture(tmp_path):
+    from emlens.runs import RunFolder
+
+    RunFolder.start(tmp_path / "run", {"task": "demo"})
+    with pytest.raises(ArtifactError, match=r"holds no captured activations"):
+        ActivationShards.open(tmp_path / "run")
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    shards = capture(tmp_path / "run")
+    shards.shard_path(1).write_bytes(b"nothing of use")
+    with pytest.raises(ArtifactError, match=r"000001.safetensors cannot be read"):
+        list(shards.batches(SITES[0]))
