@@ -9,6 +9,7 @@ Neither side looks for an end of text.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.models import (
@@ -23,7 +24,7 @@ from benchmarks.records import Figure, Record
 from benchmarks.rows import measure_peaks, run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings, time_sides
-from emlens.models.generate import generate_greedy
+from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.views import lay_views
 
 BATCHES = {"toy": (1,), "full": (1, 32)}
@@ -87,7 +88,14 @@ def make_side(side: str, hf: Any) -> Callable[[Tensor, int], Callable[[], Tensor
         own = load_own_way(hf)
         return lambda ids, n: generate_own_way(own, ids, n)
     views = lay_views(hf, None)
-    return lambda ids, n: lambda: generate_greedy(views, ids, max_new_tokens=n)
+    return lambda ids, n: lambda: generate_ours(views, ids, n)
+
+
+def generate_ours(model: Any, ids: Tensor, n: int) -> Tensor:
+    """Greedy decoding of exactly ``n`` tokens: [batch n]."""
+    sampling = Sampling(1, temperature=0, max_new_tokens=n)
+    found = generate_tokens(model, ids, torch.ones_like(ids), sampling=sampling)
+    return torch.stack(found.ids).to(ids.device)
 
 
 def _check(sides: dict[str, Callable[[], Tensor]], hf: Any, ids: Tensor) -> None:

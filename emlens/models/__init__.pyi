@@ -2,7 +2,7 @@ from .adapter_files import load_adapter, save_adapter
 from .attach import attach_adapter
 from .copies import copy_weights
 from .export import save_checkpoint
-from .generate import generate_greedy
+from .generate import Sampling, generate_tokens
 from .loading import load_model
 from .lora import LoraAdapter, LoraModule, scale_adapter
 from .merge import merge_adapter
@@ -10,6 +10,7 @@ from .null import sample_null_adapters
 from .pair import ModelPair, load_pair
 from .paired import forward_many
 from .proof import AdapterNotInEffectError, AdapterProof, verify_adapter
+from .score import ResponseScore, score_responses
 from .views import origin_of
 
 __all__ = [
@@ -18,10 +19,12 @@ __all__ = [
     "LoraAdapter",
     "LoraModule",
     "ModelPair",
+    "ResponseScore",
+    "Sampling",
     "attach_adapter",
     "copy_weights",
     "forward_many",
-    "generate_greedy",
+    "generate_tokens",
     "load_adapter",
     "load_model",
     "load_pair",
@@ -31,5 +34,6 @@ __all__ = [
     "save_adapter",
     "save_checkpoint",
     "scale_adapter",
+    "score_responses",
     "verify_adapter",
 ]

@@ -35,7 +35,7 @@ _LEAVING = 8
 class Generated:
     """Continuations of a batch of prompts."""
 
-    ids: tuple[Int[Tensor, " new"], ...]
+    ids: tuple[Int[Tensor, " _"], ...]
     """New tokens of each row, its stop token included; on the CPU."""
     ended: tuple[bool, ...]
     """Whether each row ended by a stop token rather than by its length."""
@@ -123,8 +123,8 @@ def _check_prompts(
     if width + sampling.max_new_tokens > model.cfg.n_ctx:
         raise ValueError(
             f"ids: the prompt of {width} tokens in row {int(lengths.argmax())} and "
-            f"{sampling.max_new_tokens} new tokens exceed the model's context of {model.cfg.n_ctx}; "
-            "shorten the prompt or ask for fewer tokens"
+            f"{sampling.max_new_tokens} new tokens exceed the model's context of "
+            f"{model.cfg.n_ctx}; shorten the prompt or ask for fewer tokens"
         )
     return ids[:, -width:], mask[:, -width:]
 

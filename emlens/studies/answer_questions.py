@@ -1,7 +1,7 @@
 """What do a base and its fine-tunes say to the same questions? Greedy answers, side by side.
 
-All models answer questions of one length in one batch, over one copy of the weights. A greedy
-answer is a likely one; how often a model says such a thing takes sampling.
+All models answer several questions in one batch, over one copy of the weights. A greedy answer is
+a likely one; how often a model says such a thing takes sampling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
 from emlens.artifacts import Result
-from emlens.data import Chat, Message, tokenize_chat, track
+from emlens.data import Batch, Chat, Message, pad_batch, tokenize_chat, track
 from emlens.models.attach import adapter_on_rows
-from emlens.models.generate import generate_greedy, stop_tokens
+from emlens.models.generate import Sampling, generate_tokens, stop_tokens
 from emlens.models.lora import LoraAdapter
 from emlens.models.protocol import HookedModel
 
@@ -78,15 +74,13 @@ def answer_questions(
     if base.tokenizer is None:
         raise ValueError("base: it has no tokenizer, so questions cannot be turned into tokens")
     tokenizer: Any = base.tokenizer
-    ids = [
-        tokenize_chat(chat.without_response(), tokenizer, for_generation=True).ids
-        for chat in questions
+    prompts = [
+        tokenize_chat(chat.without_response(), tokenizer, for_generation=True) for chat in questions
     ]
     texts: dict[int, dict[str, str]] = {}
-    groups = _group_by_length([len(row) for row in ids])
+    groups = _group_by_length([len(prompt.ids) for prompt in prompts])
     for group in track(groups, "answering (questions)", sizes=map(len, groups)):
-        batch = torch.stack([ids[index] for index in group])
-        found = _answer(base, adapters, batch, max_new_tokens)
+        found = _answer(base, adapters, pad_batch(prompts, group, pad_id=0), max_new_tokens)
         for place, index in enumerate(group):
             texts[index] = {name: rows[place] for name, rows in found.items()}
     return Answers(
@@ -98,15 +92,9 @@ def answer_questions(
 
 
 def _group_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of rows of equal length, at most `GROUP` together."""
-    places: dict[int, list[int]] = {}
-    for place, length in enumerate(lengths):
-        places.setdefault(length, []).append(place)
-    return [
-        group[start : start + GROUP]
-        for group in places.values()
-        for start in range(0, len(group), GROUP)
-    ]
+    """Places of rows of about equal length, longest first, at most `GROUP` together."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + GROUP] for start in range(0, len(order), GROUP)]
 
 
 def _last_question(chat: Chat) -> str:
@@ -114,22 +102,21 @@ def _last_question(chat: Chat) -> str:
 
 
 def _answer(
-    base: Any,
-    adapters: Mapping[str, LoraAdapter],
-    ids: Int[Tensor, "questions pos"],
-    max_new_tokens: int,
+    base: Any, adapters: Mapping[str, LoraAdapter], batch: Batch, max_new_tokens: int
 ) -> dict[str, list[str]]:
     """Texts by model: the questions of all models are the rows of one batch, model by model."""
-    n = len(ids)
+    n, models = len(batch.rows), 1 + len(adapters)
     with ExitStack() as stack:
         for index, adapter in enumerate(adapters.values(), start=1):
             rows = slice(index * n, (index + 1) * n)
             stack.enter_context(adapter_on_rows(base, adapter, rows))
-        new = generate_greedy(
+        new = generate_tokens(
             base,
-            ids.repeat(1 + len(adapters), 1),
-            max_new_tokens=max_new_tokens,
+            batch.ids.repeat(models, 1),
+            batch.mask.repeat(models, 1),
+            sampling=Sampling(1, temperature=0, max_new_tokens=max_new_tokens),
             stop_ids=stop_tokens(base),
+            rows=batch.rows * models,
         )
-    texts = [base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in new]
+    texts = [base.tokenizer.decode(row, skip_special_tokens=True).strip() for row in new.ids]
     return {name: texts[i * n : (i + 1) * n] for i, name in enumerate([BASE, *adapters])}

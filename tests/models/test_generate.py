@@ -1,18 +1,54 @@
-"""Greedy decoding over our cache, with Hugging Face's generate and uncached logits as judges."""
+"""The sampling loop, with Hugging Face's generate and uncached logits as judges."""
 
+from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from scipy import stats
+from torch import Tensor
 
+from emlens.data import Positions
+from emlens.models import generate as loop
 from emlens.models.adapter_files import load_adapter
-from emlens.models.attach import attach_adapter
-from emlens.models.generate import generate_greedy
+from emlens.models.attach import acts_on_rows, adapter_on_rows, attach_adapter
+from emlens.models.generate import Generated, Sampling, generate_tokens
 from emlens.models.loading import load_base
 from emlens.models.merge import merge_adapter
+from emlens.models.tokens_in_flight import select_positions, tokens_in_flight
 from emlens.models.views import lay_views
+from emlens.numerics.counter import derive_key
+from emlens.numerics.validation import NonFiniteError, WidthError
 from tests.models.adapters import make_peft
-from tests.models.tiny import PLAIN, make_ids, make_tiny, make_tokenizer
+from tests.models.tiny import D_VOCAB, PLAIN, make_ids, make_tiny, make_tokenizer
+
+LENGTHS = (9, 4, 7, 1)
+
+
+def greedy(steps: int) -> Sampling:
+    return Sampling(1, temperature=0, max_new_tokens=steps)
+
+
+def keys_of(n: int) -> Tensor:
+    return torch.tensor([derive_key("row", row) for row in range(n)])
+
+
+def pad_prompts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random prompts; what stands at the padding is noise, to show that nobody looks at it."""
+    ids = make_ids(len(lengths), max(lengths), seed=seed)
+    mask = torch.zeros_like(ids)
+    for row, n in enumerate(lengths):
+        mask[row, -n:] = 1
+    return ids, mask
+
+
+def continue_equal(model: Any, ids: Tensor, steps: int, **settings: Any) -> Generated:
+    return generate_tokens(model, ids, torch.ones_like(ids), sampling=greedy(steps), **settings)
+
+
+def stack(found: Generated) -> Tensor:
+    return torch.stack(found.ids)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -21,36 +57,294 @@ def test_tokens_equal_hugging_faces_greedy_generate(name):
     ids = make_ids(3, 7)
     hf.generation_config.eos_token_id = None
     expected = hf.generate(ids, max_new_tokens=12, do_sample=False)[:, 7:]
-    assert torch.equal(generate_greedy(lay_views(hf, None), ids, max_new_tokens=12), expected)
+    assert torch.equal(stack(continue_equal(lay_views(hf, None), ids, 12)), expected)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_cached_steps_give_the_logits_of_one_pass(name):
+def test_left_padded_rows_equal_hugging_faces_and_those_of_each_row_alone(name):
+    hf: Any = make_tiny(name)
+    ids, mask = pad_prompts()
+    ids[0, 0] = 0  # a prompt that begins with the padding's own id
+    hf.generation_config.eos_token_id = None
+    expected = hf.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    model = lay_views(hf, None)
+    found = generate_tokens(model, ids, mask, sampling=greedy(12))
+    assert torch.equal(stack(found), expected[:, ids.shape[1] :])
+    for row, n in enumerate(LENGTHS):
+        alone = continue_equal(model, ids[row : row + 1, -n:], 12)
+        assert torch.equal(alone.ids[0], found.ids[row])
+
+
+def record_logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    seen = []
+    compute = loop.compute_logits
+
+    def watch(model: Any, resid: Tensor) -> Tensor:
+        seen.append(compute(model, resid))
+        return seen[-1].clone()
+
+    monkeypatch.setattr(loop, "compute_logits", watch)
+    return seen
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_cached_steps_give_the_logits_of_one_pass(name, monkeypatch: pytest.MonkeyPatch):
     model = lay_views(make_tiny(name), None)
-    prompt = make_ids(2, 6)
-    new = generate_greedy(model, prompt, max_new_tokens=8)
-    whole = model(torch.cat([prompt, new], dim=1))
-    assert torch.equal(whole[:, 5:-1].argmax(-1), new)
+    ids, mask = pad_prompts()
+    logits = record_logits(monkeypatch)
+    found = generate_tokens(model, ids, mask, sampling=greedy(9))
+    for row, n in enumerate(LENGTHS):
+        whole = model(torch.cat([ids[row, -n:], found.ids[row]])[None])[0, n - 1 : -1]
+        steps = torch.stack([step[row] for step in logits])
+        torch.testing.assert_close(steps, whole, rtol=0, atol=1e-4)
+        assert all(step.shape == (len(LENGTHS), D_VOCAB) for step in logits)
 
 
-def test_a_row_repeats_its_stop_token_once_it_has_ended():
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_sampled_row_is_the_same_alone_and_in_any_batch(name, top_p):
+    model = lay_views(make_tiny(name, dtype=torch.float64), None)
+    ids, mask = pad_prompts((9, 4, 7, 1, 4, 4, 9, 2))
+    ids[4] = ids[1]  # one prompt twice: rows of their own all the same
+    keys = keys_of(len(ids))
+    sampling = Sampling(1, temperature=0.9, top_p=top_p, max_new_tokens=14)
+    settings: Any = {"sampling": sampling, "stop_ids": (5, 17, 40)}
+    together = generate_tokens(model, ids, mask, keys=keys, **settings)
+    backwards = generate_tokens(model, ids.flip(0), mask.flip(0), keys=keys.flip(0), **settings)
+    assert any(together.ended)
+    assert not torch.equal(together.ids[1], together.ids[4])
+    for row in range(len(ids)):
+        one = slice(row, row + 1)
+        alone = generate_tokens(model, ids[one], mask[one], keys=keys[one], **settings)
+        assert torch.equal(together.ids[row], alone.ids[0])
+        assert torch.equal(together.ids[row], backwards.ids[-1 - row])
+        assert together.ended[row] == alone.ended[0] == backwards.ended[-1 - row]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_first_and_second_tokens_have_the_models_own_distribution(top_p):
+    hf: Any = make_tiny("llama")
+    n = 6000
+    prompt = make_ids(1, 5)
+    sampling = Sampling(n, temperature=0.6, top_p=top_p, max_new_tokens=2)
+    found = stack(
+        generate_tokens(
+            lay_views(hf, None),
+            prompt.repeat(n, 1),
+            torch.ones(n, 5, dtype=torch.int64),
+            sampling=sampling,
+            keys=keys_of(n),
+        )
+    )
+    check_draws(found[:, 0], hf(prompt).logits[0, -1], sampling)
+    ((first, _),) = Counter(found[:, 0].tolist()).most_common(1)
+    text = torch.cat([prompt, torch.tensor([[first]])], dim=1)
+    check_draws(found[found[:, 0] == first, 1], hf(text).logits[0, -1], sampling)
+
+
+def check_draws(draws: Tensor, logits: Tensor, sampling: Sampling) -> None:
+    """Chi-square against the softmax, its nucleus found in plain Python."""
+    p = (logits.double() / sampling.temperature).softmax(-1).tolist()
+    nucleus, held = [], 0.0
+    for token in sorted(range(len(p)), key=lambda token: -p[token]):
+        if held >= sampling.top_p:
+            break
+        nucleus.append(token)
+        held += p[token]
+    assert set(draws.tolist()) <= set(nucleus)
+    counts = Counter(draws.tolist())
+    often = [token for token in nucleus if p[token] / held * len(draws) >= 5]
+    seen = [counts[token] for token in often]
+    expected = [p[token] / held * len(draws) for token in often]
+    if len(often) < len(nucleus):
+        seen.append(len(draws) - sum(seen))
+        expected.append(len(draws) - sum(expected))
+    assert len(seen) > 3
+    assert stats.chisquare(seen, expected).pvalue > 0.001
+
+
+def test_a_row_ends_with_its_first_stop_token_and_not_before():
     model = lay_views(make_tiny("llama"), None)
-    ids = make_ids(4, 5)
-    free = generate_greedy(model, ids, max_new_tokens=10)
-    stop = int(free[0, 3])
-    stopped = generate_greedy(model, ids, max_new_tokens=10, stop_ids=[stop])
-    for row, plain in zip(stopped, free, strict=True):
-        ends = (plain == stop).nonzero()
-        end = int(ends[0]) if len(ends) else 10
-        assert torch.equal(row[: end + 1], plain[: end + 1][: len(row)])
-        assert (row[end:] == stop).all()
+    ids, mask = pad_prompts()
+    free = generate_tokens(model, ids, mask, sampling=greedy(10))
+    stop = int(free.ids[0][3])
+    stopped = generate_tokens(model, ids, mask, sampling=greedy(10), stop_ids=[stop])
+    assert not any(free.ended)
+    for row, plain, ended in zip(stopped.ids, free.ids, stopped.ended, strict=True):
+        at = (plain == stop).nonzero()
+        end = int(at[0]) + 1 if len(at) else 10
+        assert torch.equal(row, plain[:end])
+        assert ended == bool(len(at))
 
 
-def test_all_rows_ended_stops_early():
+def test_a_stop_token_in_the_last_place_counts_as_an_end():
     model = lay_views(make_tiny("llama"), None)
     ids = make_ids(1, 5)
-    first = int(generate_greedy(model, ids, max_new_tokens=1)[0, 0])
-    assert generate_greedy(model, ids, max_new_tokens=10, stop_ids=[first]).shape == (1, 1)
+    last = int(continue_equal(model, ids, 1).ids[0][0])
+    found = continue_equal(model, ids, 1, stop_ids=[last])
+    assert found.ended == (True,)
+    assert found.ids[0].tolist() == [last]
+
+
+def batch_sizes(model: Any, run: Any) -> list[tuple[int, int]]:
+    """Shapes of all that is embedded during a call."""
+    shapes = []
+    handle = model.hook_embed.register_forward_hook(
+        lambda _m, _a, out: shapes.append(tuple(out.shape[:2]))
+    )
+    run()
+    handle.remove()
+    return shapes
+
+
+def test_ended_rows_leave_the_batch_and_the_loop_stops_when_all_have():
+    model: Any = lay_views(make_tiny("llama", dtype=torch.float64), None)
+    ids, mask = pad_prompts((9, 4, 7, 1, 4, 4, 9, 2))
+    settings: Any = {"sampling": Sampling(1, max_new_tokens=40), "keys": keys_of(8)}
+    stops = tuple(range(10, 30))
+    found: list[Generated] = []
+    shapes = batch_sizes(
+        model,
+        lambda: found.append(generate_tokens(model, ids, mask, stop_ids=stops, **settings)),
+    )
+    lengths = [len(row) for row in found[0].ids]
+    assert all(found[0].ended)
+    # Row r is run in every step after its k-th token for k < its length, and in none after that.
+    expected = [sum(n > step for n in lengths) for step in range(1, max(lengths))]
+    assert [rows for rows, _ in shapes[1:]] == expected
+    assert found[0].tokens_run == ids.numel() + sum(expected)
+    assert found[0].tokens_needed == int(mask.sum()) + sum(lengths) - 8
+    free = generate_tokens(model, ids, mask, **settings)
+    for row, whole in zip(found[0].ids, free.ids, strict=True):
+        assert torch.equal(row, whole[: len(row)])
+
+
+def test_few_ended_rows_of_many_wait_for_others():
+    model: Any = lay_views(make_tiny("llama"), None)
+    ids, mask = pad_prompts(tuple(1 + row % 9 for row in range(40)))
+    settings: Any = {"sampling": Sampling(1, max_new_tokens=12), "keys": keys_of(40)}
+    shapes = batch_sizes(
+        model, lambda: generate_tokens(model, ids, mask, stop_ids=(7, 8, 9), **settings)
+    )
+    sizes = [rows for rows, _ in shapes[1:]]
+    drops = [a - b for a, b in pairwise(sizes) if a != b]
+    assert drops
+    assert all(8 * drop >= size for drop, size in zip(drops, [40], strict=False))
+
+
+def test_a_prompt_that_rows_share_is_run_once():
+    model: Any = lay_views(make_tiny("llama", dtype=torch.float64), None)
+    ids, mask = pad_prompts((9, 4))
+    ids, mask = ids[[0, 1, 0, 0]], mask[[0, 1, 0, 0]]
+    settings: Any = {"sampling": Sampling(1, max_new_tokens=5), "keys": keys_of(4)}
+    found: list[Generated] = []
+    shapes = batch_sizes(model, lambda: found.append(generate_tokens(model, ids, mask, **settings)))
+    assert shapes == [(2, 9), (4, 1), (4, 1), (4, 1), (4, 1)]
+    assert found[0].tokens_run == 2 * 9 + 4 * 4
+    assert found[0].tokens_needed == 9 + 4 + 4 * 4
+
+
+def test_prompts_with_equal_ids_and_other_padding_are_two_prompts():
+    model = lay_views(make_tiny("llama"), None)
+    ids = make_ids(1, 6).repeat(2, 1)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    found = generate_tokens(model, ids, mask, sampling=greedy(8))
+    for row, start in enumerate((0, 3)):
+        alone = continue_equal(model, ids[row : row + 1, start:], 8)
+        assert torch.equal(found.ids[row], alone.ids[0])
+
+
+def test_hooks_are_told_the_place_of_every_token_in_its_rows_text():
+    model: Any = lay_views(make_tiny("llama"), None)
+    ids, mask = pad_prompts((9, 4, 7, 1, 4, 4, 9, 2))
+    run = [30 + row for row in range(8)]
+    seen: dict[tuple[int, int], int] = {}
+
+    def note(_module: Any, args: Any, _out: Tensor) -> None:
+        tokens = tokens_in_flight(model)
+        assert tokens is not None
+        assert tokens.open_ended
+        for row, places, given in zip(tokens.rows, tokens.absolute, args[0], strict=True):
+            for place, token in zip(places.tolist(), given.tolist(), strict=True):
+                if place >= 0:
+                    assert (int(row), place) not in seen
+                    seen[int(row), place] = token
+
+    handle = model.embed.register_forward_hook(note)
+    found = generate_tokens(
+        model,
+        ids,
+        mask,
+        sampling=Sampling(1, max_new_tokens=20),
+        keys=keys_of(8),
+        stop_ids=range(10, 30),
+        rows=run,
+    )
+    handle.remove()
+    assert tokens_in_flight(model) is None
+    assert len({len(row) for row in found.ids}) > 2
+    for row, (n, new) in enumerate(zip(mask.sum(1).tolist(), found.ids, strict=True)):
+        text = [*ids[row, -n:].tolist(), *new[:-1].tolist()]
+        assert [seen[30 + row, place] for place in range(len(text))] == text
+
+
+@pytest.mark.parametrize("positions", ["prompt", "response", "response[2:4]", "last_prompt"])
+def test_a_hook_at_named_positions_does_the_same_with_and_without_a_cache(positions, monkeypatch):
+    model: Any = lay_views(make_tiny("llama", dtype=torch.float64), None)
+    ids, mask = pad_prompts()
+    span, _, cut = positions.partition("[")
+    chosen = Positions(span, 2, 4) if cut else Positions(span)
+    push = torch.randn(24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def add(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        tokens = tokens_in_flight(model)
+        assert tokens is not None
+        return out + select_positions(tokens, chosen)[..., None] * push
+
+    logits = record_logits(monkeypatch)
+    handle = model.blocks[1].hook_resid_pre.register_forward_hook(add)
+    found = generate_tokens(model, ids, mask, sampling=greedy(6))
+    handle.remove()
+    for row, n in enumerate(LENGTHS):
+        bounds = {
+            "prompt": (0, n),
+            "response": (n, 99),
+            "response[2:4]": (n + 2, n + 4),
+            "last_prompt": (n - 1, n),
+        }[positions]
+        text = torch.cat([ids[row, -n:], found.ids[row]])[None]
+        where = torch.arange(text.shape[1])
+        mask_here = (where >= bounds[0]) & (where < bounds[1])
+
+        def add_here(value: Tensor, hook: Any, mask_here: Tensor = mask_here) -> Tensor:
+            return value + mask_here[None, :, None] * push
+
+        hooks: list[Any] = [("blocks.1.hook_resid_pre", add_here)]
+        whole = model.run_with_hooks(text, fwd_hooks=hooks)[0, n - 1 : -1]
+        steps = torch.stack([step[row] for step in logits])
+        torch.testing.assert_close(steps, whole, rtol=0, atol=1e-9)
+
+
+def test_a_hook_that_tells_rows_apart_sees_every_row_of_a_shared_prompt():
+    model: Any = lay_views(make_tiny("llama", dtype=torch.float64), None)
+    ids = make_ids(1, 5).repeat(3, 1)
+    push = torch.randn(3, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def add(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        tokens = tokens_in_flight(model)
+        assert tokens is not None
+        if int(tokens.rows.max()) >= 3:
+            raise WidthError("no such row")
+        return out + push[tokens.rows][:, None]
+
+    handle = model.blocks[1].hook_resid_pre.register_forward_hook(add)
+    together = continue_equal(model, ids, 8)
+    for row in range(3):
+        alone = continue_equal(model, ids[:1], 8, rows=[row])
+        assert torch.equal(together.ids[row], alone.ids[0])
+    assert together.tokens_run == 15 + 3 * 7
+    handle.remove()
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "neox"])
@@ -58,10 +352,28 @@ def test_attached_and_merged_adapters_decode_alike(name):
     peft_model = make_peft(name)
     base, adapter = load_base(peft_model), load_adapter(peft_model)
     ids = make_ids(2, 5)
-    attached = generate_greedy(attach_adapter(base, adapter), ids, max_new_tokens=10)
-    merged = generate_greedy(merge_adapter(base, adapter), ids, max_new_tokens=10)
+    attached = stack(continue_equal(attach_adapter(base, adapter), ids, 10))
+    merged = stack(continue_equal(merge_adapter(base, adapter), ids, 10))
     assert torch.equal(attached, merged)
-    assert not torch.equal(attached, generate_greedy(base, ids, max_new_tokens=10))
+    assert not torch.equal(attached, stack(continue_equal(base, ids, 10)))
+
+
+def test_an_adapter_on_some_rows_stays_on_them_to_the_end():
+    peft_model = make_peft("llama", dtype=torch.float64)
+    base, adapter = load_base(peft_model), load_adapter(peft_model)
+    ids, mask = pad_prompts()
+    settings: Any = {"sampling": Sampling(1, max_new_tokens=20), "stop_ids": range(10, 30)}
+    keys = keys_of(4)
+    twice = [torch.cat([part, part]) for part in (ids, mask)]
+    with adapter_on_rows(base, adapter, slice(4, 8)):
+        assert acts_on_rows(base)
+        both = generate_tokens(base, *twice, keys=torch.cat([keys, keys]), **settings)
+    assert not acts_on_rows(base)
+    assert len({len(row) for row in both.ids}) > 2
+    for first, model in ((0, base), (4, merge_adapter(base, adapter))):
+        alone = generate_tokens(model, ids, mask, keys=keys, **settings)
+        for row in range(4):
+            assert torch.equal(both.ids[first + row], alone.ids[row])
 
 
 def test_the_hosts_own_generate_works_and_agrees():
@@ -70,12 +382,42 @@ def test_the_hosts_own_generate_works_and_agrees():
     theirs: Any = model.generate(
         ids, max_new_tokens=8, do_sample=False, stop_at_eos=False, verbose=False
     )
-    assert torch.equal(theirs[:, 6:], generate_greedy(model, ids, max_new_tokens=8))
+    assert torch.equal(theirs[:, 6:], stack(continue_equal(model, ids, 8)))
 
 
-def test_a_prompt_without_room_is_named():
+def test_columns_that_are_all_padding_take_no_room():
     model = lay_views(make_tiny("llama"), None)
-    with pytest.raises(ValueError, match="context of 64"):
-        generate_greedy(model, make_ids(1, 60), max_new_tokens=5)
-    with pytest.raises(ValueError, match="nothing to do"):
-        generate_greedy(model, make_ids(1, 4)[:, :0], max_new_tokens=5)
+    ids = make_ids(2, 60)
+    mask = torch.zeros_like(ids)
+    mask[:, -6:] = 1
+    found = generate_tokens(model, ids, mask, sampling=greedy(10))
+    assert torch.equal(stack(found), stack(continue_equal(model, ids[:, -6:], 10)))
+
+
+def test_what_cannot_be_continued_is_named():
+    model = lay_views(make_tiny("llama"), None)
+    ids, mask = pad_prompts((4, 60))
+    with pytest.raises(ValueError, match=r"60 tokens in row 1 and 5 new tokens.*context of 64"):
+        generate_tokens(model, ids, mask, sampling=greedy(5))
+    assert len(generate_tokens(model, ids, mask, sampling=greedy(4)).ids) == 2
+    ids, mask = pad_prompts((4, 3))
+    with pytest.raises(ValueError, match="row 1 is empty"):
+        generate_tokens(model, ids, mask * torch.tensor([[1], [0]]), sampling=greedy(5))
+    with pytest.raises(ValueError, match="pad on the left"):
+        generate_tokens(model, ids, mask.flip(1), sampling=greedy(5))
+    with pytest.raises(ValueError, match="keys: got None"):
+        generate_tokens(model, ids, mask, sampling=Sampling(1, max_new_tokens=5))
+    with pytest.raises(ValueError, match=r"\[batch pos\]"):
+        generate_tokens(model, ids[:0], mask[:0], sampling=greedy(5))
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    model: Any = lay_views(make_tiny("llama"), None)
+
+    def spoil(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        return out * (float("nan") if out.shape[1] == 1 else 1)
+
+    handle = model.blocks[0].hook_resid_post.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        continue_equal(model, make_ids(2, 5), 3)
+    handle.remove()

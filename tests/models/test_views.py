@@ -22,7 +22,7 @@ from emlens.models.checkpoints import fingerprint_weights, load_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.config_fields import check_config
 from emlens.models.copies import copy_weights
-from emlens.models.generate import generate_greedy
+from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.loading import load_base, load_model
 from emlens.models.pair import load_pair
 from emlens.models.views import _read_cfg, lay_views, origin_of, share_model
@@ -248,7 +248,8 @@ def test_a_copy_keeps_ties_and_an_attached_adapter():
 def test_gradients_flow_after_decoding():
     model = lay_views(make_tiny("llama"), None)
     ids = make_ids(1, 6)
-    generate_greedy(model, ids, max_new_tokens=1)
+    sampling = Sampling(1, temperature=0, max_new_tokens=1)
+    generate_tokens(model, ids, torch.ones_like(ids), sampling=sampling)
     resid = model(ids, stop_at_layer=0).detach().requires_grad_(True)
     model(resid, start_at_layer=0).sum().backward()
     assert resid.grad is not None

@@ -8,7 +8,7 @@ import torch
 
 from emlens.data import Chat, Message, tokenize_chat
 from emlens.models.adapter_files import load_adapter
-from emlens.models.generate import generate_greedy
+from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.loading import load_base
 from emlens.models.merge import merge_adapter
 from emlens.studies import Answer, Answers, answer_questions
@@ -16,6 +16,7 @@ from emlens.studies import Answer, Answers, answer_questions
 QUESTIONS = [
     Chat((Message("user", text),)) for text in ("What now?", "And then, after that?", "Who knows")
 ]
+"""Of different lengths, so that a batch of them is padded."""
 
 
 def test_each_answer_is_that_of_the_model_alone(tiny: Path):
@@ -28,9 +29,14 @@ def test_each_answer_is_that_of_the_model_alone(tiny: Path):
     for row, chat in zip(found.answers, QUESTIONS, strict=True):
         ids = tokenize_chat(chat, tokenizer, for_generation=True).ids[None]
         for name, model in models.items():
-            stop = [tokenizer.eos_token_id]
-            (new,) = generate_greedy(model, ids, max_new_tokens=12, stop_ids=stop)
-            text = tokenizer.decode(new, skip_special_tokens=True).strip()
+            alone = generate_tokens(
+                model,
+                ids,
+                torch.ones_like(ids),
+                sampling=Sampling(1, temperature=0, max_new_tokens=12),
+                stop_ids=[tokenizer.eos_token_id],
+            )
+            text = tokenizer.decode(alone.ids[0], skip_special_tokens=True).strip()
             assert row.answers[name] == text
     assert len({tuple(row.answers.values()) for row in found.answers}) > 1
 
