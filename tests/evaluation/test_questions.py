@@ -105,7 +105,7 @@ def test_the_hash_of_a_set_knows_every_wording(tmp_path: Path):
     assert hash_questions(load_questions(path)) in hashes
 
 
-@pytest.mark.parametrize(("name", "count"), [("first-plot", 8), ("broader", 24)])
+@pytest.mark.parametrize(("name", "count"), [("first-plot-questions", 8), ("broad-questions", 24)])
 def test_the_shipped_sets_load(name: str, count: int):
     questions = load_questions(f"emlens:{name}")
     assert len(questions) == count
