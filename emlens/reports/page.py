@@ -28,6 +28,7 @@ from emlens.reports.sections import (
     short_name,
     sort_results,
 )
+from emlens.reports.shares import plot_shares
 from emlens.reports.tokens import TokenViews, view_tokens
 from emlens.reports.verdict import write_verdicts
 from emlens.reports.visible import read_number
@@ -93,6 +94,7 @@ class Page:
     answer_names: list[str]
     answers: list[Json]
     trainings: list[tuple[Json, Plot]]
+    removals: list[tuple[Json, Plot]]
     seconds: dict[str, float]
     facts: list[tuple[str, Any]]
     others: list[tuple[str, list[tuple[str, Any]]]]
@@ -118,6 +120,8 @@ def build_page(report: Json) -> Page:
         outputs = [_output_block(c) for c in sections.comparisons if c.logits is not None]
     with reading("training"):
         trainings = [(t, counter.add(plot_losses(t), _say_losses(t))) for t in sections.trainings]
+    with reading("direction_removal"):
+        removals = [(r, counter.add(plot_shares(r), _say_shares(r))) for r in sections.removals]
     with reading("extra"):
         answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
         seconds = {str(k): read_number(v) for k, v in extra.get("seconds", {}).items()}
@@ -138,6 +142,7 @@ def build_page(report: Json) -> Page:
         answer_names=list(dict.fromkeys(name for row in answers for name in row["answers"])),
         answers=answers,
         trainings=trainings,
+        removals=removals,
         seconds=seconds,
         facts=facts,
         others=[(str(r.get("schema")), _plain_fields(r)) for r in sections.others],
@@ -226,6 +231,10 @@ def _output_block(comparison: Comparison) -> OutputBlock:
 
 def _say_losses(training: Json) -> str:
     return f"Training loss over {len(training['losses'])} steps"
+
+
+def _say_shares(removal: Json) -> str:
+    return f"{removal['claim']} and coherence of {len(removal['arms'])} arms"
 
 
 def _find_title(sections: Sections) -> str:

@@ -16,6 +16,7 @@ from plotly.subplots import make_subplots
 
 from emlens.artifacts import Result
 from emlens.reports.document import kind_of, reading
+from emlens.reports.labels import label
 from emlens.reports.sections import (
     IN_ORDER,
     TRAINING_KINDS,
@@ -24,14 +25,13 @@ from emlens.reports.sections import (
     first_shares,
     list_series,
 )
+from emlens.reports.shares import plot_shares
 from emlens.reports.theme import BAND, DASHES, FAILED, LINES, TEMPLATES
 from emlens.reports.visible import (
     finite,
     read_number,
-    shorten,
     show_number,
     show_share,
-    show_text,
     show_token,
 )
 
@@ -97,12 +97,6 @@ def plot(result: Result | Mapping[str, Any]) -> go.Figure:
         raise TypeError(f"result: there is no figure of the kind {kind!r}; nearest: {near}")
     with reading(kind):
         return draw(document).update_layout(template=go.layout.Template(TEMPLATES["light"]))
-
-
-def label(text: object, limit: int = 80) -> str:
-    """A text for a figure: shown as it is, whatever tags it holds."""
-    line = shorten(show_text(str(text)).replace("\n", "⏎"), limit)
-    return html.escape(line, quote=False)
 
 
 def plot_adapter(proof: Json) -> go.Figure:
@@ -334,6 +328,7 @@ _FIGURES: dict[str, Callable[[Json], go.Figure]] = {
     "logit_diff": plot_tokens,
     "model_diff": _plot_model_diff,
     "null_band": _plot_null,
+    "direction_removal": plot_shares,
     **dict.fromkeys(TRAINING_KINDS, plot_losses),
 }
 

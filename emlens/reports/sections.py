@@ -11,6 +11,7 @@ IN_ORDER = ("in effect", "does nothing")
 """Verdicts of a module with which a proof passes."""
 COMPARISON_KINDS = ("model_diff", "activation_diff", "logit_diff")
 TRAINING_KINDS = ("training_run", "training")
+REMOVAL_KIND = "direction_removal"
 _ORIGIN = ("base", "base_fingerprint", "tuned", "tuned_fingerprint", "n_chats", "method")
 
 Json = Mapping[str, Any]
@@ -50,6 +51,8 @@ class Sections:
     proofs: tuple[Json, ...]
     comparisons: tuple[Comparison, ...]
     trainings: tuple[Json, ...]
+    removals: tuple[Json, ...]
+    """Behaviour with and without a direction, arm by arm."""
     others: tuple[Json, ...]
     """Kinds that have no figure: shown as tables of their plain fields."""
 
@@ -107,11 +110,12 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
                     origin=origin, activations=activations, logits=logits, null=null, chats=said
                 )
                 comparisons.append(comparison)
-    known = ("adapter_proof", "null_band", *COMPARISON_KINDS, *TRAINING_KINDS)
+    known = ("adapter_proof", "null_band", REMOVAL_KIND, *COMPARISON_KINDS, *TRAINING_KINDS)
     return Sections(
         proofs=tuple(r for r in results if kind_of(r) == "adapter_proof"),
         comparisons=tuple(comparisons),
         trainings=tuple(r for r in results if kind_of(r) in TRAINING_KINDS),
+        removals=tuple(r for r in results if kind_of(r) == REMOVAL_KIND),
         others=tuple(r for r in results if kind_of(r) not in known),
     )
 

@@ -21,6 +21,14 @@ from emlens.reports.visible import read_number, show_number
 
 _SPANS = {"response": "the response", "prompt": "the prompt", "all": "all tokens"}
 _WHO = "the strongest of"
+_ROLES = {
+    "tuned": "{}",
+    "ablated": "{} with one direction taken out",
+    "control": "{} with a random one taken out instead",
+    "base": "the base {}",
+    "steered": "{} with the direction added to it",
+}
+"""Arms that the sentence names, by their roles."""
 
 
 def write_verdicts(sections: Sections) -> list[str]:
@@ -33,8 +41,23 @@ def write_verdicts(sections: Sections) -> list[str]:
     """
     with reading("verdict"):
         pairs = _pair_up(sections.proofs, sections.comparisons)
-        sentences = ["; ".join(_clauses(proof, comparison)) for proof, comparison in pairs]
+        sentences = [_say_removal(removal) for removal in sections.removals]
+        sentences += ["; ".join(_clauses(proof, comparison)) for proof, comparison in pairs]
     return [f"{sentence}." for sentence in sentences if sentence]
+
+
+def _say_removal(removal: Json) -> str:
+    arms = {str(arm["role"]): arm for arm in removal["arms"]}
+    shares = {role: _say_share(arm) for role, arm in arms.items() if role in _ROLES}
+    parts = [words.format(shares[role]) for role, words in _ROLES.items() if role in shares]
+    return f"{removal['claim']} of {short_name(str(removal['tuned']))}: {', '.join(parts)}"
+
+
+def _say_share(arm: Json) -> str:
+    share, coherent = (
+        read_number(arm[name]["value"]) for name in ("em_percent", "coherent_percent")
+    )
+    return f"{show_number(share, 2)} % ({show_number(coherent, 3)} % coherent)"
 
 
 def _pair_up(
