@@ -1,0 +1,37 @@
+from .active import active_interventions, describe_interventions
+from .fold import FoldError, fold_into_weights
+from .from_directions import (
+    Units,
+    ablate_direction,
+    add_direction,
+    cap_direction,
+)
+from .hooking import intervene
+from .intervention import Intervention
+from .operators import Ablate, Add, Cap, PerLayer, Replace
+from .plan import (
+    ContradictoryInterventionsError,
+    OtherModelError,
+    write_sites,
+)
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Cap",
+    "ContradictoryInterventionsError",
+    "FoldError",
+    "Intervention",
+    "OtherModelError",
+    "PerLayer",
+    "Replace",
+    "Units",
+    "ablate_direction",
+    "active_interventions",
+    "add_direction",
+    "cap_direction",
+    "describe_interventions",
+    "fold_into_weights",
+    "intervene",
+    "write_sites",
+]

@@ -1,0 +1,204 @@
+"""Interventions on a model while a context lasts; for the same effect as weights see `fold`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emlens.data import Positions, PositionsError
+from emlens.interventions.active import active_interventions, register_active
+from emlens.interventions.intervention import EVERYWHERE, Intervention
+from emlens.interventions.operators import Cap, Replace, unit
+from emlens.interventions.plan import Step, check_contradictions, plan_interventions
+from emlens.models.hooks import HookNeverFiredError
+from emlens.models.protocol import HookedModel
+from emlens.models.tokens_in_flight import TokensInFlight, select_positions, tokens_in_flight
+from emlens.numerics.affine import LowRankAffine
+from emlens.numerics.validation import WidthError
+from emlens.sites import Site
+
+Change = Callable[[Tensor, Tensor | None], Tensor]
+"""(values [batch pos d], mask [batch pos] or None for all) -> values."""
+
+
+@contextmanager
+def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """Change a model's activations while the context lasts, however it ends.
+
+    Affine operators that meet at one site on the same tokens are one low-rank map there.
+    Interventions at one site act in the order given, a nested context's after the outer one's, and
+    all of them see an attached adapter's update. Hooks registered inside see what they leave.
+
+    Named positions other than `all` need to know which tokens a pass holds: every function of
+    emlens that runs chats says so, a bare `model(ids)` does not. `all` acts on every column.
+
+    Args:
+        model: a model loaded by emlens, with or without an adapter.
+        interventions: in the order in which they act where they meet; none is allowed.
+
+    Raises:
+        SiteError: a site the model does not have, or that has no vector for each token.
+        WidthError: a vector of another width than its site.
+        OtherModelError: a vector made from another model.
+        ContradictoryInterventionsError: a replacement beside anything else on the same tokens,
+            those of contexts around this one included.
+        HookNeverFiredError: on a clean exit: a site was never reached, or no token was ever
+            selected by an intervention's positions.
+    """
+    plans = plan_interventions(model, interventions)
+    if plans:
+        together = plan_interventions(model, (*active_interventions(model), *interventions))
+        for plan in together.values():
+            check_contradictions(plan)
+    selection = _Selection(model)
+    changes = [
+        _SiteChange(site, [(_make_change(model, step), step.positions) for step in plan.steps()])
+        for site, plan in plans.items()
+    ]
+    with ExitStack() as stack:
+        for change in changes:
+            change.selection = selection
+            point = model.hook_dict[change.site.hook_name]
+            # Torch's own hook: nothing but its handle removes it, `reset_hooks` included.
+            stack.callback(point.register_forward_hook(change).remove)
+        stack.enter_context(register_active(model, interventions))
+        yield
+    _check_fired(changes, selection)
+
+
+def _check_fired(changes: Sequence["_SiteChange"], selection: "_Selection") -> None:
+    silent = [str(change.site) for change in changes if not change.fired]
+    if silent:
+        raise HookNeverFiredError(
+            f"interventions never reached at: {', '.join(silent[:5])}; no forward pass was run in "
+            "the context, it stopped before them, or the model does not use them"
+        )
+    idle = [str(positions) for positions, acted in selection.acted.items() if not bool(acted)]
+    if idle:
+        raise HookNeverFiredError(
+            f"interventions at the positions {', '.join(idle)} met no such token in any forward "
+            "pass, so they changed nothing"
+        )
+
+
+class _Selection:
+    """Masks of the tokens in flight, made once a pass and shared by all sites."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.tokens: TokensInFlight | None = None
+        self.masks: dict[Positions, Tensor] = {}
+        self.acted: dict[Positions, Tensor] = {}
+
+    def mask(self, positions: Positions) -> Tensor | None:
+        """Where to act [batch pos], or None for everywhere."""
+        if positions == EVERYWHERE:
+            return None
+        tokens = tokens_in_flight(self.model)
+        if tokens is None:
+            raise PositionsError(
+                f"positions: {positions} cannot be told under a bare model(ids): run chats "
+                "through emlens (generate_responses, stream_activations, compare_models), say "
+                "which tokens these are with publish_tokens(model, frame_batch(batch, chats)), "
+                "or use positions='all'"
+            )
+        if tokens is not self.tokens:
+            self.tokens, self.masks = tokens, {}
+        if positions not in self.masks:
+            mask = select_positions(tokens, positions)
+            self.masks[positions] = mask
+            # Kept as a tensor: asking for the answer now would wait for the device.
+            before = self.acted.get(positions)
+            self.acted[positions] = mask.any() if before is None else before | mask.any()
+        return self.masks[positions]
+
+
+@dataclass(eq=False)
+class _SiteChange:
+    """A torch forward hook that applies the steps of one site."""
+
+    site: Site
+    steps: list[tuple[Change, Positions]]
+    selection: _Selection | None = None
+    fired: bool = field(default=False)
+
+    def __call__(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
+        assert self.selection is not None
+        self.fired = True
+        values = output if output.ndim == 3 else output.flatten(2)
+        for change, positions in self.steps:
+            mask = self.selection.mask(positions)
+            if mask is not None and mask.shape != values.shape[:2]:
+                raise WidthError(
+                    f"interventions: {self.site} holds {tuple(values.shape[:2])} values [batch "
+                    f"pos], but the tokens published for this pass are {tuple(mask.shape)}; "
+                    f"positions {positions} cannot be told there"
+                )
+            values = change(values, mask)
+        return values.view(output.shape)
+
+
+def _make_change(model: Any, step: Step) -> Change:
+    does = step.does
+    if isinstance(does, LowRankAffine):
+        # In the precision it is used in, once: half precision is computed in float32.
+        wide = torch.promote_types(model.cfg.dtype, torch.float32)
+        return does.to(model.embed.W_E.device, wide).apply
+    if isinstance(does, Cap):
+        return _CapChange(does)
+    assert isinstance(does, Replace)
+    return _ReplaceChange(does, model)
+
+
+class _CapChange:
+    def __init__(self, cap: Cap):
+        self.unit, self.threshold = unit(cap.vector), cap.threshold
+        self.sign = 1.0 if cap.side == "above" else -1.0
+
+    def __call__(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        self.unit = self.unit.to(values.device, wide)
+        flat = values.reshape(-1, values.shape[-1]).to(wide)
+        excess = torch.relu(self.sign * (flat.mv(self.unit) - self.threshold))
+        if mask is not None:
+            excess = excess * mask.flatten()
+        out = torch.addr(flat, -self.sign * excess, self.unit)
+        return out.to(values.dtype).view(values.shape)
+
+
+class _ReplaceChange:
+    def __init__(self, replace: Replace, model: Any):
+        self.values, self.model = replace.values, model
+
+    def __call__(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        self.values = self.values.to(values.device, values.dtype)
+        new = self.values if self.values.ndim == 1 else self._look_up(values, mask)
+        if mask is None:
+            return new.expand_as(values).clone()
+        return torch.where(mask[..., None], new, values)
+
+    def _look_up(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """Each token's own value, by its row in the run and its index in the row's text."""
+        tokens = tokens_in_flight(self.model)
+        if tokens is None:
+            if self.values.shape[:2] != values.shape[:2]:
+                raise WidthError(
+                    f"values: {tuple(self.values.shape[:2])} [rows text] for a pass of "
+                    f"{tuple(values.shape[:2])}; under a bare model(ids) both must be equal"
+                )
+            return self.values
+        rows = tokens.rows.to(values.device)[:, None]
+        present = tokens.absolute >= 0
+        asked = present if mask is None else mask
+        missing = asked & ((tokens.absolute >= self.values.shape[1]) | (rows >= len(self.values)))
+        if bool(missing.any()):
+            raise WidthError(
+                f"values: {tuple(self.values.shape[:2])} [rows text] do not reach every token "
+                "that is to be replaced; name fewer positions, or capture longer texts"
+            )
+        at = tokens.absolute.clamp(0, self.values.shape[1] - 1)
+        found = self.values[rows.clamp(max=len(self.values) - 1), at]
+        return torch.where(present[..., None], found, values)

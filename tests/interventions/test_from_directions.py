@@ -1,0 +1,216 @@
+"""Directions to interventions: units, places, models; and what is written down of them."""
+
+import hashlib
+import inspect
+import json
+import math
+import struct
+
+import pytest
+import torch
+
+from emlens.interventions import (
+    Ablate,
+    Add,
+    Cap,
+    Intervention,
+    OtherModelError,
+    PerLayer,
+    Replace,
+    ablate_direction,
+    add_direction,
+    cap_direction,
+    describe_interventions,
+    intervene,
+)
+from emlens.interventions.active import hash_tensor
+from emlens.numerics.validation import NonFiniteError, WidthError, ZeroVectorError
+from emlens.sites import SiteError, parse_site
+from emlens.vectors import Direction, Directions, Provenance
+from tests.interventions.vectors import D_MODEL, draw, load_tiny, make_direction, per_layer
+from tests.models.tiny import make_ids
+
+
+def shift(direction, **settings):
+    (one,) = add_direction(direction, **settings)
+    assert isinstance(one.operator, Add)
+    return one.operator.coefficient * one.operator.vector
+
+
+def test_units_say_how_long_one_step_is():
+    direction = make_direction(scale=7.0, resid_norm=50.0)
+    v = direction.vector
+    assert torch.allclose(shift(direction, coefficient=2.0, units="raw"), 2 * v / v.norm())
+    assert torch.allclose(shift(direction, coefficient=-2.0, units="delta_norm"), -2 * v)
+    assert math.isclose(float(shift(direction, coefficient=2.0, units="resid_norm").norm()), 100.0)
+    own = shift(direction, coefficient=1.0, units="resid_norm", at=["resid_post.1"])
+    assert math.isclose(float(own.norm()), 50.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"units": "resid_norm"}, "does not carry it"),
+        ({"units": "resid_norm", "at": "writes"}, "own site, not at writes"),
+        ({"units": "resid_norm", "at": "resid_post"}, "own site"),
+        ({"units": "raw", "coefficient": math.nan}, "finite"),
+        ({"units": "raw", "at": []}, "no place"),
+        ({"units": "raw", "at": "resid_pots"}, "nearest"),
+        ({"units": "raw", "positions": "responce"}, "nearest"),
+    ],
+)
+def test_a_wrong_unit_coefficient_place_or_position_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        add_direction(make_direction(), **({"coefficient": 1.0} | settings))
+
+
+@pytest.mark.parametrize("missing", ["coefficient", "units"])
+def test_the_quantity_under_study_has_no_default(missing):
+    given = {"coefficient": 1.0, "units": "raw"}
+    del given[missing]
+    with pytest.raises(TypeError, match=missing):
+        add_direction(make_direction(), **given)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(TypeError, match="at"):
+        ablate_direction(make_direction())  # pyright: ignore[reportCallIssue]
+
+
+def test_a_direction_acts_at_its_own_site_or_where_it_is_told():
+    direction = make_direction()
+    sites = {"site": ["resid_post.1"], "writes": ["writes"], "resid_mid": ["resid_mid"]}
+    for at, expected in sites.items():
+        assert [str(one.site) for one in ablate_direction(direction, at=at)] == expected
+    several = cap_direction(
+        direction, threshold=1.0, side="above", at=["embed", parse_site("resid_mid.2")]
+    )
+    assert [one.site for one in several] == [parse_site("embed"), parse_site("resid_mid.2")]
+    assert all(isinstance(one.operator, Cap) for one in several)
+
+
+def test_directions_bring_each_layers_own():
+    model = load_tiny()
+    directions = per_layer(model)
+    own = ablate_direction(directions, at="site")
+    assert [one.site for one in own] == list(directions.sites)
+    (writes,) = ablate_direction(directions, at="writes")
+    assert isinstance(writes.operator, PerLayer)
+    for site, layer in (("embed", 0), ("attn_out.0", 0), ("mlp_out.2", 2)):
+        operator = writes.operator.at(parse_site(site))
+        assert isinstance(operator, Ablate)
+        assert torch.equal(operator.vector, directions[f"resid_post.{layer}"].direction)
+    with pytest.raises(SiteError, match="layers 0, 1, 2"):
+        writes.operator.at(parse_site("attn_out.3"))
+    with pytest.raises(SiteError, match="no direction for it"):
+        writes.operator.at(parse_site("ln_final_normalized"))
+
+
+def test_a_layer_without_a_direction_is_not_skipped():
+    model = load_tiny()
+    two = Directions(directions=tuple(per_layer(model))[:2])
+    with pytest.raises(SiteError, match=r"attn_out\.2: no direction"):
+        intervene(model, ablate_direction(two, at="writes")).__enter__()
+
+
+def test_two_directions_of_one_layer_leave_open_which_acts():
+    both = Directions(directions=(make_direction(), make_direction(site="attn_out.1")))
+    assert len(ablate_direction(both, at="site")) == 2
+    with pytest.raises(SiteError, match=r"attn_out\.1"):
+        ablate_direction(both, at="writes")
+
+
+def test_one_mean_does_not_fit_several_layers():
+    with pytest.raises(ValueError, match="toward: one mean"):
+        ablate_direction(per_layer(load_tiny()), at="site", toward=draw(D_MODEL))
+
+
+def of_model(base="", tuned=None):
+    return Direction(
+        site=parse_site("resid_post.1"),
+        vector=draw(D_MODEL),
+        provenance=Provenance(
+            construction="imported", base_fingerprint=base, tuned_fingerprint=tuned
+        ),
+    )
+
+
+def test_a_direction_is_for_the_models_it_was_made_from_unless_transfer_is_meant():
+    model, other, ids = load_tiny(), load_tiny("mistral"), make_ids(1, 4)
+    own = make_direction(model)
+    # By the fingerprint of a full fine-tune as well.
+    tuned = of_model("another", tuned=own.provenance.base_fingerprint)
+    for direction in (own, tuned):
+        with intervene(model, ablate_direction(direction, at="site")):
+            model(ids)
+    for direction in (own, of_model(), of_model("another")):
+        wrong = other if direction is own else model
+        with pytest.raises(OtherModelError, match="allow_other_model=True"):
+            intervene(wrong, ablate_direction(direction, at="site")).__enter__()
+        for build in (
+            ablate_direction(direction, at="site", allow_other_model=True),
+            add_direction(direction, coefficient=1.0, units="raw", allow_other_model=True),
+            cap_direction(
+                direction, threshold=0.0, side="below", at="site", allow_other_model=True
+            ),
+        ):
+            with intervene(wrong, build):
+                wrong(ids)
+
+
+def test_a_description_is_json_and_tells_interventions_apart():
+    v, w = draw(D_MODEL), draw(D_MODEL, seed=1)
+    chosen = [
+        Intervention("resid_post.1", Add(v, 2.0)),
+        Intervention("resid_post.1", Add(v, 3.0)),
+        Intervention("resid_post.1", Add(w, 2.0)),
+        Intervention("resid_post.2", Add(v, 2.0)),
+        Intervention("resid_post.1", Add(v, 2.0), "response"),
+        Intervention("resid_post.1", Add(v, 2.0), "response[:5]"),
+        Intervention("resid_post.1", Ablate(v)),
+        Intervention("resid_post.1", Ablate(v, toward=w)),
+        Intervention("resid_post.1", Ablate(v, toward=v)),
+        Intervention("resid_post.1", Cap(v, 1.0, "above")),
+        Intervention("resid_post.1", Cap(v, 1.0, "below")),
+        Intervention("resid_post.1", Cap(v, 2.0, "below")),
+        Intervention("resid_post.1", Replace(v)),
+        Intervention("resid_post.1", Replace(v[None, None])),
+        Intervention("resid_post.1", PerLayer({1: Ablate(v)})),
+        Intervention("resid_post.1", PerLayer({1: Ablate(w)})),
+        Intervention("resid_post.1", PerLayer({2: Ablate(v)})),
+    ]
+    texts = [json.dumps(one, allow_nan=False) for one in describe_interventions(chosen)]
+    assert len(set(texts)) == len(chosen)
+    again = Intervention("resid_post.1", Add(v.clone(), 2.0), "all")
+    assert json.dumps(describe_interventions([again])[0]) == texts[0]
+
+
+def test_a_hash_depends_on_the_numbers_alone():
+    x = draw(6).float()
+    assert hash_tensor(x) == hash_tensor(x.double()) == hash_tensor(x.view(6))
+    assert hash_tensor(x) != hash_tensor(x.view(2, 3))
+    assert hash_tensor(torch.tensor([0.0])) == hash_tensor(torch.tensor([-0.0]))
+    assert hash_tensor(draw(4, 6).mT) == hash_tensor(draw(4, 6).mT.contiguous())
+    shape_and_bytes = b"(2,)" + struct.pack("<2d", 1.0, 0.5)
+    digest = hashlib.sha256(shape_and_bytes).hexdigest()
+    assert digest.startswith(hash_tensor(torch.tensor([1.0, 0.5])))
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: Ablate(torch.zeros(3)), ZeroVectorError, "no direction"),
+        (lambda: Cap(torch.zeros(3), 1.0, "above"), ZeroVectorError, "no direction"),
+        (lambda: Cap(torch.ones(3), math.inf, "above"), ValueError, "finite"),
+        (lambda: Add(torch.tensor([1.0, math.nan])), NonFiniteError, "NaN"),
+        (lambda: Add(torch.ones(0)), WidthError, "one vector"),
+        (lambda: Replace(torch.ones(0)), WidthError, "heads counted together"),
+        (lambda: PerLayer({}), ValueError, "one a layer"),
+    ],
+)
+def test_an_operator_that_makes_no_sense_is_refused(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+def test_unknown_units_are_refused_without_a_type_checker_too():
+    plain = inspect.unwrap(add_direction)
+    with pytest.raises(ValueError, match="'raw', 'delta_norm', 'resid_norm'"):
+        plain(make_direction(), coefficient=1.0, units="sigmas")
