@@ -57,7 +57,7 @@ def _say_share(arm: Json) -> str:
     share, coherent = (
         read_number(arm[name]["value"]) for name in ("em_percent", "coherent_percent")
     )
-    return f"{show_number(share, 2)} % ({show_number(coherent, 3)} % coherent)"
+    return f"{share:.0f} % ({coherent:.0f} % coherent)"
 
 
 def _pair_up(
