@@ -1,0 +1,88 @@
+"""What exactly a model computes with, as a few hashes: for rows that must never be mistaken.
+
+It sees weights, dtype, an attached adapter and the tokenizer; what acts for a while (interventions)
+is recorded by whoever applies it.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emlens.models.adapter_files import fingerprint_modules
+from emlens.models.attach import attached_adapter
+from emlens.models.tokenizer_hash import fingerprint_tokenizer
+
+_SAMPLES = 1024
+"""Values a tensor whose own bytes are hashed; the rest enters by the sum of all bit patterns."""
+_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelIdentity:
+    """One model, told from any other that would give other numbers."""
+
+    name: str
+    """As the user wrote it, with what was merged or attached; it decides nothing."""
+    weights: str
+    """`hash_weights`: after merging, folding and editing in place."""
+    dtype: str
+    """Of the weights, such as `bfloat16`."""
+    adapter: str | None
+    """Hash of the attached adapter's factors and scales; None without one."""
+    tokenizer: str
+    """Fingerprint of vocabulary, special tokens and chat template; empty without a tokenizer."""
+
+
+def identify_model(model: Any) -> ModelIdentity:
+    """Describe a model as it stands; reads every weight once.
+
+    Args:
+        model: a model loaded by emlens.
+    """
+    adapter = attached_adapter(model)
+    return ModelIdentity(
+        name=str(model.cfg.model_name),
+        weights=hash_weights(model),
+        dtype=str(model.cfg.dtype).removeprefix("torch."),
+        # Of the factors as they act: a rescaled adapter keeps the fingerprint of what it was.
+        adapter=None if adapter is None else fingerprint_modules(adapter.modules),
+        tokenizer=fingerprint_tokenizer(model.tokenizer),
+    )
+
+
+@torch.no_grad()
+def hash_weights(model: Any) -> str:
+    """Hash names, shapes and dtypes of all weights, a sample of their bytes, and all bits' sum.
+
+    Any single changed value changes the sum, in the weights' own precision; two changes that cancel
+    in the sum and miss the sample would not be seen. 32 digits.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters(remove_duplicate=False)):
+        dense = weight.detach()
+        bits = dense.view(_PATTERNS[dense.element_size()])
+        flat = bits.reshape(-1) if bits.is_contiguous() else bits.flatten()
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
+        total = int(_sum(bits))
+        digest.update(f"{name} {tuple(dense.shape)} {dense.dtype} {total}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _sum(bits: Tensor) -> Tensor:
+    return bits.sum(dtype=torch.int64)
+
+
+def foreign_hooks(model: Any) -> Iterator[str]:
+    """Names of the hook points that carry a hook which is none of emlens's own."""
+    for name, point in model.hook_dict.items():
+        for hook in (*point._forward_hooks.values(), *point._forward_pre_hooks.values()):
+            owner = getattr(hook, "__self__", hook)
+            module = getattr(owner, "__module__", None) or type(owner).__module__
+            if not str(module).startswith("emlens."):
+                yield name
+                break

@@ -1,0 +1,82 @@
+"""A model's identity: the same for the same numbers, another for any other."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
+from emlens.models.identity import foreign_hooks, hash_weights, identify_model
+from emlens.models.lora import LoraAdapter, scale_adapter
+from emlens.models.merge import merge_adapter
+from emlens.models.views import lay_views, share_model
+from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return lay_views(make_tiny("llama"), make_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def adapter() -> LoraAdapter:
+    return load_adapter(make_peft("llama"))
+
+
+def test_the_same_weights_are_the_same_under_another_name(base: Any):
+    again = lay_views(make_tiny("llama"), make_tokenizer(), name="elsewhere")
+    first, second = identify_model(base), identify_model(again)
+    assert first.name != second.name
+    assert (first.weights, first.tokenizer) == (second.weights, second.tokenizer)
+    assert identify_model(share_model(base)) == first
+
+
+@pytest.mark.parametrize("place", [(0, 0), (57, 11), (-1, -1)])
+def test_one_changed_value_anywhere_is_another_model(base: Any, place: tuple[int, int]):
+    other = lay_views(make_tiny("llama"), make_tokenizer())
+    before = hash_weights(other)
+    with torch.no_grad():
+        weight = other.W_E[place]
+        weight.copy_(torch.nextafter(weight, torch.tensor(torch.inf)))
+    assert hash_weights(other) != before
+    assert hash_weights(base) == before
+
+
+def test_seed_and_precision_are_part_of_it(base: Any):
+    names = {hash_weights(base)}
+    names.add(hash_weights(lay_views(make_tiny("llama", seed=1), make_tokenizer())))
+    half = lay_views(make_tiny("llama", dtype=torch.bfloat16), make_tokenizer())
+    names.add(hash_weights(half))
+    assert len(names) == 3
+    assert identify_model(half).dtype == "bfloat16"
+
+
+def test_adapters_count_with_scale_and_form(base: Any, adapter: LoraAdapter):
+    models = [base]
+    for scale in (1.0, 2.0, 1.0001):
+        scaled = scale_adapter(adapter, scale)
+        models += [attach_adapter(base, scaled), merge_adapter(base, scaled)]
+    one = {(m.weights, m.adapter) for m in map(identify_model, models)}
+    assert len(one) == 7
+    assert identify_model(attach_adapter(base, adapter)) == identify_model(models[1])
+
+
+def test_the_template_is_part_of_it(base: Any):
+    other = make_tokenizer()
+    other.chat_template = f"{other.chat_template} "
+    shell = lay_views(make_tiny("llama"), other)
+    assert identify_model(shell).tokenizer != identify_model(base).tokenizer
+
+
+def test_hooks_of_others_are_found_and_ours_are_not(base: Any, adapter: LoraAdapter):
+    attached = attach_adapter(base, adapter)
+    assert list(foreign_hooks(attached)) == []
+    attached.add_hook("blocks.1.hook_resid_post", lambda value, hook: value)
+    assert list(foreign_hooks(attached)) == ["blocks.1.hook_resid_post"]
+    attached.reset_hooks()
+    handle = attached.hook_dict["hook_embed"].register_forward_hook(lambda *_: None)
+    assert list(foreign_hooks(attached)) == ["hook_embed"]
+    handle.remove()
+    assert list(foreign_hooks(attached)) == []
