@@ -1,43 +1,30 @@
-"""Interventions in effect: against the host's own hooks, cached, padded, paired, interrupted."""
+"""What interventions do to the values at a site: against the host's own hooks."""
 
 import pytest
 import torch
 
-from emlens.data import PositionsError
 from emlens.interventions import (
     Ablate,
     Add,
     Cap,
-    ContradictoryInterventionsError,
     Intervention,
     Replace,
     ablate_direction,
-    active_interventions,
     intervene,
     write_sites,
 )
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
-from emlens.models.hooks import HookNeverFiredError, watch_sites
-from emlens.models.kv_cache import KeyValueCache
+from emlens.models.hooks import watch_sites
 from emlens.models.loading import load_base
 from emlens.models.merge import merge_adapter
-from emlens.models.paired import forward_many
-from emlens.models.tokens_in_flight import (
-    count_positions,
-    frame_batch,
-    frame_prompts,
-    publish_tokens,
-)
-from emlens.numerics.validation import WidthError
-from emlens.sites import SiteError, expand_sites, parse_site
+from emlens.sites import expand_sites, parse_site
 from tests.interventions.vectors import (
     D_MODEL,
     ablate_writes,
-    count_hooks,
+    close,
     draw,
     load_tiny,
-    make_batch,
     make_direction,
     per_layer,
     project_out,
@@ -47,15 +34,6 @@ from tests.models.adapters import make_peft
 from tests.models.tiny import TINY, make_ids
 
 ONE_EACH = [n for n in ("llama-tied-biased", "qwen3", "gemma3", "gpt2", "neox") if n in TINY]
-
-
-def close(got, expected, relative=1e-5):
-    return float((got - expected).abs().max()) <= relative * float(expected.abs().max())
-
-
-def enter_and_leave(model, interventions, run=lambda: None):
-    with intervene(model, interventions):
-        run()
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
@@ -202,54 +180,6 @@ def test_a_cap_moves_what_passes_the_threshold_onto_it_and_leaves_the_rest(side,
     assert close(rest(after), rest(before), tolerance)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("positions", ["response", "response[:2]", "prompt", "last_prompt"])
-def test_padding_does_not_move_named_positions(side, positions):
-    model, v = load_tiny(), draw(D_MODEL)
-    chats, batch = make_batch((3, 4), (1, 2), (5, 3), side=side)
-    steer = [Intervention("resid_post.0", Add(4 * v), positions)]
-    with intervene(model, steer), publish_tokens(model, frame_batch(batch, chats)):
-        together = model(batch.ids, attention_mask=batch.mask)
-    for row, chat in enumerate(chats):
-        mask = steer[0].where.mask(chat)
-
-        def add(x, hook, mask=mask):
-            return x + 4 * v.float() * mask[:, None]
-
-        alone = run_hooked(model, chat.ids[None], {"resid_post.0": add})[0]
-        assert close(together[row][batch.mask[row].bool()], alone, 1e-4)
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-@pytest.mark.parametrize("positions", ["all", "response[:2]", "prompt"])
-def test_a_cached_padded_decode_acts_on_the_tokens_of_the_whole_text(name, positions):
-    model, v = load_tiny(name), draw(D_MODEL)
-    chats, batch = make_batch((3, 4), (1, 4))
-    prompts = [chat.prompt_end for chat in chats]
-    width = max(prompts)
-    ids, mask = batch.ids[:, : width + 4], batch.mask[:, : width + 4]
-    changes = [
-        Intervention("resid_post.0", Add(4 * v), positions),
-        Intervention("mlp_out.1", Ablate(v), positions),
-    ]
-    frame = frame_prompts(mask[:, :width])
-    with intervene(model, changes):
-        cache = KeyValueCache(model, batch=2, capacity=width + 4)
-        with publish_tokens(model, frame):
-            steps = [model(ids[:, :width], attention_mask=mask[:, :width], past_kv_cache=cache)]
-        for column in range(width, width + 4):
-            new = count_positions(mask)[:, column : column + 1]
-            with publish_tokens(model, frame.at(new)):
-                steps.append(model(ids[:, column : column + 1], past_kv_cache=cache))
-        cached = torch.cat(steps, dim=1)
-        for row, prompt in enumerate(prompts):
-            text = chats[row].ids[None, : prompt + 4]
-            open_text = frame_prompts(torch.ones(1, prompt, dtype=torch.int64))
-            with publish_tokens(model, open_text.at(torch.arange(prompt + 4)[None])):
-                alone = model(text)[0]
-            assert close(cached[row][mask[row].bool()], alone, 1e-4)
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("at", ["writes", "resid_post"])
 def test_an_intervention_sees_an_attached_adapters_update(name, at):
@@ -269,74 +199,6 @@ def test_an_intervention_sees_an_attached_adapters_update(name, at):
         assert close(attached(ids), expected, 1e-4)
     for x in seen.values():
         assert bool(((x @ direction.direction.float()).abs() <= 1e-5 * x.norm(dim=-1)).all())
-
-
-@pytest.mark.parametrize("layers", [None, [1, 2]])
-def test_in_a_paired_forward_both_models_meet_the_intervention_on_the_same_tokens(layers):
-    settings = {} if layers is None else {"layers_to_transform": layers}
-    peft_model = make_peft("llama", **settings)
-    base, adapter = load_base(peft_model), load_adapter(peft_model)
-    base.tokenizer = load_tiny().tokenizer
-    chats, batch = make_batch((3, 4), (1, 2))
-    frame, v = frame_batch(batch, chats), draw(D_MODEL)
-    changes = [
-        Intervention("mlp_out.1", Ablate(v), "response"),
-        Intervention("resid_post.0", Add(3 * v), "response[1:]"),
-    ]
-    with intervene(base, changes), publish_tokens(base, frame):
-        paired = forward_many(
-            base, [adapter], batch.ids, batch.mask, sites=[], visit=lambda *_: None
-        )
-    assert paired.method == "paired"
-    for index, model in enumerate((base, attach_adapter(base, adapter))):
-        with intervene(model, changes), publish_tokens(model, frame):
-            alone = model(batch.ids, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
-        real = batch.mask.bool()
-        assert close(paired.resid[index][real], alone[real])
-
-
-def test_values_of_another_run_are_put_where_their_tokens_are():
-    model = load_tiny()
-    chats, batch = make_batch((3, 4), (1, 2), (5, 3), side="right")
-    site = parse_site("resid_post.1")
-    values = draw(3, batch.ids.shape[1], D_MODEL)  # right-padded: column = index in the text
-    patch = [Intervention(site, Replace(values), "response")]
-    whole = frame_batch(batch, chats)
-    with intervene(model, patch), publish_tokens(model, whole):
-        expected = model(batch.ids, attention_mask=batch.mask)
-    # The same rows left-padded, in another order, one of them gone.
-    left = make_batch((3, 4), (1, 2), (5, 3))[1]
-    kept = [2, 0]
-    frame = frame_batch(left, chats).keep(kept)
-    seen = []
-    with (
-        intervene(model, patch),
-        publish_tokens(model, frame),
-        watch_sites(model, [site], lambda _, x: seen.append(x.double())),
-    ):
-        got = model(left.ids[kept], attention_mask=left.mask[kept])
-    for place, row in enumerate(kept):
-        real, columns = left.mask[row].bool(), batch.mask[row].bool()
-        assert close(got[place][real], expected[row][columns], 1e-4)
-        response = patch[0].where.mask(chats[row])
-        held = seen[0][place][real][response]
-        assert close(held, values[row][columns][response], 1e-6)
-
-
-def test_a_patch_that_does_not_reach_its_tokens_is_refused():
-    model = load_tiny()
-    chats, batch = make_batch((3, 4), (1, 2))
-    short = [Intervention("resid_post.1", Replace(draw(2, 6, D_MODEL)), "response")]
-
-    def published():
-        with publish_tokens(model, frame_batch(batch, chats)):
-            model(batch.ids, attention_mask=batch.mask)
-
-    with pytest.raises(WidthError, match="do not reach every token"):
-        enter_and_leave(model, short, published)
-    bare = [Intervention("embed", Replace(draw(2, 6, D_MODEL)))]
-    with pytest.raises(WidthError, match="under a bare model"):
-        enter_and_leave(model, bare, lambda: model(batch.ids))
 
 
 def test_one_value_can_replace_every_tokens():
@@ -364,170 +226,3 @@ def test_gradients_flow_through():
     run_hooked(model, y, hooks, start_at_layer=1).sum().backward()
     assert y.grad is not None
     assert close(got, y.grad)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left_behind_however_the_context_ends(error):
-    model, ids = load_tiny(), make_ids(1, 5)
-    before, hooks = model(ids), count_hooks(model)
-    chosen = ablate_direction(make_direction(model), at="writes")
-
-    def interrupted():
-        with intervene(model, chosen):
-            assert active_interventions(model) == chosen
-            assert count_hooks(model) == hooks + len(write_sites(model))
-            model(ids)
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
-    assert active_interventions(model) == ()
-    assert count_hooks(model) == hooks
-    assert torch.equal(model(ids), before)
-
-
-def test_a_failure_half_way_through_registration_leaves_no_hook(monkeypatch):
-    model = load_tiny()
-    hooks = count_hooks(model)
-
-    def fail(*_args, **_settings):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(model.blocks[1].hook_mlp_out, "register_forward_hook", fail)
-    context = intervene(model, ablate_direction(make_direction(model), at="writes"))
-    with pytest.raises(KeyboardInterrupt):
-        context.__enter__()
-    assert count_hooks(model) == hooks
-    assert active_interventions(model) == ()
-
-
-def test_contexts_nest_and_the_inner_one_acts_after_the_outer():
-    model, ids, v = load_tiny(), make_ids(1, 5), draw(D_MODEL)
-    site = parse_site("resid_post.1")
-    first, second = [Intervention(site, Add(v))], [Intervention(site, Ablate(v))]
-
-    def both(x, hook):
-        return project_out(v)(x + v.float())
-
-    with intervene(model, first):
-        with intervene(model, second):
-            assert active_interventions(model) == (*first, *second)
-            nested = model(ids)
-        assert active_interventions(model) == tuple(first)
-        outer = model(ids)
-    assert close(nested, run_hooked(model, ids, {site: both}))
-    assert close(outer, run_hooked(model, ids, {site: lambda x, hook: x + v.float()}))
-
-
-def test_resetting_the_hosts_hooks_does_not_end_an_intervention():
-    model, ids = load_tiny(), make_ids(1, 5)
-    with intervene(model, [Intervention("resid_post.1", Ablate(draw(D_MODEL)))]):
-        expected = model(ids)
-        model.reset_hooks()
-        assert torch.equal(model(ids), expected)
-    assert not close(model(ids), expected, 1e-3)
-
-
-def test_no_intervention_is_a_plain_run():
-    model, ids = load_tiny(), make_ids(1, 5)
-    with intervene(model, ()):
-        assert count_hooks(model) == 0
-    with intervene(model, ()):
-        got = model(ids)
-    assert torch.equal(got, model(ids))
-
-
-def test_a_hook_that_never_fired_is_an_error_but_never_hides_another():
-    model, ids = load_tiny(), make_ids(1, 5)
-    chosen = [Intervention("resid_post.2", Ablate(draw(D_MODEL)))]
-    with pytest.raises(HookNeverFiredError, match=r"resid_post\.2; no forward pass"):
-        enter_and_leave(model, chosen)
-    with pytest.raises(HookNeverFiredError):
-        enter_and_leave(model, chosen, lambda: model(ids, stop_at_layer=2))
-    with pytest.raises(ZeroDivisionError):
-        enter_and_leave(model, chosen, lambda: 1 / 0)
-    # The host makes the per-head results only when asked to.
-    heads = model.cfg.n_heads * D_MODEL
-    with pytest.raises(HookNeverFiredError, match=r"result\.0"):
-        enter_and_leave(model, [Intervention("result.0", Add(draw(heads)))], lambda: model(ids))
-
-
-def test_positions_that_select_nothing_in_any_pass_are_an_error():
-    model = load_tiny()
-    chats, batch = make_batch((3, 4), (1, 2))
-    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response[7:]")]
-
-    def run():
-        with publish_tokens(model, frame_batch(batch, chats)):
-            model(batch.ids, attention_mask=batch.mask)
-
-    with pytest.raises(HookNeverFiredError, match=r"response\[7:\] met no such token"):
-        enter_and_leave(model, chosen, run)
-
-
-def test_named_positions_of_a_bare_run_are_refused_with_the_way_out():
-    model = load_tiny()
-    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
-    with pytest.raises(PositionsError, match="publish_tokens"):
-        enter_and_leave(model, chosen, lambda: model(make_ids(1, 5)))
-
-
-def test_tokens_of_another_batch_are_refused():
-    model = load_tiny()
-    chats, batch = make_batch((3, 4), (1, 2))
-    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
-
-    def run():
-        with publish_tokens(model, frame_batch(batch, chats)):
-            model(batch.ids[:1])
-
-    with pytest.raises(WidthError, match="tokens published"):
-        enter_and_leave(model, chosen, run)
-
-
-@pytest.mark.parametrize(
-    ("operators", "refused"),
-    [
-        (((Replace, "all"), (Ablate, "all")), True),
-        (((Add, "response"), (Replace, "response[:3]")), True),
-        (((Replace, "response"), (Replace, "all")), True),
-        (((Replace, "response[:3]"), (Replace, "response[3:]")), False),
-        (((Replace, "response[:4]"), (Replace, "response[3:]")), True),
-        (((Replace, "response[:-1]"), (Replace, "response[3:]")), True),
-        (((Replace, "response"), (Ablate, "prompt")), False),
-        (((Replace, "last_prompt"), (Ablate, "prompt")), True),
-        (((Ablate, "all"), (Add, "all"), (Ablate, "all")), False),
-    ],
-)
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_replacement_and_anything_else_on_the_same_tokens_contradict(operators, refused, nested):
-    model = load_tiny()
-    chosen = [
-        Intervention("resid_post.1", kind(draw(D_MODEL)), positions)
-        for kind, positions in operators
-    ]
-    outer, inner = (chosen[:1], chosen[1:]) if nested else ([], chosen)
-    hooks = count_hooks(model)
-    expectation = (
-        pytest.raises(ContradictoryInterventionsError, match=r"resid_post\.1 is replaced")
-        if refused
-        else pytest.raises(HookNeverFiredError)
-    )
-    with expectation, intervene(model, outer), intervene(model, inner):
-        pass
-    assert count_hooks(model) == hooks
-
-
-@pytest.mark.parametrize(
-    ("site", "width", "error", "message"),
-    [
-        ("resid_post.1", D_MODEL + 1, WidthError, "width 25, and the site has 24"),
-        ("resid_post.3", D_MODEL, SiteError, "out of range"),
-        ("pos_embed", D_MODEL, SiteError, "has no pos_embed"),
-        ("pattern.1", D_MODEL, SiteError, "one vector"),
-        ("resid_pots", D_MODEL, SiteError, "nearest"),
-    ],
-)
-def test_a_site_or_width_that_the_model_does_not_have_is_named(site, width, error, message):
-    with pytest.raises(error, match=message):
-        enter_and_leave(load_tiny(), [Intervention(site, Add(draw(width)))])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from emlens.data import Batch, Chat, Message, TokenizedChat, pad_batch, tokenize_chat
-from emlens.interventions import write_sites
+from emlens.interventions import intervene, write_sites
 from emlens.models.views import lay_views, origin_of
 from emlens.sites import parse_site
 from emlens.vectors import Direction, Directions, Provenance
@@ -96,3 +96,14 @@ def count_hooks(model: Any) -> int:
         len(point._forward_hooks) + len(point._forward_pre_hooks)
         for point in model.hook_dict.values()
     )
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> bool:
+    """Equal to a share of the largest entry."""
+    return float((got - expected).abs().max()) <= relative * float(expected.abs().max())
+
+
+def enter_and_leave(model: Any, interventions: Any, run: Any = lambda: None) -> None:
+    """A whole context, with nothing or something run in it."""
+    with intervene(model, interventions):
+        run()

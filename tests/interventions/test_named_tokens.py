@@ -1,0 +1,187 @@
+"""Interventions on named tokens: padded, cached, paired, or refused where nothing names them."""
+
+import pytest
+import torch
+
+from emlens.data import PositionsError
+from emlens.interventions import (
+    Ablate,
+    Add,
+    Intervention,
+    Replace,
+    intervene,
+)
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
+from emlens.models.hooks import HookNeverFiredError, watch_sites
+from emlens.models.kv_cache import KeyValueCache
+from emlens.models.loading import load_base
+from emlens.models.paired import forward_many
+from emlens.models.tokens_in_flight import (
+    count_positions,
+    frame_batch,
+    frame_prompts,
+    publish_tokens,
+)
+from emlens.numerics.validation import WidthError
+from emlens.sites import parse_site
+from tests.interventions.vectors import (
+    D_MODEL,
+    close,
+    draw,
+    enter_and_leave,
+    load_tiny,
+    make_batch,
+    run_hooked,
+)
+from tests.models.adapters import make_peft
+from tests.models.tiny import make_ids
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("positions", ["response", "response[:2]", "prompt", "last_prompt"])
+def test_padding_does_not_move_named_positions(side, positions):
+    model, v = load_tiny(), draw(D_MODEL)
+    chats, batch = make_batch((3, 4), (1, 2), (5, 3), side=side)
+    steer = [Intervention("resid_post.0", Add(4 * v), positions)]
+    with intervene(model, steer), publish_tokens(model, frame_batch(batch, chats)):
+        together = model(batch.ids, attention_mask=batch.mask)
+    for row, chat in enumerate(chats):
+        mask = steer[0].where.mask(chat)
+
+        def add(x, hook, mask=mask):
+            return x + 4 * v.float() * mask[:, None]
+
+        alone = run_hooked(model, chat.ids[None], {"resid_post.0": add})[0]
+        assert close(together[row][batch.mask[row].bool()], alone, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("positions", ["all", "response[:2]", "prompt"])
+def test_a_cached_padded_decode_acts_on_the_tokens_of_the_whole_text(name, positions):
+    model, v = load_tiny(name), draw(D_MODEL)
+    chats, batch = make_batch((3, 4), (1, 4))
+    prompts = [chat.prompt_end for chat in chats]
+    width = max(prompts)
+    ids, mask = batch.ids[:, : width + 4], batch.mask[:, : width + 4]
+    changes = [
+        Intervention("resid_post.0", Add(4 * v), positions),
+        Intervention("mlp_out.1", Ablate(v), positions),
+    ]
+    frame = frame_prompts(mask[:, :width])
+    with intervene(model, changes):
+        cache = KeyValueCache(model, batch=2, capacity=width + 4)
+        with publish_tokens(model, frame):
+            steps = [model(ids[:, :width], attention_mask=mask[:, :width], past_kv_cache=cache)]
+        for column in range(width, width + 4):
+            new = count_positions(mask)[:, column : column + 1]
+            with publish_tokens(model, frame.at(new)):
+                steps.append(model(ids[:, column : column + 1], past_kv_cache=cache))
+        cached = torch.cat(steps, dim=1)
+        for row, prompt in enumerate(prompts):
+            text = chats[row].ids[None, : prompt + 4]
+            open_text = frame_prompts(torch.ones(1, prompt, dtype=torch.int64))
+            with publish_tokens(model, open_text.at(torch.arange(prompt + 4)[None])):
+                alone = model(text)[0]
+            assert close(cached[row][mask[row].bool()], alone, 1e-4)
+
+
+@pytest.mark.parametrize("layers", [None, [1, 2]])
+def test_in_a_paired_forward_both_models_meet_the_intervention_on_the_same_tokens(layers):
+    settings = {} if layers is None else {"layers_to_transform": layers}
+    peft_model = make_peft("llama", **settings)
+    base, adapter = load_base(peft_model), load_adapter(peft_model)
+    base.tokenizer = load_tiny().tokenizer
+    chats, batch = make_batch((3, 4), (1, 2))
+    frame, v = frame_batch(batch, chats), draw(D_MODEL)
+    changes = [
+        Intervention("mlp_out.1", Ablate(v), "response"),
+        Intervention("resid_post.0", Add(3 * v), "response[1:]"),
+    ]
+    with intervene(base, changes), publish_tokens(base, frame):
+        paired = forward_many(
+            base, [adapter], batch.ids, batch.mask, sites=[], visit=lambda *_: None
+        )
+    assert paired.method == "paired"
+    for index, model in enumerate((base, attach_adapter(base, adapter))):
+        with intervene(model, changes), publish_tokens(model, frame):
+            alone = model(batch.ids, attention_mask=batch.mask, stop_at_layer=model.cfg.n_layers)
+        real = batch.mask.bool()
+        assert close(paired.resid[index][real], alone[real])
+
+
+def test_values_of_another_run_are_put_where_their_tokens_are():
+    model = load_tiny()
+    chats, batch = make_batch((3, 4), (1, 2), (5, 3), side="right")
+    site = parse_site("resid_post.1")
+    values = draw(3, batch.ids.shape[1], D_MODEL)  # right-padded: column = index in the text
+    patch = [Intervention(site, Replace(values), "response")]
+    whole = frame_batch(batch, chats)
+    with intervene(model, patch), publish_tokens(model, whole):
+        expected = model(batch.ids, attention_mask=batch.mask)
+    # The same rows left-padded, in another order, one of them gone.
+    left = make_batch((3, 4), (1, 2), (5, 3))[1]
+    kept = [2, 0]
+    frame = frame_batch(left, chats).keep(kept)
+    seen = []
+    with (
+        intervene(model, patch),
+        publish_tokens(model, frame),
+        watch_sites(model, [site], lambda _, x: seen.append(x.double())),
+    ):
+        got = model(left.ids[kept], attention_mask=left.mask[kept])
+    for place, row in enumerate(kept):
+        real, columns = left.mask[row].bool(), batch.mask[row].bool()
+        assert close(got[place][real], expected[row][columns], 1e-4)
+        response = patch[0].where.mask(chats[row])
+        held = seen[0][place][real][response]
+        assert close(held, values[row][columns][response], 1e-6)
+
+
+def test_a_patch_that_does_not_reach_its_tokens_is_refused():
+    model = load_tiny()
+    chats, batch = make_batch((3, 4), (1, 2))
+    short = [Intervention("resid_post.1", Replace(draw(2, 6, D_MODEL)), "response")]
+
+    def published():
+        with publish_tokens(model, frame_batch(batch, chats)):
+            model(batch.ids, attention_mask=batch.mask)
+
+    with pytest.raises(WidthError, match="do not reach every token"):
+        enter_and_leave(model, short, published)
+    bare = [Intervention("embed", Replace(draw(2, 6, D_MODEL)))]
+    with pytest.raises(WidthError, match="under a bare model"):
+        enter_and_leave(model, bare, lambda: model(batch.ids))
+
+
+def test_positions_that_select_nothing_in_any_pass_are_an_error():
+    model = load_tiny()
+    chats, batch = make_batch((3, 4), (1, 2))
+    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response[7:]")]
+
+    def run():
+        with publish_tokens(model, frame_batch(batch, chats)):
+            model(batch.ids, attention_mask=batch.mask)
+
+    with pytest.raises(HookNeverFiredError, match=r"response\[7:\] met no such token"):
+        enter_and_leave(model, chosen, run)
+
+
+def test_named_positions_of_a_bare_run_are_refused_with_the_way_out():
+    model = load_tiny()
+    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
+    with pytest.raises(PositionsError, match="publish_tokens"):
+        enter_and_leave(model, chosen, lambda: model(make_ids(1, 5)))
+
+
+def test_tokens_of_another_batch_are_refused():
+    model = load_tiny()
+    chats, batch = make_batch((3, 4), (1, 2))
+    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
+
+    def run():
+        with publish_tokens(model, frame_batch(batch, chats)):
+            model(batch.ids[:1])
+
+    with pytest.raises(WidthError, match="tokens published"):
+        enter_and_leave(model, chosen, run)
