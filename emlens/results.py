@@ -15,6 +15,8 @@ RESULT_CLASSES = MappingProxyType(
         "logit_diff": "emlens.diffing.results:LogitDiff",
         "model_diff": "emlens.diffing.results:ModelDiff",
         "null_band": "emlens.diffing.results:NullBand",
+        "activation_statistics": "emlens.activations.results:ActivationStatistics",
+        "cosine_matrix": "emlens.directions.compare:CosineMatrix",
         "direction": "emlens.vectors:Direction",
         "directions": "emlens.vectors:Directions",
         "adapter_proof": "emlens.models.proof:AdapterProof",
