@@ -148,7 +148,8 @@ def measure_attached(
         for row, (target, probe) in enumerate(zip(group, probes, strict=True)):
             change = (on[row].double() - off[row].double()).cpu()
             W = _full_matrix(base, target)
-            norm = float(torch.linalg.vector_norm(W, dtype=torch.float32))
+            wide = torch.promote_types(W.dtype, torch.float32)
+            norm = float(torch.linalg.vector_norm(W, dtype=wide))
             along = float(probe.u @ change)
             surviving = _rounded_share(target.lora, W.dtype)
             proofs.append(_record(target, probe, norm, along, surviving, W.dtype))
