@@ -17,6 +17,9 @@ from emlens.numerics.counter import counter_gumbel
 _COPIES = 6
 """Tensors as large as float32 logits that choosing holds at once; int64 counts as two."""
 
+_FEW = 1024
+"""Tokens looked at first for a nucleus, where the vocabulary is far larger."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -101,9 +104,21 @@ def keep_top_p(logits: Float[Tensor, "n d_vocab"], top_p: float) -> Float[Tensor
     Source: Holtzman et al. 2020, The curious case of neural text degeneration, arXiv 1904.09751,
         section 3.1.
     """
-    ordered, places = logits.sort(dim=-1, descending=True)
-    p = ordered.softmax(dim=-1)
+    places, p = _likeliest(logits, top_p)
     # What the likelier tokens before it leave undone decides whether a token is needed.
-    before = p.cumsum(dim=-1, dtype=torch.float64) - p
-    needless = before >= top_p
-    return logits.masked_fill(torch.zeros_like(needless).scatter(-1, places, needless), -torch.inf)
+    needed = p.cumsum(dim=-1, dtype=torch.float64) - p < top_p
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, places, needed)
+    return logits.masked_fill(~kept, -torch.inf)
+
+
+def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Tokens by falling probability, at least as many as reach top_p, and their probabilities."""
+    total = logits.logsumexp(dim=-1, keepdim=True)
+    if logits.shape[-1] > 4 * _FEW:
+        # Nearly always so few tokens are enough, and finding them is no sort.
+        ordered, places = logits.topk(_FEW)
+        p = (ordered - total).exp()
+        if bool((p.sum(dim=-1, dtype=torch.float64) >= top_p).all()):
+            return places, p
+    ordered, places = logits.sort(dim=-1, descending=True)
+    return places, (ordered - total).exp()

@@ -15,6 +15,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 / golden ratio, odd: SplitMix64's step from one place to the next."""
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """SplitMix64's multipliers (variant 13 of Stafford's mixers)."""
+_BLOCK = 1 << 16
+"""Numbers that are made at once on a CPU, so that every pass over them stays in its cache."""
 
 
 def derive_key(*parts: str | int | bytes) -> int:
@@ -50,15 +52,8 @@ def counter_bits(
     Differs: the state at place j is computed, not reached, and its start is the mix of key and
         counter, so that any number can be had at once.
     """
-    if keys.dtype != torch.int64 or keys.ndim != 1:
-        raise ValueError(f"keys: got {keys.dtype} {tuple(keys.shape)}, expected int64 [n]")
-    if isinstance(counter, Tensor) and counter.shape != keys.shape:
-        raise ValueError(f"counter: got shape {tuple(counter.shape)}, keys {tuple(keys.shape)}")
-    if isinstance(counter, int):
-        counter = _signed(counter % 2**64)
-    start = _mix(_mix(keys + _signed(_GOLDEN)) + counter)
-    places = torch.arange(1, width + 1, device=keys.device) * _signed(_GOLDEN)
-    return _mix(start[:, None] + places)
+    _check(keys, counter)
+    return _bits_at(_start(keys, counter), 0, width)
 
 
 def counter_uniform(
@@ -103,10 +98,40 @@ def counter_gumbel(
     Drawn as -log(-log(1 - v)) with v of 63 bits: near the top, where a sample is decided, a
     float32 v has more digits than a float32 u next to 1.
     """
-    v = _shift(counter_bits(keys, counter, width), 1).to(torch.float32)
+    _check(keys, counter)
+    start = _start(keys, counter)
+    step = width if keys.device.type != "cpu" else max(1, _BLOCK // max(1, len(keys)))
+    found = torch.empty((len(keys), width), device=keys.device)
+    for first in range(0, width, step):
+        after = min(width, first + step)
+        found[:, first:after] = _to_gumbel(_bits_at(start, first, after))
+    return found
+
+
+def _to_gumbel(bits: Tensor) -> Tensor:
+    v = _shift(bits, 1).to(torch.float32)
     # Both ends are kept off: 0 would win over everything, 1 would be no number at all.
     v = v.add_(0.5).mul_(2.0**-63).clamp_(max=1 - 2.0**-24)
     return v.neg_().log1p_().neg_().log_().neg_()
+
+
+def _check(keys: Tensor, counter: int | Tensor) -> None:
+    if keys.dtype != torch.int64 or keys.ndim != 1:
+        raise ValueError(f"keys: got {keys.dtype} {tuple(keys.shape)}, expected int64 [n]")
+    if isinstance(counter, Tensor) and counter.shape != keys.shape:
+        raise ValueError(f"counter: got shape {tuple(counter.shape)}, keys {tuple(keys.shape)}")
+
+
+def _start(keys: Tensor, counter: int | Tensor) -> Tensor:
+    """State before place 0 of each row."""
+    if isinstance(counter, int):
+        counter = _signed(counter % 2**64)
+    return _mix(_mix(keys + _signed(_GOLDEN)) + counter)
+
+
+def _bits_at(start: Tensor, first: int, after: int) -> Tensor:
+    places = torch.arange(first + 1, after + 1, device=start.device) * _signed(_GOLDEN)
+    return _mix(start[:, None] + places)
 
 
 def _digits(dtype: torch.dtype) -> int:

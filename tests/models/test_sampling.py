@@ -19,6 +19,17 @@ def test_the_nucleus_is_that_of_transformers(seed: int, top_p: float, spread: fl
     assert torch.equal(keep_top_p(logits, top_p), expected)
 
 
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+def test_the_nucleus_in_a_large_vocabulary_is_that_of_transformers(spread: float):
+    logits = spread * torch.randn(3, 9000, generator=torch.Generator().manual_seed(0)).double()
+    for top_p in (0.1, 0.5, 0.95):
+        expected = TopPLogitsWarper(top_p)(torch.zeros(3, 1), logits)  # pyright: ignore[reportArgumentType]
+        found = keep_top_p(logits, top_p)
+        assert torch.equal(found, expected)
+    sizes = found.isfinite().sum(-1)
+    assert bool((sizes > 1024).all()) == (spread < 2)
+
+
 def test_the_nucleus_of_a_sure_prediction_is_one_token():
     logits = torch.tensor([[0.0, 50.0, 1.0]])
     assert keep_top_p(logits, 0.01).isfinite().tolist() == [[False, True, False]]

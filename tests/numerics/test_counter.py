@@ -118,11 +118,22 @@ def test_the_largest_gumbel_number_picks_by_probability():
     assert stats.chisquare(counts.numpy(), p.numpy() * 40_000).pvalue > 0.01
 
 
+def test_blocks_leave_no_seam(monkeypatch: pytest.MonkeyPatch):
+    from emlens.numerics import counter
+
+    keys = torch.arange(7)
+    whole = counter_gumbel(keys, 2, 500)
+    monkeypatch.setattr(counter, "_BLOCK", 7 * 33)
+    assert torch.equal(counter_gumbel(keys, 2, 500), whole)
+    monkeypatch.setattr(counter, "_BLOCK", 1)
+    assert torch.equal(counter_gumbel(keys, 2, 5), whole[:, :5])
+
+
 def test_numbers_stay_inside_their_range(monkeypatch: pytest.MonkeyPatch):
     from emlens.numerics import counter
 
     ends = torch.tensor([[0, -1]])  # all bits off, all bits on
-    monkeypatch.setattr(counter, "counter_bits", lambda *_: ends.clone())
+    monkeypatch.setattr(counter, "_bits_at", lambda *_: ends.clone())
     for dtype in (torch.float32, torch.float64):
         low, high = counter_uniform(keys_of(1), 0, 2, dtype=dtype)[0].tolist()
         assert 0 < low < 1e-6
