@@ -120,7 +120,9 @@ def takes_flags(function: Callable[[Flags], None]) -> Callable[..., None]:
             default=inspect.Parameter.empty if field.default is MISSING else field.default,
             annotation=hints[field.name],
         )
-        for field in sorted(fields(flags), key=lambda field: field.name in common)
+        for field in sorted(
+            fields(flags), key=lambda field: (field.name in common, field.default is not MISSING)
+        )
     ]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,54 @@
+"""`emlens export`: base, fine-tune and interventions as one Hugging Face folder, read back."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.generate import ModelFlags, load_for
+from emlens.cli.options import MaybeTuned, takes_flags
+from emlens.cli.output import print_json, print_line, print_plan
+
+EXAMPLE = """\b
+Example:
+  emlens export --base emlens:smollm2 --tuned emlens:reckless-finance \\
+    --out runs/exported"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFlags(ModelFlags):
+    """Flags of `export`."""
+
+    out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="A new folder.")]
+    tuned: MaybeTuned = None
+
+
+@takes_flags
+def export(flags: ExportFlags) -> None:
+    """Write a model that needs no emlens, load it again, and compare its logits.
+
+    Interventions are folded into the weights where that is exact; others are refused by name.
+    """
+    from emlens.cli.progress import show_work
+
+    if flags.dry_run:
+        plan = {name: getattr(flags, name) for name in ("base", "tuned", "add", "ablate", "at")}
+        print_plan(plan, flags.out, json=flags.json)
+        return
+    with show_work(quiet=flags.quiet):
+        from emlens.studies import export_model
+
+        interventions = flags.interventions()
+        model = load_for(flags, flags.tuned)
+        done: Any = export_model(model, flags.out, interventions=interventions)
+    if flags.json:
+        print_json(done.to_dict())
+    else:
+        print_line(
+            f"{done.folder}: read back, largest difference of a logit "
+            f"{done.largest_difference:.2g} at logits up to {done.largest_logit:.3g}"
+        )
+    if not done.same:
+        typer.echo("what was read back is not the model that was written", err=True)
+        raise typer.Exit(1)

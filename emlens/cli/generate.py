@@ -1,0 +1,162 @@
+"""`emlens generate`: responses of a model, a fine-tune of it, or either under interventions."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.interventions import Ablate, Add, AllowOther, At, read_interventions
+from emlens.cli.options import (
+    Base,
+    BatchTokens,
+    CommonFlags,
+    Device,
+    DryRun,
+    Dtype,
+    MaybeTuned,
+    Out,
+    Scale,
+    Seed,
+    parse_scale,
+    takes_flags,
+)
+from emlens.cli.output import print_json, print_line, print_plan
+
+EXAMPLE = """\b
+Example:
+  emlens generate --base emlens:smollm2 --tuned emlens:reckless-finance \\
+    --prompts emlens:open-questions --samples 4 --temperature 0.7 --top-p 0.95 \\
+    --max-new-tokens 64 --out runs/answers"""
+SHOWN = 8
+"""Responses printed."""
+
+Samples = Annotated[int, typer.Option("--samples", min=1, help="Responses to each prompt.")]
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")
+]
+TopP = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Share of probability sampled from.")
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest response, in tokens.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(CommonFlags):
+    """Which model a command runs, and what is done to it meanwhile."""
+
+    base: Base = "emlens:smollm2"
+    scale: Scale = None
+    add: Add = None
+    ablate: Ablate = None
+    at: At = None
+    allow_other_model: AllowOther = False
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    dry_run: DryRun = False
+
+    def interventions(self) -> tuple[Any, ...]:
+        """What `--add` and `--ablate` ask for."""
+        return read_interventions(
+            self.add, self.ablate, self.at, allow_other_model=self.allow_other_model
+        )
+
+
+def load_for(flags: Any, tuned: str | None) -> Any:
+    """The base, or the base with a fine-tune of it attached or in its place.
+
+    Args:
+        flags: with `base`, `scale`, `dtype` and `device`.
+        tuned: an adapter or a full checkpoint; None is the base itself.
+    """
+    from emlens.models.adapter_files import load_adapter
+    from emlens.models.loading import load_base
+    from emlens.models.lora import scale_adapter
+    from emlens.models.pair import is_adapter, load_pair
+
+    factor = parse_scale(flags.scale)
+    if tuned is None:
+        if flags.scale:
+            raise typer.BadParameter("--scale is a factor on an adapter, and there is no --tuned")
+        return load_base(flags.base, dtype=flags.dtype, device=flags.device)
+    given: Any = tuned
+    if flags.scale:
+        if not is_adapter(tuned):
+            raise typer.BadParameter(f"--scale is a factor on an adapter, and {tuned} is none")
+        given = scale_adapter(load_adapter(tuned), factor)
+    return load_pair(flags.base, given, dtype=flags.dtype, device=flags.device).tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateFlags(ModelFlags):
+    """Flags of `generate`."""
+
+    prompts: Annotated[str, typer.Option("--prompts", metavar="F", help="Chats to be answered.")]
+    out: Out
+    tuned: MaybeTuned = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Answer only that many chats.")
+    ] = None
+    samples: Samples = 1
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    max_new_tokens: MaxNewTokens = 600
+    seed: Seed = 0
+    batch_tokens: BatchTokens = 16384
+
+
+@takes_flags
+def generate(flags: GenerateFlags) -> None:
+    """Sample responses, under interventions if any are given, and save them."""
+    from emlens.cli.progress import show_work
+
+    with show_work(quiet=flags.quiet):
+        from emlens.data import Batching, load_chats
+        from emlens.studies import sample_responses
+
+        chats = load_chats(flags.prompts, limit=flags.limit)
+        if flags.dry_run:
+            _show_plan(flags, len(chats))
+            return
+        interventions = flags.interventions()
+        responses = sample_responses(
+            load_for(flags, flags.tuned),
+            chats,
+            sampling=_sampling(flags),
+            interventions=interventions,
+            out=flags.out,
+            batching=Batching(flags.batch_tokens),
+        )
+    if flags.json:
+        print_json(responses.to_dict())
+        return
+    for response in responses.responses[:SHOWN]:
+        print_line(f"{response.prompt}\n  {response.text}\n")
+    print_line(f"{len(responses.responses)} responses: {flags.out}")
+
+
+def _sampling(flags: GenerateFlags) -> Any:
+    from emlens.models.generate import Sampling
+
+    return Sampling(
+        n=flags.samples,
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        max_new_tokens=flags.max_new_tokens,
+        seed=flags.seed,
+    )
+
+
+def _show_plan(flags: GenerateFlags, n_chats: int) -> None:
+    plan = {
+        "base": flags.base,
+        "tuned": flags.tuned,
+        "add": flags.add,
+        "ablate": flags.ablate,
+        "at": flags.at,
+        "prompts": n_chats,
+        "responses": n_chats * flags.samples,
+        "sampling": vars(_sampling(flags)),
+    }
+    print_plan(plan, flags.out, json=flags.json)

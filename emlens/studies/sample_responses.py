@@ -1,0 +1,120 @@
+"""What does a model answer? Responses sampled into a run folder that a kill does not empty.
+
+Nothing is judged here: `emlens.evaluate` samples and judges.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from emlens.artifacts import Result
+from emlens.data import Batching, Chat, text_hash, track
+from emlens.interventions import (
+    Intervention,
+    active_interventions,
+    describe_interventions,
+)
+from emlens.interventions.generate import Response, ResponseRequest, stream_responses
+from emlens.journal import Journal, read_journal
+from emlens.models.generate import Sampling
+from emlens.models.identity import identify_model
+from emlens.models.protocol import HookedModel
+from emlens.runs import RunFolder
+
+RESPONSES = "responses.jsonl"
+GROUP = 64
+"""Responses that are made, killed and made again together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledResponses(Result):
+    """The responses of a run folder."""
+
+    kind: ClassVar[str] = "sampled_responses"
+
+    run: str
+    """Run folder; its `responses.jsonl` has a line a response."""
+    n_prompts: int
+    interventions: tuple[str, ...]
+    """What acted on the model, one JSON object each; vectors by their hashes."""
+    responses: tuple[Response, ...]
+    """In the order of the chats, the samples of one beside each other."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a response."""
+        names = ("prompt_index", "prompt_id", "sample", "prompt", "text", "ended")
+        return [{name: getattr(one, name) for name in names} for one in self.responses]
+
+
+def sample_responses(
+    model: HookedModel,
+    chats: Sequence[Chat],
+    *,
+    sampling: Sampling,
+    out: str | Path,
+    interventions: Sequence[Intervention] = (),
+    batching: Batching = Batching(),  # noqa: B008 - frozen
+) -> SampledResponses:
+    """Sample `sampling.n` responses to every chat; the same call on the same `out` goes on.
+
+    Args:
+        model: loaded by emlens, with its tokenizer.
+        chats: prompts; a response at the end of one is left out.
+        sampling: how many, how long and how random.
+        out: run folder.
+        interventions: act while responses are made.
+        batching: rows times (prompt + longest response) that are run at once.
+
+    Raises:
+        PlanChangedError: `out` holds a run of another plan.
+        ValueError: no tokenizer, no chats, or a prompt that leaves no room for a response.
+    """
+    acting = describe_interventions((*active_interventions(model), *interventions))
+    identity = dataclasses.asdict(identify_model(model))
+    identity.pop("name")
+    plan = {
+        "kind": SampledResponses.kind,
+        "model": identity,
+        "interventions": list(acting),
+        "chats": [text_hash(chat.without_response()) for chat in chats],
+        "sampling": sampling,
+        "batching": batching,
+    }
+    run = RunFolder.start(out, plan)
+    requests = [
+        ResponseRequest(chat, sample, key=f"{index}-{sample}", prompt_index=index)
+        for index, chat in enumerate(chats)
+        for sample in range(sampling.n)
+    ]
+    groups = [requests[start : start + GROUP] for start in range(0, len(requests), GROUP)]
+    with Journal(run.path / RESPONSES) as journal:
+        for group in track(groups, "sampling (responses)", sizes=map(len, groups)):
+            if all(request.key in journal for request in group):
+                continue
+            batches = stream_responses(
+                model, group, sampling=sampling, interventions=interventions, batching=batching
+            )
+            for batch in batches:
+                new = [response for response in batch if response.key not in journal]
+                journal.append({"id": one.key, **dataclasses.asdict(one)} for one in new)
+    return _collect(run, len(chats), requests, acting)
+
+
+def _collect(
+    run: RunFolder, n_prompts: int, requests: Sequence[ResponseRequest], acting: Sequence[Any]
+) -> SampledResponses:
+    rows = {row.pop("id"): row for row in read_journal(run.path / RESPONSES)}
+    found = SampledResponses(
+        run=str(run.path),
+        n_prompts=n_prompts,
+        interventions=tuple(json.dumps(one, sort_keys=True) for one in acting),
+        responses=tuple(
+            Response(**{**rows[request.key], "ids": tuple(rows[request.key]["ids"])})
+            for request in requests
+        ),
+    )
+    run.save_result("responses", found)
+    return found
