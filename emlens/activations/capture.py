@@ -3,6 +3,7 @@
 They are large: a token takes d_model values a site. Where a mean or a variance will do, stream it.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from emlens.activations.reading import ReadingPlan, Selection, SitesLike, plan_r
 from emlens.artifacts import write_tensors_atomic
 from emlens.data import Batching, Chat
 from emlens.encoding import ArtifactError
-from emlens.models.reading import Readable, count_models, identify
+from emlens.models.identity import identify_model
+from emlens.models.pair import ModelPair
+from emlens.models.reading import Readable, identify
 from emlens.runs import RunFolder
 from emlens.sites import Site, SiteError, parse_site
 
@@ -226,25 +229,27 @@ def _tensor_name(stream: str, site: Site) -> str:
 
 def _describe(plan: ReadingPlan) -> dict[str, Any]:
     """Everything that decides what is captured, and where each row comes to lie."""
-    identity = identify(plan.model)
+    pair = plan.model if isinstance(plan.model, ModelPair) else None
+    models = {"base": pair.base, "tuned": pair.tuned} if pair else {"model": plan.model}
     (position,) = plan.positions
     return {
         "task": _TASK,
-        "base_fingerprint": identity.base_fingerprint,
-        "base": identity.base,
-        "tuned_fingerprint": identity.tuned_fingerprint,
-        "tuned": identity.tuned,
-        "adapter_fingerprint": identity.adapter_fingerprint,
-        "tokenizer_fingerprint": identity.tokenizer_fingerprint,
-        "dtype": identity.dtype,
-        "hooked": identity.hooked,
-        "streams": ["base", "tuned"] if count_models(plan.model) == 2 else ["model"],
+        "streams": list(models),
+        "models": {stream: _weights_of(model) for stream, model in models.items()},
+        "hooked": identify(plan.model).hooked,
         "sites": [str(site) for site in plan.sites],
         "positions": str(position),
         "chats": _hash_ids(plan),
         "batch_tokens": plan.batching.tokens,
         "shard_rows": [plan.count_tokens(position, rows) for rows in plan.batches],
     }
+
+
+def _weights_of(model: Any) -> dict[str, Any]:
+    """What a model computes with; where it was loaded from decides nothing."""
+    found = dataclasses.asdict(identify_model(model))
+    del found["name"]
+    return found
 
 
 def _hash_ids(plan: ReadingPlan) -> str:

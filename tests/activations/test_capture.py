@@ -156,8 +156,8 @@ def test_a_kill_loses_at_most_the_shard_in_flight(tmp_path):
         ({"positions": "all"}, r"positions was 'response', now 'all'"),
         ({"sites": ["resid_post.0"]}, r"sites was"),
         ({"batching": Batching(tokens=60)}, r"batch_tokens was 40, now 60"),
-        ({"model": tiny(seed=5)}, r"base_fingerprint was"),
-        ({"model": tiny(dtype=torch.float64)}, r"dtype was 'float32', now 'float64'"),
+        ({"model": tiny(seed=5)}, r"models.model.weights was"),
+        ({"model": tiny(dtype=torch.float64)}, r"models.model.dtype was 'float32', now 'float64'"),
     ],
 )
 def test_another_plan_is_refused_naming_what_differs(tmp_path, changed, named):
