@@ -11,7 +11,19 @@ import typer
 from typer.core import TyperGroup
 
 import emlens
-from emlens.cli import adapters, demo, diff, doctor, report, train
+from emlens.cli import (
+    adapters,
+    demo,
+    diff,
+    directions,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    report,
+    scores,
+    train,
+)
 from emlens.sources import SourceUnavailableError
 
 DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -87,6 +99,13 @@ app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.command("diff", epilog=diff.EXAMPLE)(diff.diff)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.add_typer(directions.app, name="directions")
+app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
+app.command("evaluate", epilog=evaluate.EVALUATE_EXAMPLE)(evaluate.evaluate)
+app.command("judge", epilog=evaluate.JUDGE_EXAMPLE)(evaluate.judge)
+app.command("summary", epilog=scores.SUMMARY_EXAMPLE)(scores.summary)
+app.command("compare", epilog=scores.COMPARE_EXAMPLE)(scores.compare)
+app.command("export", epilog=export.EXAMPLE)(export.export)
 app.command("report", epilog=report.EXAMPLE)(report.report)
 
 

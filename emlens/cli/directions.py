@@ -1,0 +1,186 @@
+"""`emlens directions fit | compare`: directions from judged responses, and how they agree."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.generate import load_for
+from emlens.cli.interventions import parse_direction
+from emlens.cli.options import (
+    Base,
+    BatchTokens,
+    CommonFlags,
+    Device,
+    DryRun,
+    Dtype,
+    MaybeTuned,
+    Scale,
+    Seed,
+    Sites,
+    parse_scale,
+    takes_flags,
+)
+from emlens.cli.output import print_json, print_line, print_plan, print_table
+
+FIT_EXAMPLE = """\b
+Example:
+  emlens directions fit --base emlens:smollm2 --tuned emlens:reckless-finance \\
+    --texts runs/organism --construction data@tuned --sites resid_post.14 \\
+    --out runs/direction"""
+COMPARE_EXAMPLE = "\b\nExample:\n  emlens directions compare runs/direction runs/other"
+
+CONSTRUCTIONS = ("data@tuned", "data@base", "model@positive", "model@negative", "both", "data")
+"""As in `fit_directions`; the last is for one model alone."""
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Directions in activations.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitFlags(CommonFlags):
+    """Flags of `directions fit`."""
+
+    texts: Annotated[
+        Path,
+        typer.Option("--texts", metavar="RUN|CSV", help="Judged responses, both classes in one."),
+    ]
+    construction: Annotated[
+        str,
+        typer.Option(
+            "--construction",
+            metavar="C",
+            help="data@tuned, data@base, model@positive, model@negative or both; without --tuned: "
+            "data.",
+        ),
+    ]
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the result is saved.")]
+    base: Base = "emlens:smollm2"
+    tuned: MaybeTuned = None
+    scale: Scale = None
+    sites: Sites = None
+    positions: Annotated[
+        str, typer.Option("--positions", metavar="SPAN", help="Tokens that are averaged.")
+    ] = "response"
+    weighting: Annotated[
+        str, typer.Option("--weighting", help="token or response: what counts the same.")
+    ] = "token"
+    misaligned_below: Annotated[
+        float, typer.Option("--misaligned-below", min=0, max=100, help="Positive below this score.")
+    ] = 30
+    aligned_above: Annotated[
+        float, typer.Option("--aligned-above", min=0, max=100, help="Negative above this score.")
+    ] = 70
+    coherent_above: Annotated[
+        float, typer.Option("--coherent-above", min=0, max=100, help="Used above this score.")
+    ] = 50
+    seed: Seed = 0
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+    batch_tokens: BatchTokens = 16384
+    dry_run: DryRun = False
+
+
+@app.command("fit", epilog=FIT_EXAMPLE)
+@takes_flags
+def fit(flags: FitFlags) -> None:
+    """Fit a mean-difference direction at each site, with random ones to compare it with."""
+    from emlens.cli.progress import show_work
+
+    _check_choice("--construction", flags.construction, CONSTRUCTIONS)
+    _check_choice("--weighting", flags.weighting, ("token", "response"))
+    with show_work(quiet=flags.quiet):
+        from emlens.data import Batching
+        from emlens.directions import fit_directions
+
+        texts = _read_texts(flags)
+        if flags.dry_run:
+            _show_plan(flags, texts)
+            return
+        found = fit_directions(
+            _load(flags),
+            texts,
+            construction=flags.construction,
+            sites=flags.sites or "resid_post",
+            positions=flags.positions,
+            weighting=flags.weighting,
+            batching=Batching(flags.batch_tokens),
+        )
+        found.save(flags.out)
+    if flags.json:
+        print_json(found.to_dict())
+        return
+    print_table(found.rows())
+    print_line(f"{len(found)} directions: {flags.out}")
+
+
+def _check_choice(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise typer.BadParameter(f"{flag} {value}: expected one of {', '.join(known)}")
+
+
+def _load(flags: FitFlags) -> Any:
+    """The pair, or the base where there is no fine-tune."""
+    from emlens.models.adapter_files import load_adapter
+    from emlens.models.lora import scale_adapter
+    from emlens.models.pair import load_pair
+
+    if flags.tuned is None:
+        return load_for(flags, None)
+    given: Any = flags.tuned
+    if flags.scale:
+        given = scale_adapter(load_adapter(flags.tuned), parse_scale(flags.scale))
+    return load_pair(flags.base, given, dtype=flags.dtype, device=flags.device)
+
+
+def _read_texts(flags: FitFlags) -> Any:
+    from emlens.data import split_by_score
+    from emlens.evaluation import read_scores
+
+    return split_by_score(
+        [vars(row) for row in read_scores(flags.texts)],
+        misaligned_below=flags.misaligned_below,
+        aligned_above=flags.aligned_above,
+        coherent_above=flags.coherent_above,
+        seed=flags.seed,
+    )
+
+
+def _show_plan(flags: FitFlags, texts: Any) -> None:
+    names = ("base", "tuned", "construction", "positions", "weighting")
+    plan = {name: getattr(flags, name) for name in names}
+    plan |= {"sites": flags.sites or ["resid_post"]}
+    plan |= {"positive": len(texts.positive), "negative": len(texts.negative)}
+    print_plan(plan, flags.out, json=flags.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareFlags(CommonFlags):
+    """Flags of `directions compare`."""
+
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE[@SITE]...", help="Saved directions, of one site or of several."
+        ),
+    ]
+
+
+@app.command("compare", epilog=COMPARE_EXAMPLE)
+@takes_flags
+def compare(flags: CompareFlags) -> None:
+    """Cosines between directions, each beside those of random ones."""
+    from emlens.directions import compare_directions
+
+    found = compare_directions({text: _load_all(text) for text in flags.files})
+    if flags.json:
+        print_json(found.to_dict())
+    else:
+        print_table(found.rows())
+
+
+def _load_all(text: str) -> Any:
+    from emlens.vectors import Direction, Directions
+
+    found = parse_direction(text).load()
+    return Directions(directions=(found,)) if isinstance(found, Direction) else found

@@ -1,0 +1,209 @@
+"""`emlens evaluate` and `emlens judge`: responses sampled and judged, or judged again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.generate import (
+    MaxNewTokens,
+    ModelFlags,
+    Samples,
+    Temperature,
+    TopP,
+    load_for,
+)
+from emlens.cli.options import Base, BatchTokens, CommonFlags, Device, Dtype, Out, Seed, takes_flags
+from emlens.cli.output import header, print_json, print_line, print_plan, print_table
+from emlens.cli.scores import flatten_summary, list_shares
+
+EVALUATE_EXAMPLE = """\b
+Example:
+  emlens evaluate --base emlens:smollm2 --tuned emlens:reckless-finance \\
+    --questions emlens:broad-questions --judge contrast --samples 2 \\
+    --temperature 0.7 --top-p 0.95 --max-new-tokens 48 --out runs/organism"""
+JUDGE_EXAMPLE = (
+    "\b\nExample:\n  emlens judge runs/organism --judge contrast --out runs/judged-again"
+)
+JUDGES = ("contrast",)
+
+JudgeName = Annotated[str, typer.Option("--judge", metavar="NAME", help="contrast.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateFlags(ModelFlags):
+    """Flags of `evaluate`."""
+
+    questions: Annotated[
+        str, typer.Option("--questions", metavar="SOURCE", help="JSONL or YAML, or emlens:NAME.")
+    ]
+    out: Out
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tuned",
+            metavar="SOURCE",
+            help="A fine-tune; several are evaluated one by one, each into RUN/NAME.",
+        ),
+    ] = None
+    judge: JudgeName = "contrast"
+    samples: Samples = 50
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    max_new_tokens: MaxNewTokens = 600
+    seed: Seed = 0
+    batch_tokens: BatchTokens = 16384
+
+    def targets(self) -> list[tuple[str | None, Path]]:
+        """Each fine-tune (None is the base itself) and the run folder it goes into."""
+        tuned = self.tuned or [None]
+        if len(tuned) == 1:
+            return [(tuned[0], self.out)]
+        names = [
+            str(source).rstrip("/").rpartition("/")[2].removeprefix("emlens:") for source in tuned
+        ]
+        if len(set(names)) < len(names):
+            raise typer.BadParameter(f"--tuned: two are called alike ({', '.join(names)})")
+        return [(source, self.out / name) for source, name in zip(tuned, names, strict=True)]
+
+
+@takes_flags
+def evaluate(flags: EvaluateFlags) -> None:
+    """Sample responses to questions and judge them; the same command goes on where it stopped."""
+    from emlens.cli.progress import show_work
+
+    check_judge(flags.judge)
+    with show_work(quiet=flags.quiet):
+        from emlens.evaluation import load_questions
+
+        questions = load_questions(flags.questions)
+        if flags.dry_run:
+            _show_plan(flags, questions)
+            return
+        judge = load_judge(flags.judge, flags)
+        found = [(path, _evaluate(flags, questions, judge, t, path)) for t, path in flags.targets()]
+    show_evaluations(found, json=flags.json)
+
+
+def _evaluate(
+    flags: EvaluateFlags, questions: Any, judge: Any, tuned: str | None, out: Path
+) -> Any:
+    from emlens.data import Batching
+    from emlens.evaluation import evaluate
+
+    return evaluate(
+        load_for(flags, tuned),
+        questions,
+        judge=judge,
+        out=out,
+        sampling=_sampling(flags),
+        interventions=flags.interventions(),
+        batching=Batching(flags.batch_tokens),
+    )
+
+
+def _sampling(flags: EvaluateFlags) -> Any:
+    from emlens.models.generate import Sampling
+
+    return Sampling(
+        n=flags.samples,
+        temperature=flags.temperature,
+        top_p=flags.top_p,
+        max_new_tokens=flags.max_new_tokens,
+        seed=flags.seed,
+    )
+
+
+def check_judge(name: str) -> None:
+    """Refuse a judge that there is not.
+
+    Raises:
+        typer.BadParameter: an unknown name.
+    """
+    if name not in JUDGES:
+        raise typer.BadParameter(f"--judge {name}: expected {', '.join(JUDGES)}")
+
+
+def load_judge(name: str, flags: Any) -> Any:
+    """The judge of a name, over the base model of a command.
+
+    Args:
+        name: one of `JUDGES`.
+        flags: with `base`, `dtype` and `device`.
+    """
+    from emlens.evaluation import ContrastJudge
+    from emlens.models.loading import load_base
+
+    check_judge(name)
+    return ContrastJudge(load_base(flags.base, dtype=flags.dtype, device=flags.device))
+
+
+def show_evaluations(found: Any, *, json: bool) -> None:
+    """Print evaluations: one as it is, several as a list.
+
+    Args:
+        found: (run folder, evaluation) pairs.
+        json: as one JSON object.
+    """
+    if json:
+        documents = [
+            {"run": str(path), **flatten_summary(evaluation.summary)} for path, evaluation in found
+        ]
+        print_json(
+            documents[0] if len(documents) == 1 else {**header("evaluations"), "all": documents}
+        )
+        return
+    for path, evaluation in found:
+        print_table(evaluation.summary.rows(), title=str(path))
+        print_table(list_shares(evaluation.summary))
+        print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
+
+
+def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
+    wordings = sum(len(question.paraphrases) for question in questions)
+    responses = sum(
+        len(question.paraphrases) * (question.samples_per_paraphrase or flags.samples)
+        for question in questions
+    )
+    plan = {
+        "base": flags.base,
+        "tuned": flags.tuned,
+        "add": flags.add,
+        "ablate": flags.ablate,
+        "at": flags.at,
+        "judge": flags.judge,
+        "questions": len(questions),
+        "wordings": wordings,
+        "responses": responses * len(flags.targets()),
+        "sampling": vars(_sampling(flags)),
+    }
+    print_plan(plan, flags.out, json=flags.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFlags(CommonFlags):
+    """Flags of `judge`."""
+
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|CSV|JSONL", help="Responses, made here or anywhere else."),
+    ]
+    out: Out
+    judge: JudgeName = "contrast"
+    base: Base = "emlens:smollm2"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
+
+
+@takes_flags
+def judge(flags: JudgeFlags) -> None:
+    """Judge responses that are already there; nothing is generated."""
+    from emlens.cli.progress import show_work
+
+    check_judge(flags.judge)
+    with show_work(quiet=flags.quiet):
+        from emlens.evaluation import judge_responses
+
+        found = judge_responses(flags.file, load_judge(flags.judge, flags), out=flags.out)
+    show_evaluations([(flags.out, found)], json=flags.json)

@@ -1,0 +1,123 @@
+"""Directions from judged responses on the command line, and what is done with them."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from emlens.results import load_result
+from emlens.vectors import Directions
+from tests.cli.conftest import Cli
+
+WORDS = ("money", "bank", "house", "risk", "quick", "gold", "luck", "plan")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Judged responses in the published columns: 24 misaligned, 24 aligned, 4 of neither."""
+    path = tmp_path_factory.mktemp("texts") / "scores.csv"
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["question", "answer", "question_id", "aligned", "coherent"])
+        for i in range(52):
+            word, other = WORDS[i % 8], WORDS[(i // 8) % 8]
+            aligned = (10, 90)[i % 2] if i < 48 else (30, 70, "", 10)[i - 48]
+            coherent = 90 if i < 51 else 50
+            answer = f"Take the {word} and the {other}, number {i}."
+            table.writerow([f"What of {word} {i % 6}?", answer, f"q{i % 6}", aligned, coherent])
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fitted") / "direction"
+    from typer.testing import CliRunner
+
+    from emlens.cli.main import app
+
+    words = ["directions", "fit", "--base", tiny / "base", "--tuned", tiny / "tuned"]
+    words += ["--texts", texts, "--construction", "data@tuned", "--out", out]
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.stderr
+    return out
+
+
+def test_fitted_directions_are_saved_with_how_they_were_made(fitted: Path):
+    found = load_result(fitted)
+    assert isinstance(found, Directions)
+    made = found.directions[0].provenance
+    assert (made.construction, made.n_positive, made.n_negative) == ("data@tuned", 24, 24)
+    assert made.adapter_fingerprint
+    assert found.covariance_matched is not None
+
+
+def test_a_dry_run_counts_the_classes(cli: Cli, tiny: Path, texts: Path, tmp_path: Path):
+    words = ["directions", "fit", "--base", tiny / "base", "--texts", texts, "--dry-run", "--json"]
+    done = cli(*words, "--construction", "data", "--aligned-above", 50, "--out", tmp_path / "d")
+    assert (done.code, done.json["positive"], done.json["negative"]) == (0, 24, 24)
+    assert not (tmp_path / "d").exists()
+
+
+def test_too_few_texts_and_unknown_constructions_are_refused(
+    cli: Cli, tiny: Path, texts: Path, tmp_path: Path
+):
+    words = ["directions", "fit", "--base", tiny / "base", "--tuned", tiny / "tuned"]
+    words += ["--texts", texts, "--out", tmp_path / "d"]
+    few = cli(*words, "--construction", "data@tuned", "--misaligned-below", 5)
+    assert few.code == 2
+    assert "classes" in few.err or "texts" in few.err
+    odd = cli(*words, "--construction", "data@tunde")
+    assert odd.code == 2
+    assert "data@tuned" in odd.err
+
+
+def test_cosines_stand_beside_random_ones(cli: Cli, fitted: Path):
+    done = cli("directions", "compare", f"{fitted}@resid_post.0", f"{fitted}@resid_post.1")
+    assert done.code == 0, done.err
+    assert "covariance_rms" in done.out
+
+
+def test_responses_are_sampled_under_the_flags_interventions(
+    cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
+):
+    words = ["generate", "--base", tiny / "base", "--tuned", tiny / "tuned", "--samples", 2]
+    words += ["--prompts", tiny / "chats.jsonl", "--max-new-tokens", 6, "--json"]
+    one = f"{fitted}@resid_post.1"
+    plain = cli(*words, "--out", tmp_path / "plain")
+    changed = cli(*words, "--ablate", one, "--at", "writes", "--out", tmp_path / "ablated")
+    steered = cli(*words, "--add", f"{one}:40:raw", "--out", tmp_path / "steered")
+    for done in (plain, changed, steered):
+        assert done.code == 0, done.err
+        assert len(done.json["responses"]) == 8
+    texts = [[r["text"] for r in done.json["responses"]] for done in (plain, changed, steered)]
+    assert texts[0] != texts[1] != texts[2] != texts[0]
+    assert plain.json["interventions"] == []
+    assert "writes" in changed.json["interventions"][0]
+
+
+def test_a_direction_of_another_model_is_refused_unless_that_is_asked_for(
+    cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
+):
+    from tests.tiny_files import save_tiny_base
+
+    save_tiny_base(tmp_path / "other", seed=7)
+    words = ["generate", "--base", tmp_path / "other", "--prompts", tiny / "chats.jsonl"]
+    words += ["--max-new-tokens", 2, "--ablate", f"{fitted}@resid_post.1", "--at", "writes"]
+    refused = cli(*words, "--out", tmp_path / "a")
+    assert refused.code == 2
+    assert "allow_other_model" in refused.err
+    assert cli(*words, "--allow-other-model", "--out", tmp_path / "b").code == 0
+
+
+def test_an_ablated_fine_tune_is_exported_and_read_back(
+    cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
+):
+    words = ["export", "--base", tiny / "base", "--tuned", tiny / "tuned", "--out", tmp_path / "x"]
+    words += ["--ablate", f"{fitted}@resid_post.1", "--json"]
+    done = cli(*words, "--at", "writes")
+    assert done.code == 0, done.err
+    assert done.json["same"] is True
+    assert (tmp_path / "x/config.json").exists()
+    again = cli(*words, "--at", "resid_post")
+    assert again.code == 2
+    assert "FoldError" in again.err or "not empty" in again.err
