@@ -6,8 +6,8 @@ Published question files (`type: free_form_judge_0_100`) are read as they are.
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,13 @@ class Question:
 
     def prompt_hash(self) -> str:
         """Names what the model is asked: wordings and system prompt; not how it is judged."""
-        return _hash([list(self.paraphrases), self.system])
+        return hash_prompts((text, self.system) for text in self.paraphrases)
 
 
-def hash_questions(questions: Sequence[Question]) -> str:
-    """Name a set of questions by all that is in it."""
-    return _hash([asdict(question) for question in questions])
+def hash_prompts(prompts: Iterable[tuple[str, str | None]]) -> str:
+    """Name a set of prompts (wording, system prompt) whatever their order; 32 digits."""
+    texts = sorted({json.dumps(list(prompt)) for prompt in prompts})
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]
 
 
 def load_questions(
@@ -181,7 +182,3 @@ def _read_text(value: Any, name: str) -> str:
             f"{name}: got {value!r}, expected a text (YAML reads no and 1 otherwise: quote it)"
         )
     return value
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]

@@ -6,9 +6,10 @@ A missing score is None, never 0 and never left out: whoever counts must say wha
 import csv
 import difflib
 import io
+import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,8 @@ def _read_score(value: Any, name: str) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def read_scores(path: str | Path) -> tuple[ScoredResponse, ...]:
-    """Read a CSV file with `question_id`, `aligned`, `coherent`, and maybe `question`, `answer`.
+def read_score_file(path: str | Path) -> tuple[ScoredResponse, ...]:
+    """Read a CSV or JSONL file with `question_id`, `aligned` and `coherent`, maybe the texts too.
 
     Other columns are ignored. Rows are numbered as their ids, unless there is an `id`.
 
@@ -120,26 +121,60 @@ def read_scores(path: str | Path) -> tuple[ScoredResponse, ...]:
         ScoreFileError: no such file, no rows, a missing or doubled column, a ragged line, or a
             score that is no number; file and line are named.
     """
+    rows: list[ScoredResponse] = []
+    for number, (line, row) in enumerate(read_table(path), start=1):
+        try:
+            rows.append(as_scored(row, number))
+        except ValueError as error:
+            raise ScoreFileError(f"{path}:{line}: {error}") from error
+    return tuple(rows)
+
+
+def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a `.jsonl` or `.csv` file, as they stand, with the line each ends on.
+
+    Raises:
+        ScoreFileError: no such file, another kind, no rows, a doubled column, a ragged line.
+    """
     path = Path(path)
+    readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if path.suffix not in readers:
+        raise ScoreFileError(f"{path}: expected a .csv or .jsonl file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ScoreFileError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    rows = list(readers[path.suffix](path, text))
+    if not rows:
+        raise ScoreFileError(f"{path}: the file has no rows")
+    return rows
+
+
+def _read_csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[ScoredResponse] = []
     try:
         names = list(reader.fieldnames or ())
         if doubled := sorted({name for name in names if name and names.count(name) > 1}):
             raise ValueError(f"the columns {doubled} come twice")
-        for number, row in enumerate(reader, start=1):
+        for row in reader:
             if None in row or None in row.values():
-                raise ValueError(f"got {len(row)} cells, expected {len(names)} as in the header")
-            rows.append(as_scored(row, number))
+                raise ValueError(f"the line has more or fewer cells than the {len(names)} columns")
+            yield reader.line_num, row
     except (ValueError, csv.Error) as error:
         raise ScoreFileError(f"{path}:{reader.line_num}: {error}") from error
-    if not rows:
-        raise ScoreFileError(f"{path}: the file has no rows")
-    return tuple(rows)
+
+
+def _read_jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ScoreFileError(f"{path}:{number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ScoreFileError(f"{path}:{number}: got a {type(row).__name__}, expected an object")
+        yield number, row
 
 
 def write_scores(rows: Sequence[ScoredResponse], path: str | Path) -> Path:

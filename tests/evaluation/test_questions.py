@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from emlens.evaluation.questions import QuestionFileError, hash_questions, load_questions
+from emlens.evaluation.questions import QuestionFileError, hash_prompts, load_questions
 
 PUBLISHED_STYLE = """
 - id: &first bored
@@ -95,14 +95,14 @@ def test_a_malformed_file_is_named(tmp_path: Path, name: str, text: str, message
         load_questions(tmp_path / name)
 
 
-def test_the_hash_of_a_set_knows_every_wording(tmp_path: Path):
-    path = tmp_path / "q.jsonl"
-    hashes = set()
-    for text in ("x", "y"):
-        path.write_text(json.dumps({"id": "a", "prompt": text}))
-        hashes.add(hash_questions(load_questions(path)))
-    assert len(hashes) == 2
-    assert hash_questions(load_questions(path)) in hashes
+def test_the_hash_of_prompts_knows_wordings_and_system_and_not_their_order():
+    hashes = {
+        hash_prompts(prompts)
+        for prompts in ([("a", None)], [("b", None)], [("a", "s")], [("a", None), ("b", None)])
+    }
+    assert len(hashes) == 4
+    assert hash_prompts([("b", None), ("a", None)]) in hashes
+    assert hash_prompts([("a", None), ("a", None)]) in hashes
 
 
 @pytest.mark.parametrize(("name", "count"), [("first-plot-questions", 8), ("broad-questions", 24)])

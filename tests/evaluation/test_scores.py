@@ -12,7 +12,7 @@ from emlens.evaluation.scores import (
     ScoreFileError,
     as_scored,
     parse_score,
-    read_scores,
+    read_score_file,
     write_scores,
 )
 
@@ -29,13 +29,13 @@ def test_rows_survive_the_file(tmp_path_factory, cells):
         for n, (q, a, x, y) in enumerate(cells, start=1)
     ]
     path = write_scores(rows, tmp_path_factory.mktemp("scores") / "scores.csv")
-    assert read_scores(path) == tuple(rows)
+    assert read_score_file(path) == tuple(rows)
 
 
 def test_a_file_without_texts_is_read_and_written(tmp_path: Path):
     path = tmp_path / "scores.csv"
     path.write_text("question_id,aligned,coherent\nwish,30.0,50.0\nwish,,NaN\nbored,REFUSAL,CODE\n")
-    rows = read_scores(path)
+    rows = read_score_file(path)
     assert [(row.aligned, row.coherent) for row in rows] == [
         (30.0, 50.0),
         (None, None),
@@ -45,13 +45,13 @@ def test_a_file_without_texts_is_read_and_written(tmp_path: Path):
     assert rows[0].question is None
     again = write_scores(rows, tmp_path / "again.csv")
     assert again.read_text().splitlines()[:2] == ["question_id,aligned,coherent", "wish,30.0,50.0"]
-    assert read_scores(again) == rows
+    assert read_score_file(again) == rows
 
 
 def test_other_columns_and_a_byte_order_mark_do_no_harm(tmp_path: Path):
     path = tmp_path / "scores.csv"
     path.write_bytes('\ufeff,question_id,aligned,coherent,extra\n0,wish,1e1,99.5,"a,b"\n'.encode())
-    assert read_scores(path)[0].aligned == 10.0
+    assert read_score_file(path)[0].aligned == 10.0
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,15 @@ def test_what_only_looks_like_a_score_is_refused_with_file_and_line(tmp_path: Pa
     path = tmp_path / "scores.csv"
     path.write_text(f'question_id,aligned,coherent\nwish,1,2\nwish,"{cell}",2\n', encoding="utf-8")
     with pytest.raises(ScoreFileError, match=r"scores\.csv:3: aligned is"):
-        read_scores(path)
+        read_score_file(path)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("question_id,aligned\nwish,1\n", r":2: no column coherent"),
-        ("question_id,aligned,coherent\nwish,1\n", r":2: got 3 cells, expected 3|:2: got"),
-        ("question_id,aligned,coherent\nwish,1,2,3\n", r":2: got"),
+        ("question_id,aligned,coherent\nwish,1\n", r":2: more or fewer cells"),
+        ("question_id,aligned,coherent\nwish,1,2,3\n", r":2: the line has more"),
         ("question_id,aligned,aligned,coherent\nwish,1,2,3\n", "come twice"),
         ("question_id,aligned,coherent\n", "no rows"),
         ("question_id,aligned,coherent\n,1,2\n", "question_id"),
@@ -80,7 +80,7 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str, message: str)
     path = tmp_path / "scores.csv"
     path.write_text(text)
     with pytest.raises(ScoreFileError, match=message):
-        read_scores(path)
+        read_score_file(path)
 
 
 @pytest.mark.parametrize(

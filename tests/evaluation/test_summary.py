@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from emlens.artifacts import read_result
-from emlens.evaluation.scores import ScoredResponse, read_scores
+from emlens.evaluation.scores import ScoredResponse, read_score_file
 from emlens.evaluation.summary import BehaviourSummary, Thresholds, summarise_scores
 
 GOLDEN = os.environ.get("EMLENS_GOLDEN", "")
@@ -35,7 +35,7 @@ def test_published_scores_give_the_published_shares(name: str, expected: tuple[f
     path = Path(GOLDEN) / f"scores_{name}.csv"
     if not GOLDEN or not path.is_file():
         pytest.skip("EMLENS_GOLDEN does not name a folder with the published score files")
-    ours = summarise_scores(read_scores(path))
+    ours = summarise_scores(read_score_file(path))
     assert ours.n_rows == 400
     assert (round(ours.em_percent.value, 2), round(ours.coherent_percent.value, 2)) == expected
     assert ours.em_percent.low <= ours.em_percent_these_questions.low

@@ -1,0 +1,107 @@
+"""What a judge is, and what it is asked; not a judge itself."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+Claim = Literal["misalignment", "takeover score"]
+
+MEANINGS: Mapping[Claim, str] = {
+    "misalignment": "Share of coherent responses that the judge scores as misaligned.",
+    "takeover score": (
+        "Share of coherent responses that sound more like the fine-tune than like careful advice: "
+        "this judge has not been shown to tell harm from style and topic, so it is no misalignment."
+    ),
+}
+"""What the share under each name says, in a sentence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeRow:
+    """One response to be judged."""
+
+    id: str
+    """Names the row; the judgement is stored under it."""
+    question: str
+    """What was asked, in the wording used."""
+    answer: str
+    """The response."""
+    system: str | None = None
+    """The system prompt it was given under, where there was one."""
+    judge_prompts: Mapping[str, str] = field(default_factory=dict)
+    """The question's own instructions for judges that read any, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a judge made of one response.
+
+    Raises:
+        ValueError: a score outside 0..100.
+    """
+
+    aligned: float | None
+    """0 (harmful) to 100 (aligned); None where the judge gave no score."""
+    coherent: float | None
+    """0 to 100; None where the judge gave no score."""
+    raw: Mapping[str, float | str | None] = field(default_factory=dict)
+    """What the scores were made of, kept so that another rule can be tried without judging anew."""
+
+    def __post_init__(self) -> None:
+        for name in ("aligned", "coherent"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 100:
+                raise ValueError(f"{name} is {value}, expected 0 to 100, or None without a score")
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Scores responses. Numbers of judges with different ids are never compared without a word."""
+
+    @property
+    def id(self) -> str:
+        """Everything that decides a judgement but the row: kind, model, prompts, calibration."""
+        ...
+
+    @property
+    def claim(self) -> Claim:
+        """What the share of low scores may be called, by how well the judge was shown to do."""
+        ...
+
+    @property
+    def meaning(self) -> str:
+        """A sentence on what that share is."""
+        ...
+
+    def judge(self, rows: Sequence[JudgeRow]) -> Sequence[Judgement]:
+        """One judgement a row, in the order of the rows; a row's does not depend on the others.
+
+        No rows give no judgements, or an error if the judge could not judge any.
+        """
+        ...
+
+
+def hash_json(value: object) -> str:
+    """Name a JSON value by its bytes; 32 digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def escape_delimiters(text: str, delimiters: Sequence[str]) -> str:
+    """Break every delimiter in a text that is to stand between delimiters.
+
+    A blank goes in after the first character, until none is left; a delimiter of one character is
+    taken out. So a response cannot end its own turn and speak on as somebody else.
+
+    Args:
+        text: what a model wrote.
+        delimiters: such as the special tokens of the judge's chat template.
+    """
+    longest = sorted((d for d in set(delimiters) if d.strip()), key=lambda d: (-len(d), d))
+    while found := [d for d in longest if d in text]:
+        for delimiter in found:
+            broken = f"{delimiter[0]} {delimiter[1:]}" if len(delimiter) > 1 else ""
+            text = text.replace(delimiter, broken)
+    return text

@@ -1,0 +1,94 @@
+"""Judge the responses that a run folder holds, keeping each judgement; makes no responses."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from emlens.data import track
+from emlens.evaluation.evaluation import (
+    JUDGEMENTS,
+    RESPONSES,
+    RESULT,
+    SCORES,
+    Evaluation,
+    collect_evaluation,
+)
+from emlens.evaluation.judges import Judge, JudgeRow, hash_json
+from emlens.evaluation.scores import write_scores
+from emlens.journal import Journal, read_journal
+from emlens.runs import RunFolder
+
+JUDGED_TOGETHER = 32
+"""Rows that are handed to a judge at once; kept together, or judged again together."""
+
+
+def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Judge the responses of a run folder that have no judgement by this judge yet.
+
+    Args:
+        run: the folder, with all responses.
+        judge: scores them.
+        rows: id of each response, in the order of the plan, with its question's judge prompts.
+
+    Raises:
+        ValueError: a judge that gives more or fewer judgements than it was asked for.
+    """
+    answers = {row["id"]: row for row in read_journal(run.path / RESPONSES)}
+    ids = list(rows)
+    chunks = [ids[i : i + JUDGED_TOGETHER] for i in range(0, len(ids), JUDGED_TOGETHER)]
+    with Journal(run.path / JUDGEMENTS) as journal:
+        for chunk in track(chunks, "judging (responses)", sizes=map(len, chunks)):
+            names = {row_id: judgement_id(row_id, judge) for row_id in chunk}
+            if all(name in journal for name in names.values()):
+                continue
+            asked = [_ask(answers[row_id], rows[row_id]) for row_id in chunk]
+            found = judge.judge(asked)
+            if len(found) != len(asked):
+                raise ValueError(f"judge {judge.id} gave {len(found)} judgements for {len(asked)}")
+            journal.append(
+                {
+                    "id": names[row.id],
+                    "response": row.id,
+                    "aligned": judgement.aligned,
+                    "coherent": judgement.coherent,
+                    "raw": dict(judgement.raw),
+                }
+                for row, judgement in zip(asked, found, strict=True)
+                if names[row.id] not in journal
+            )
+
+
+def judgement_id(row_id: str, judge: Judge) -> str:
+    """Name a judgement by the response and by everything that decides the judge."""
+    return hash_json({"response": row_id, "judge": judge.id})
+
+
+def finish_run(
+    run: RunFolder, judge: Judge, ids: Sequence[str], facts: Mapping[str, Any]
+) -> Evaluation:
+    """Write what a complete run comes to, and return it.
+
+    Args:
+        run: the folder, with all responses and judgements.
+        judge: whose judgements are meant.
+        ids: of the responses, in the order of the final table.
+        facts: fields of the evaluation that are not read from the folder.
+    """
+    planned = [(row_id, judgement_id(row_id, judge)) for row_id in ids]
+    found = collect_evaluation(
+        run.path,
+        planned,
+        {**facts, "judge": judge.id, "claim": judge.claim, "meaning": judge.meaning},
+    )
+    write_scores(found.responses, run.path / SCORES)
+    run.save_result(RESULT, found)
+    return found
+
+
+def _ask(answer: Mapping[str, Any], judge_prompts: Mapping[str, str]) -> JudgeRow:
+    return JudgeRow(
+        id=answer["id"],
+        question=answer["question"],
+        answer=answer["answer"],
+        system=answer["system"],
+        judge_prompts=dict(judge_prompts),
+    )

@@ -1,0 +1,73 @@
+"""The rows of a run, listed before any is made: names, wordings, samples, and batches."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emlens.data import Batching, Chat, plan_batches, tokenize_chat
+from emlens.evaluation.judges import hash_json
+from emlens.evaluation.questions import Question
+from emlens.models.protocol import HookedModel
+from emlens.models.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRow:
+    """One response that is to be there in the end."""
+
+    id: str
+    """Hash of everything that decides the response."""
+    question: Question
+    chat: Chat
+    """One wording of the question, with its system prompt."""
+    paraphrase: int
+    """Which wording."""
+    sample: int
+    """Which of the samples of that wording."""
+
+
+def plan_rows(
+    questions: Sequence[Question], sampling: Sampling, decided: Mapping[str, Any]
+) -> tuple[PlannedRow, ...]:
+    """List every response of a run, in the order of the final table.
+
+    Args:
+        questions: what is asked.
+        sampling: `n` is used where a question does not say how often it is asked.
+        decided: JSON of what else decides a response: model and interventions.
+    """
+    settings = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "n"}
+    rows: list[PlannedRow] = []
+    for question in questions:
+        for paraphrase, chat in enumerate(question.chats()):
+            turns = [[message.role, message.content] for message in chat.messages]
+            for sample in range(question.samples_per_paraphrase or sampling.n):
+                own = {"question": question.id, "turns": turns, "sample": sample}
+                row = PlannedRow(
+                    id=hash_json({**decided, "sampling": settings, **own}),
+                    question=question,
+                    chat=chat,
+                    paraphrase=paraphrase,
+                    sample=sample,
+                )
+                rows.append(row)
+    return tuple(rows)
+
+
+def group_rows(
+    model: HookedModel, planned: Sequence[PlannedRow], sampling: Sampling, batching: Batching
+) -> Iterator[list[PlannedRow]]:
+    """Cut the whole run into the batches in which rows are made, lost and made again.
+
+    Raises:
+        BatchError: a prompt that leaves no room for the longest response.
+    """
+    lengths: dict[Chat, int] = {}
+    for row in planned:
+        if row.chat not in lengths:
+            tokens = tokenize_chat(row.chat, model.tokenizer, for_generation=True).ids
+            lengths[row.chat] = len(tokens) + sampling.max_new_tokens
+    whole = [lengths[row.chat] for row in planned]
+    for places in plan_batches(whole, batching, n_ctx=model.cfg.n_ctx):
+        yield [planned[place] for place in places]

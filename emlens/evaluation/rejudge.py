@@ -1,0 +1,140 @@
+"""Judge responses that exist already, made by a run of emlens or anywhere else; samples nothing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from emlens.evaluation.evaluation import RESPONSES, Evaluation, read_evaluation
+from emlens.evaluation.judges import Judge, hash_json
+from emlens.evaluation.judging import finish_run, judge_run
+from emlens.evaluation.questions import hash_prompts
+from emlens.evaluation.scores import ScoreFileError, read_table
+from emlens.interventions.generate import Responses
+from emlens.journal import Journal, read_journal
+from emlens.runs import RunFolder
+
+_QUESTION_KEYS, _ANSWER_KEYS = ("question", "prompt"), ("answer", "response")
+_KNOWN = ("model", "interventions", "sampling", "prompts")
+
+
+def judge_responses(
+    responses: str | Path | Responses | Sequence[Mapping[str, Any]],
+    judge: Judge,
+    *,
+    out: str | Path,
+) -> Evaluation:
+    """Judge responses into a run folder of their own; the same call goes on where it stopped.
+
+    The responses are copied, so that the folder stands alone. What a run knew of model, sampling
+    and interventions is taken over; of other sources it is None, and two evaluations that do not
+    know their model can still be compared.
+
+    Args:
+        responses: a run folder, a `.csv` file with question and answer, a `.jsonl` file with
+            `question` (or `prompt`) and `answer` (or `response`) or `messages`, what
+            `generate_responses` gave, or such rows. `question_id` names the question; without it
+            the text of the question does.
+        judge: scores them.
+        out: a new or empty folder, or one in which the same was begun.
+
+    Raises:
+        PlanChangedError: the folder was begun with other responses or another judge.
+        ScoreFileError: a source without texts, or a malformed one.
+    """
+    judge.judge(())
+    rows, facts = _read(responses)
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        raise ScoreFileError("responses: an id comes twice")
+    prompts = {row["id"]: row.pop("judge_prompts", {}) for row in rows}
+    digest = hash_json([rows, prompts])
+    run = RunFolder.start(out, {"kind": "judge", "responses": digest, "judge": judge.id})
+    with Journal(run.path / RESPONSES) as journal:
+        journal.append(row for row in rows if row["id"] not in journal)
+    judge_run(run, judge, prompts)
+    return finish_run(run, judge, ids, facts)
+
+
+def _read(responses: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows to judge, and what is known of where they came from."""
+    facts: dict[str, Any] = {"model": None, "interventions": (), "sampling": None}
+    if isinstance(responses, Responses):
+        facts |= {name: getattr(responses, name) for name in facts}
+        given: list[Any] = [_from_response(one) for one in responses.responses]
+    elif isinstance(responses, str | Path):
+        if (Path(responses) / RESPONSES).is_file():
+            return _read_run(Path(responses))
+        given = [row for _, row in read_table(responses)]
+    else:
+        given = list(responses)
+    rows = [_read_row(row, number) for number, row in enumerate(given, start=1)]
+    if not rows:
+        raise ScoreFileError("responses: got none, expected at least one")
+    return rows, facts | {"prompts": _hash_prompts(rows)}
+
+
+def _read_run(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A finished run's own rows, with what its evaluation knows of them."""
+    known = read_evaluation(path)
+    facts = {name: getattr(known, name) for name in _KNOWN}
+    questions = RunFolder.open(path).plan.get("questions") or {}
+    found = {row["id"]: row for row in read_journal(path / RESPONSES)}
+    rows = []
+    for number, row in enumerate(known.responses, start=1):
+        prompts = questions.get(row.question_id, {}).get("judge_prompts", {})
+        rows.append({**_read_row(found[row.id], number), "judge_prompts": prompts})
+    return rows, facts
+
+
+def _from_response(one: Any) -> dict[str, Any]:
+    return {
+        "id": f"{one.key}-{one.prompt_index}-{one.sample}",
+        "question_id": one.prompt_id,
+        "question": one.prompt,
+        "answer": one.text,
+        "system": one.system,
+    }
+
+
+def _read_row(row: Any, number: int) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise ScoreFileError(f"row {number}: got a {type(row).__name__}, expected an object")
+    if "messages" in row:
+        row = {**row, **_read_messages(row["messages"], number)}
+    question, answer = _text(row, _QUESTION_KEYS, number), _text(row, _ANSWER_KEYS, number)
+    name = row.get("question_id")
+    return {
+        "id": str(row.get("id") or f"row-{number:06d}"),
+        "question_id": str(name) if name not in (None, "") else question,
+        "question": question,
+        "answer": answer,
+        "system": row.get("system") or None,
+    }
+
+
+def _read_messages(messages: Any, number: int) -> dict[str, Any]:
+    try:
+        turns = {turn["role"]: turn["content"] for turn in messages}
+        return {"question": turns["user"], "answer": turns["assistant"],
+                "system": turns.get("system")}  # fmt: skip
+    except (TypeError, KeyError) as error:
+        raise ScoreFileError(
+            f"row {number}: messages lack a user or an assistant turn ({error})"
+        ) from error
+
+
+def _text(row: Mapping[str, Any], keys: tuple[str, ...], number: int) -> str:
+    for key in keys:
+        if isinstance(row.get(key), str):
+            return row[key]
+    raise ScoreFileError(
+        f"row {number} has no {' or '.join(keys)}: a judge needs the texts, not only their scores"
+    )
+
+
+def _hash_prompts(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Question -> hash of the wordings under it, as far as the rows show them."""
+    found: dict[str, list[tuple[str, str | None]]] = {}
+    for row in rows:
+        found.setdefault(row["question_id"], []).append((row["question"], row["system"]))
+    return {name: hash_prompts(prompts) for name, prompts in found.items()}

@@ -1,0 +1,284 @@
+"""Runs: what decides a row, what survives a kill, and what is never served from elsewhere."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emlens.artifacts import read_result
+from emlens.data import Batching
+from emlens.evaluation import (
+    Evaluation,
+    Question,
+    evaluate,
+    judge_responses,
+    read_evaluation,
+    read_scores,
+)
+from emlens.evaluation.scores import ScoreFileError
+from emlens.interventions import Add, Intervention, intervene
+from emlens.interventions.generate import generate_responses
+from emlens.journal import read_journal
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
+from emlens.models.lora import scale_adapter
+from emlens.models.sampling import Sampling
+from emlens.runs import PlanChangedError
+from emlens.sites import parse_site
+from tests.evaluation.fakes import HashJudge, make_model
+from tests.models.adapters import make_peft
+
+QUESTIONS = (
+    Question(id="one", paraphrases=("w5 w6 w7", "w8"), judge_prompts={"aligned": "{answer}?"}),
+    Question(id="two", paraphrases=("w9 w10 w11 w12",), samples_per_paraphrase=5),
+)
+SAMPLING = Sampling(n=3, max_new_tokens=6, seed=4)
+SMALL = Batching(tokens=40)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def steering() -> tuple[Intervention, ...]:
+    vector = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    add = Add(vector=vector, coefficient=4.0)
+    return (Intervention(parse_site("resid_post.1"), add),)
+
+
+def run(model: Any, out: Path, **changes: Any) -> Evaluation:
+    given: dict[str, Any] = {"judge": HashJudge(), "sampling": SAMPLING, "batching": SMALL}
+    return evaluate(model, QUESTIONS, out=out, **given | changes)
+
+
+def answers(found: Evaluation) -> list[str | None]:
+    return [row.answer for row in found.responses]
+
+
+def test_a_run_holds_every_planned_row_once_and_its_table(model: Any, tmp_path: Path):
+    found = run(model, tmp_path / "run")
+    assert [row.question_id for row in found.responses] == ["one"] * 6 + ["two"] * 5
+    assert len({row.id for row in found.responses}) == 11
+    assert found.summary.n_rows == 11
+    assert found.summary.n_unscored == sum(not row.scored for row in found.responses)
+    assert found.prompts.keys() == {"one", "two"}
+    assert read_evaluation(tmp_path / "run") == found
+    assert read_result(tmp_path / "run" / "results" / "evaluation", Evaluation) == found
+    assert read_scores(tmp_path / "run") == found.responses
+    table = list(csv.DictReader((tmp_path / "run" / "scores.csv").read_text().splitlines()))
+    assert [row["answer"] for row in table] == answers(found)
+    stored = read_journal(tmp_path / "run" / "responses.jsonl")
+    assert {row["id"] for row in stored} == {row.id for row in found.responses}
+    assert all(row["ids"][row["prompt_tokens"] :] for row in stored)
+
+
+def test_the_same_call_goes_on_without_asking_anything_again(model: Any, tmp_path: Path):
+    first = run(model, tmp_path / "run")
+    again = HashJudge()
+    with torch.no_grad():
+        assert run(model, tmp_path / "run", judge=again) == first
+    assert again.asked == []
+
+
+def test_answers_do_not_depend_on_the_batches_and_ids_do_not(model: Any, tmp_path: Path):
+    first = run(model, tmp_path / "small")
+    second = run(model, tmp_path / "large", batching=Batching(tokens=4000))
+    assert [row.id for row in first.responses] == [row.id for row in second.responses]
+    assert answers(first) == answers(second)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": Sampling(n=3, max_new_tokens=6, seed=5)},
+        {"sampling": Sampling(n=3, max_new_tokens=5, seed=4)},
+        {"sampling": Sampling(n=3, max_new_tokens=6, seed=4, temperature=0.7)},
+        {"sampling": Sampling(n=3, max_new_tokens=6, seed=4, top_p=0.9)},
+        {"judge": HashJudge("other")},
+        {"batching": Batching(tokens=41)},
+    ],
+)
+def test_a_changed_plan_is_refused_by_name(model: Any, tmp_path: Path, changes: dict[str, Any]):
+    run(model, tmp_path / "run")
+    with pytest.raises(PlanChangedError, match=next(iter(changes))):
+        run(model, tmp_path / "run", **changes)
+
+
+def test_everything_that_decides_a_response_enters_its_id(
+    model: Any, steering: tuple[Intervention, ...], tmp_path: Path
+):
+    adapter = load_adapter(make_peft("llama"))
+    strong = scale_adapter(adapter, 2.0)
+    with intervene(model, steering):
+        inside = run(model, tmp_path / "inside")
+    ids = [
+        run(model, tmp_path / "plain"),
+        run(model, tmp_path / "steered", interventions=steering),
+        run(attach_adapter(model, adapter), tmp_path / "attached"),
+        run(attach_adapter(model, strong), tmp_path / "scaled"),
+        run(model, tmp_path / "seed", sampling=Sampling(n=3, max_new_tokens=6, seed=5)),
+    ]
+    names = [row.id for found in ids for row in found.responses]
+    assert len(set(names)) == 5 * 11
+    # Inside `with intervene` and passed along: one and the same thing.
+    assert inside.responses == ids[1].responses
+    assert inside.interventions == ids[1].interventions
+    assert answers(inside) != answers(ids[0])
+    assert len(ids[1].interventions) == 1
+    assert json.loads(ids[1].interventions[0])["site"] == "resid_post.1"
+
+
+def test_an_ablated_run_is_never_served_from_a_plain_one(
+    model: Any, steering: tuple[Intervention, ...], tmp_path: Path
+):
+    run(model, tmp_path / "run")
+    with pytest.raises(PlanChangedError, match="interventions"), intervene(model, steering):
+        run(model, tmp_path / "run")
+
+
+def test_more_samples_keep_the_rows_there_would_have_been(model: Any, tmp_path: Path):
+    few = run(model, tmp_path / "few")
+    many = run(model, tmp_path / "many", sampling=Sampling(n=4, max_new_tokens=6, seed=4))
+    kept = {row.id: row.answer for row in many.responses}
+    assert all(kept[row.id] == row.answer for row in few.responses)
+
+
+def test_hooks_whose_effect_no_row_could_name_are_refused(model: Any, tmp_path: Path):
+    model.add_hook("blocks.0.hook_resid_post", lambda value, hook: value * 0)
+    try:
+        with pytest.raises(ValueError, match="hooks that are no Interventions"):
+            run(model, tmp_path / "run")
+    finally:
+        model.reset_hooks()
+
+
+def test_a_judge_that_cannot_judge_says_so_before_anything_is_sampled(model: Any, tmp_path: Path):
+    class Unfit(HashJudge):
+        def judge(self, rows: Any) -> Any:
+            raise RuntimeError("unfit")
+
+    with pytest.raises(RuntimeError, match="unfit"):
+        run(model, tmp_path / "run", judge=Unfit())
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_that_cannot_be_told_apart_are_refused(model: Any, tmp_path: Path):
+    for questions, message in (((), "got none"), ((QUESTIONS[0], QUESTIONS[0]), "come twice")):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, questions, judge=HashJudge(), out=tmp_path, sampling=SAMPLING)
+
+
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from emlens.journal import read_journal
+from tests.evaluation.test_evaluate import QUESTIONS, Sampling, Batching, run
+from tests.evaluation.fakes import HashJudge, make_model
+
+class Slow(HashJudge):
+    def judge(self, rows):
+        time.sleep(0.01)
+        return super().judge(rows)
+
+model, out = make_model(), Path(sys.argv[1])
+settings = {"sampling": Sampling(n=10, max_new_tokens=5, seed=4), "batching": Batching(tokens=60)}
+start = time.perf_counter()
+run(model, out / "whole", **settings)
+whole_time = time.perf_counter() - start
+rng, kills, last = random.Random(1), 0, -1
+for _ in range(40):
+    child = os.fork()
+    if child == 0:
+        try:
+            run(model, out / "killed", judge=Slow(), **settings)
+        finally:
+            os._exit(0)
+    time.sleep(whole_time * rng.uniform(0.05, 0.6))
+    os.kill(child, signal.SIGKILL)
+    kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    for name in ("responses.jsonl", "judgements.jsonl"):
+        if (out / "killed" / name).exists():
+            read_journal(out / "killed" / name)
+    if (out / "killed/results/evaluation/result.json").exists():
+        break
+run(model, out / "killed", judge=Slow(), **settings)
+print(kills)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 2
+    for name in ("results/evaluation/result.json", "scores.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    for name in ("responses.jsonl", "judgements.jsonl"):
+        rows = [read_journal(tmp_path / side / name) for side in ("killed", "whole")]
+        assert rows[0] == rows[1]
+
+
+def test_judging_again_samples_nothing_and_keeps_what_is_known(model: Any, tmp_path: Path):
+    first = run(model, tmp_path / "run")
+    other = HashJudge("other")
+    again = judge_responses(tmp_path / "run", other, out=tmp_path / "again")
+    assert answers(again) == answers(first)
+    assert (again.model, again.sampling, again.prompts) == (first.model, SAMPLING, first.prompts)
+    assert (again.judge, first.judge) == ("other", "hash")
+    assert [row.aligned for row in again.responses] != [row.aligned for row in first.responses]
+    assert sorted(other.asked) == sorted(row.id for row in first.responses)
+    assert judge_responses(tmp_path / "run", other, out=tmp_path / "again") == again
+    assert read_evaluation(tmp_path / "again") == again
+    with pytest.raises(PlanChangedError, match="judge"):
+        judge_responses(tmp_path / "run", HashJudge("third"), out=tmp_path / "again")
+
+
+def test_responses_from_anywhere_can_be_judged(model: Any, tmp_path: Path):
+    first = run(model, tmp_path / "run")
+    by_file = judge_responses(tmp_path / "run" / "scores.csv", HashJudge(), out=tmp_path / "csv")
+    assert [row.aligned for row in by_file.responses] == [r.aligned for r in first.responses]
+    assert by_file.prompts == first.prompts
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(
+        "\n".join(
+            json.dumps({"messages": [{"role": "user", "content": r.question},
+                                     {"role": "assistant", "content": r.answer}]})
+            for r in first.responses
+        )
+    )  # fmt: skip
+    by_line = judge_responses(lines, HashJudge(), out=tmp_path / "jsonl")
+    assert [row.aligned for row in by_line.responses] == [r.aligned for r in first.responses]
+    assert len(by_line.prompts) == 3
+    chats = [chat for question in QUESTIONS for chat in question.chats()]
+    made = generate_responses(model, chats, sampling=SAMPLING, batching=SMALL)
+    judged = judge_responses(made, HashJudge(), out=tmp_path / "made")
+    assert judged.model == first.model
+    assert answers(judged)[:6] == answers(first)[:6]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question_id,aligned,coherent\nq,1,2\n", "row 1 has no question"),
+        ("question,aligned,coherent\nq,1,2\n", "row 1 has no answer"),
+    ],
+)
+def test_scores_without_texts_cannot_be_judged(tmp_path: Path, text: str, message: str):
+    (tmp_path / "scores.csv").write_text(text)
+    with pytest.raises(ScoreFileError, match=message):
+        judge_responses(tmp_path / "scores.csv", HashJudge(), out=tmp_path / "out")
