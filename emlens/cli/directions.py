@@ -87,8 +87,8 @@ def fit(flags: FitFlags) -> None:
     """Fit a mean-difference direction at each site, with random ones to compare it with."""
     from emlens.cli.progress import show_work
 
-    _check_choice("--construction", flags.construction, CONSTRUCTIONS)
-    _check_choice("--weighting", flags.weighting, ("token", "response"))
+    construction = _choose("--construction", flags.construction, CONSTRUCTIONS)
+    weighting = _choose("--weighting", flags.weighting, ("token", "response"))
     with show_work(quiet=flags.quiet):
         from emlens.data import Batching
         from emlens.directions import fit_directions
@@ -100,10 +100,10 @@ def fit(flags: FitFlags) -> None:
         found = fit_directions(
             _load(flags),
             texts,
-            construction=flags.construction,
+            construction=construction,
             sites=flags.sites or "resid_post",
             positions=flags.positions,
-            weighting=flags.weighting,
+            weighting=weighting,
             batching=Batching(flags.batch_tokens),
         )
         found.save(flags.out)
@@ -114,9 +114,10 @@ def fit(flags: FitFlags) -> None:
     print_line(f"{len(found)} directions: {flags.out}")
 
 
-def _check_choice(flag: str, value: str, known: tuple[str, ...]) -> None:
+def _choose(flag: str, value: str, known: tuple[str, ...]) -> Any:
     if value not in known:
         raise typer.BadParameter(f"{flag} {value}: expected one of {', '.join(known)}")
+    return value
 
 
 def _load(flags: FitFlags) -> Any:

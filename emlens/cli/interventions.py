@@ -78,7 +78,7 @@ class Addition:
 
     file: DirectionFile
     coefficient: float
-    units: str
+    units: Any
 
 
 def parse_addition(text: str) -> Addition:
@@ -135,7 +135,7 @@ def read_interventions(
     if at and not ablate:
         raise typer.BadParameter("--at says where --ablate acts, and there is no --ablate")
     additions = [parse_addition(text) for text in add or ()]
-    where = parse_at(at) if ablate else None
+    where: Any = parse_at(at) if ablate else None
     if not additions and not ablate:
         return ()
     from emlens.interventions import ablate_direction, add_direction
