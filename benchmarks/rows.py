@@ -13,7 +13,10 @@ from benchmarks.memory import measure_residence
 from benchmarks.records import Record, format_line, format_table
 from benchmarks.settings import DTYPES, FULL_ROUNDS, TOY_ROUNDS, Settings, check_settings
 
-ROWS = ("load_views", "load_tuned", "prefill", "decode", "pair_diff")
+ROWS = (
+    *("load_views", "load_tuned", "prefill", "decode", "decode_intervened", "respond"),
+    *("ablate", "pair_diff"),
+)
 
 
 def run_alone(measure: Callable[[Settings], Record], argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,206 @@
+"""Decoding under interventions: what do an ablation at every write and nine adapters cost?
+
+Bound: the same decoding with neither, 32 greedy tokens after a prompt of 32.
+Beside it: the same two changes as plain torch hooks on the Hugging Face modules, written out here,
+under Hugging Face's own generate.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.adapters import make_cases
+from benchmarks.decode import BATCHES, NEW, PROMPT, generate_ours
+from benchmarks.models import describe_model, draw_ids, load_hugging_face
+from benchmarks.peers import check_logits, check_tokens, generate_hugging_face
+from benchmarks.records import Figure, Record
+from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.settings import Settings
+from benchmarks.timing import Timings, time_sides
+from emlens.interventions import Ablate, Intervention, intervene
+from emlens.models.attach import attach_adapter
+from emlens.models.lora import LoraAdapter
+from emlens.models.views import lay_views
+
+SIDES = ("plain", "ablate", "adapters", "hooked_ablate", "hooked_adapters")
+AIM = 1.05
+"""Of the time of decoding with neither."""
+
+
+def measure(settings: Settings) -> Record:
+    """Time all sides on the same prompts, in each dtype and batch."""
+    n = NEW[settings.size]
+    figures: list[Figure] = []
+    seconds: dict[str, float] = {}
+    sizes: dict[str, Any] = {"prompt": PROMPT, "new": n, "batch": BATCHES[settings.size]}
+    for dtype in settings.dtypes:
+        hf = load_hugging_face(dtype, settings)
+        sizes |= describe_model(hf)
+        makers = {side: make_side(side, hf, settings) for side in SIDES}
+        for batch in BATCHES[settings.size]:
+            ids = draw_ids(hf, batch, PROMPT)
+            sides = {side: make(ids, n) for side, make in makers.items()}
+            _check(sides, hf, ids, settings)
+            timings = time_sides(
+                sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
+            )
+            figures += _compare(timings, dtype, batch, settings)
+            for side in SIDES:
+                seconds[f"batch {batch}, {dtype}: {side}"] = timings.median(side)
+    return Record(
+        row="decode_intervened",
+        settings=settings,
+        sizes=sizes,
+        figures=figures,
+        headline={
+            "ablate_over_decode": "batch 1: ablate over decode",
+            "adapters_over_decode": "batch 1: adapters over decode",
+        },
+        seconds=seconds,
+        peak_bytes=measure_peaks("decode_intervened", SIDES, settings),
+        notes=(_nnsight(),),
+    )
+
+
+def make_side(side: str, hf: Any, settings: Settings) -> Callable[[Tensor, int], Callable]:
+    """Build one side's model; returns ids, n -> a call that decodes n tokens [batch n]."""
+    direction = draw_direction(hf)
+    adapter = make_cases(hf, settings)[1].adapter
+    if side == "hooked_ablate":
+        return lambda ids, n: _hooked(hf, ids, n, lambda: ablate_by_hooks(hf, direction))
+    if side == "hooked_adapters":
+        return lambda ids, n: _hooked(hf, ids, n, lambda: adapt_by_hooks(hf, adapter))
+    model, acts = make_ours(side, hf, settings)
+
+    def make(ids: Tensor, n: int) -> Callable[[], Tensor]:
+        def decode() -> Tensor:
+            with intervene(model, acts):
+                return generate_ours(model, ids, n)
+
+        return decode
+
+    return make
+
+
+def make_ours(side: str, hf: Any, settings: Settings) -> tuple[Any, tuple[Intervention, ...]]:
+    """Our model of a side, and what acts on it."""
+    views = lay_views(hf, None)
+    if side == "adapters":
+        return attach_adapter(views, make_cases(hf, settings)[1].adapter), ()
+    return views, (Intervention("writes", Ablate(draw_direction(hf))),) * (side == "ablate")
+
+
+def draw_direction(hf: Any) -> Tensor:
+    """A unit vector of the model's width."""
+    vector = torch.randn(hf.config.hidden_size, generator=torch.Generator().manual_seed(4))
+    return vector / vector.norm()
+
+
+def _hooked(
+    hf: Any, ids: Tensor, n: int, hooks: Callable[[], AbstractContextManager[None]]
+) -> Callable[[], Tensor]:
+    generate = generate_hugging_face(hf, ids, n)
+
+    def decode() -> Tensor:
+        with hooks():
+            return generate()
+
+    return decode
+
+
+@contextmanager
+def ablate_by_hooks(hf: Any, direction: Tensor) -> Iterator[None]:
+    """Take a direction out of every write of a Llama or Qwen2, the way it is usually written."""
+    d = direction.to(hf.device, hf.dtype)
+
+    def ablate(_module: Any, _args: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) else output
+        along = d.to(first.dtype)
+        first = first - (first @ along)[..., None] * along
+        return (first, *output[1:]) if isinstance(output, tuple) else first
+
+    writes = [hf.model.embed_tokens]
+    writes += [part for layer in hf.model.layers for part in (layer.self_attn, layer.mlp)]
+    with ExitStack() as stack:
+        for module in writes:
+            stack.callback(module.register_forward_hook(ablate).remove)
+        yield
+
+
+@contextmanager
+def adapt_by_hooks(hf: Any, adapter: LoraAdapter) -> Iterator[None]:
+    """Add scale * B A x to the output of each adapted module."""
+    with ExitStack() as stack:
+        for name, lora in adapter.modules.items():
+
+            def adapt(_module: Any, args: Any, output: Tensor, lora: Any = lora) -> Tensor:
+                A, B = lora.A.to(output.dtype), lora.B.to(output.dtype)
+                return output + lora.scale * (args[0] @ A.mT @ B.mT)
+
+            handle = hf.get_submodule(name).register_forward_hook(adapt)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.inference_mode()
+def _check(sides: dict[str, Callable], hf: Any, ids: Tensor, settings: Settings) -> None:
+    """Both ways of one change give the same logits and tokens, and other logits than without."""
+    plain = lay_views(hf, None)(ids)
+    changes = {
+        "ablate": lambda: ablate_by_hooks(hf, draw_direction(hf)),
+        "adapters": lambda: adapt_by_hooks(hf, make_cases(hf, settings)[1].adapter),
+    }
+    for side, hooks in changes.items():
+        model, acts = make_ours(side, hf, settings)
+        with hooks(), intervene(model, acts):
+            logits = model(ids)
+            check_logits(logits, hf, ids, what=side)
+        if float((logits - plain).abs().max() / plain.abs().max()) < 1e-3:
+            raise AssertionError(f"{side}: the logits hardly change; timing it says nothing")
+        ours, theirs = sides[side](), sides[f"hooked_{side}"]()
+        with hooks():
+            check_tokens(ours, theirs, hf, ids)
+
+
+def _compare(timings: Timings, dtype: str, batch: int, settings: Settings) -> list[Figure]:
+    figures = []
+    for side in ("ablate", "adapters"):
+        figures += [
+            Figure(
+                name=f"batch {batch}: {side} over decode",
+                dtype=dtype,
+                ratio=timings.cost(side, "plain"),
+                better="lower",
+                aim=settings.aim(AIM),
+            ),
+            Figure(
+                name=f"batch {batch}: {side} vs torch hooks on huggingface",
+                dtype=dtype,
+                ratio=timings.speed(side, f"hooked_{side}"),
+                better="higher",
+            ),
+        ]
+    return figures
+
+
+def _nnsight() -> str:
+    if find_spec("nnsight") is None:
+        return "nnsight is left out: it is not installed"
+    return "nnsight is left out: none of its releases has been tried with this row"
+
+
+def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
+    """Load, then decode one row, pausing after each for the memory to be read."""
+    hf = load_hugging_face(dtype, settings)
+    decode = make_side(side, hf, settings)(draw_ids(hf, 1, PROMPT), NEW[settings.size])
+    yield {}
+    decode()
+    yield {}
+
+
+if __name__ == "__main__":
+    run_alone(measure)
