@@ -15,7 +15,7 @@ from benchmarks.settings import DTYPES, FULL_ROUNDS, TOY_ROUNDS, Settings, check
 
 ROWS = (
     *("load_views", "load_tuned", "prefill", "decode", "decode_intervened", "respond"),
-    *("ablate", "pair_diff"),
+    *("ablate", "stream", "pair_diff"),
 )
 
 
