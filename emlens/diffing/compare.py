@@ -29,6 +29,7 @@ from emlens.diffing.logits import LogitDifferences, PredictionRows
 from emlens.diffing.results import ActivationDiff, LogitDiff, ModelDiff
 from emlens.models.pair import ModelPair
 from emlens.models.paired import PairedForward, Tuned, forward_many, tuned_parts
+from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import log_probabilities, slice_rows
 from emlens.models.views import origin_of
 from emlens.sites import Site, expand_sites
@@ -144,9 +145,10 @@ def compare_logits(
     work = plan_comparison(pair, chats, "resid_post.0", positions, batching, n_models=2)
     logits = LogitDifferences(pair.base.cfg.d_vocab, len(work.chats))
     for batch in work.batches():
-        done = forward_many(
-            pair.base, parts, batch.ids, batch.mask, sites=(), visit=lambda site, x: None
-        )
+        with publish_tokens(pair.base, frame_batch(batch, work.tokenized)):
+            done = forward_many(
+                pair.base, parts, batch.ids, batch.mask, sites=(), visit=lambda site, x: None
+            )
         _count_predictions(pair, work, batch, done.resid, logits, examples)
     return _finish_logits(pair, work, logits, examples)
 
@@ -218,7 +220,8 @@ def run_batch(
         for cell, mask in zip(rows[site], masks, strict=True):
             cell.update(x, mask)
 
-    return forward_many(pair.base, parts, batch.ids, batch.mask, sites=work.sites, visit=count)
+    with publish_tokens(pair.base, frame_batch(batch, work.tokenized)):
+        return forward_many(pair.base, parts, batch.ids, batch.mask, sites=work.sites, visit=count)
 
 
 def _count_predictions(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from emlens.interventions.active import active_interventions, describe_interventions
 from emlens.interventions.intervention import EVERYWHERE, Intervention
-from emlens.interventions.plan import SitePlan, plan_interventions
+from emlens.interventions.plan import Fused, SitePlan, plan_interventions
 from emlens.models.attach import attached_adapter
 from emlens.models.layout import from_matrix, to_matrix
 from emlens.models.lora import architecture_of, read_parameter
@@ -77,8 +77,9 @@ def fold_into_weights(model: AnyModel, interventions: Sequence[Intervention]) ->
 def _collect_maps(plans: Mapping[Site, SitePlan]) -> dict[Site, LowRankAffine]:
     """The map of each write, what is added to the residual stream right after it included."""
     own, after = {}, []
+    fused: Fused = {}
     for site, plan in plans.items():
-        map_ = _map_of(plan)
+        map_ = _map_of(plan, fused)
         if site.stream in _TABLES or site.stream in _LINEAR:
             own[site] = map_
         else:
@@ -88,9 +89,9 @@ def _collect_maps(plans: Mapping[Site, SitePlan]) -> dict[Site, LowRankAffine]:
     return own
 
 
-def _map_of(plan: SitePlan) -> LowRankAffine:
+def _map_of(plan: SitePlan, fused: Fused) -> LowRankAffine:
     maps = []
-    for step in plan.steps():
+    for step in plan.steps(fused):
         if not isinstance(step.does, LowRankAffine):
             kind = type(step.does).__name__
             raise FoldError(

@@ -11,8 +11,8 @@ from torch import Tensor
 from emlens.data import Positions, PositionsError
 from emlens.interventions.active import active_interventions, register_active
 from emlens.interventions.intervention import EVERYWHERE, Intervention
-from emlens.interventions.operators import Cap, Replace, unit
-from emlens.interventions.plan import Step, check_contradictions, plan_interventions
+from emlens.interventions.operators import Cap, Operator, Replace, unit
+from emlens.interventions.plan import Fused, SitePlan, plan_interventions
 from emlens.models.hooks import HookNeverFiredError
 from emlens.models.protocol import HookedModel
 from emlens.models.tokens_in_flight import TokensInFlight, select_positions, tokens_in_flight
@@ -49,15 +49,12 @@ def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iter
             selected by an intervention's positions.
     """
     plans = plan_interventions(model, interventions)
-    if plans:
-        together = plan_interventions(model, (*active_interventions(model), *interventions))
-        for plan in together.values():
-            check_contradictions(plan)
+    around = active_interventions(model)
+    if around and plans:
+        plan_interventions(model, (*around, *interventions))  # for its refusals
     selection = _Selection(model)
-    changes = [
-        _SiteChange(site, [(_make_change(model, step), step.positions) for step in plan.steps()])
-        for site, plan in plans.items()
-    ]
+    make = _Changes(model)
+    changes = [_SiteChange(site, make.steps(plan)) for site, plan in plans.items()]
     with ExitStack() as stack:
         for change in changes:
             change.selection = selection
@@ -141,16 +138,29 @@ class _SiteChange:
         return values.view(output.shape)
 
 
-def _make_change(model: Any, step: Step) -> Change:
-    does = step.does
-    if isinstance(does, LowRankAffine):
-        # In the precision it is used in, once: half precision is computed in float32.
-        wide = torch.promote_types(model.cfg.dtype, torch.float32)
-        return does.to(model.embed.W_E.device, wide).apply
-    if isinstance(does, Cap):
-        return _CapChange(does)
-    assert isinstance(does, Replace)
-    return _ReplaceChange(does, model)
+class _Changes:
+    """Makes what the hooks call; sites that do the same share one map."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.fused: Fused = {}
+        self.moved: dict[int, LowRankAffine] = {}
+
+    def steps(self, plan: SitePlan) -> list[tuple[Change, Positions]]:
+        """What happens at a site, on which tokens."""
+        return [(self._change(step.does), step.positions) for step in plan.steps(self.fused)]
+
+    def _change(self, does: LowRankAffine | Operator) -> Change:
+        if isinstance(does, LowRankAffine):
+            if id(does) not in self.moved:
+                # In the precision it is used in, once: half precision is computed in float32.
+                wide = torch.promote_types(self.model.cfg.dtype, torch.float32)
+                self.moved[id(does)] = does.to(self.model.embed.W_E.device, wide)
+            return self.moved[id(does)].apply
+        if isinstance(does, Cap):
+            return _CapChange(does)
+        assert isinstance(does, Replace)
+        return _ReplaceChange(does, self.model)
 
 
 class _CapChange:

@@ -22,6 +22,9 @@ from emlens.numerics.affine import LowRankAffine
 from emlens.numerics.validation import WidthError
 from emlens.sites import Site, SiteError, check_sites, expand_sites
 
+Fused = dict[tuple[int, ...], LowRankAffine]
+"""Identities of operators that meet at a site -> the one map they make."""
+
 
 class ContradictoryInterventionsError(ValueError):
     """Interventions at one site of which one makes another pointless."""
@@ -46,14 +49,21 @@ class SitePlan:
     site: Site
     acts: list[tuple[Operator, Positions]] = field(default_factory=list)
 
-    def steps(self) -> tuple[Step, ...]:
-        """Neighbouring affine operators on the same tokens, fused; the others one by one."""
+    def steps(self, fused: Fused) -> tuple[Step, ...]:
+        """Neighbouring affine operators on the same tokens, fused; the others one by one.
+
+        Args:
+            fused: maps made for other sites of the same model, to be used again and added to.
+        """
         steps: list[Step] = []
         for (affine, where), group in groupby(self.acts, _kind):
             operators = [operator for operator, _ in group]
             if affine:
-                fused: list[Affine] = [o for o in operators if isinstance(o, Add | Ablate)]
-                steps.append(Step(as_affine(fused), where))
+                together: list[Affine] = [o for o in operators if isinstance(o, Add | Ablate)]
+                key = tuple(map(id, together))
+                if key not in fused:
+                    fused[key] = as_affine(together)
+                steps.append(Step(fused[key], where))
             else:
                 steps += [Step(operator, where) for operator in operators]
         return tuple(steps)

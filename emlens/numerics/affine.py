@@ -58,6 +58,14 @@ class LowRankAffine:
     def _shifts(self) -> bool:
         return bool(self.c.any())
 
+    @cached_property
+    def _writes(self) -> Tensor:
+        """U^T, and c as a last row where it is not zero: read with a constant 1."""
+        # A tensor made in inference mode could not be used under gradients later.
+        with torch.inference_mode(False):
+            columns = torch.cat([self.U, self.c[:, None]], dim=1) if self._shifts else self.U
+            return columns.mT.contiguous()
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> "LowRankAffine":
         """The same map elsewhere or in another precision."""
         return LowRankAffine(*(t.to(device, dtype) for t in (self.U, self.V, self.c)))
@@ -76,24 +84,25 @@ class LowRankAffine:
         """
         check_same("y's last axis", y.shape[-1], "the width of the map", self.width)
         wide = torch.promote_types(y.dtype, torch.float32)
-        out = self._apply_flat(
-            y.reshape(-1, self.width).to(wide), None if where is None else where.flatten()
-        )
+        flat = y.reshape(-1, self.width).to(wide)
+        # Read at every hook of every pass: what is in place already is not moved again.
+        placed = self.c.dtype == wide and self.c.device == y.device
+        map_ = self if placed else self.to(y.device, wide)
+        out = map_._apply_flat(flat, None if where is None else where.reshape(-1, 1))
         return out.to(y.dtype).view(y.shape)
 
     def _apply_flat(self, y: Tensor, where: Tensor | None) -> Tensor:
         """One pass that reads and one that writes; nothing is done in place."""
-        U, V, c = (t.to(y.device, y.dtype) for t in (self.U, self.V, self.c))
         if self.rank == 0:
-            return y + c if where is None else torch.addr(y, where.to(y.dtype), c)
-        if self.rank == 1 and not self._shifts:
-            read = y.mv(V[:, 0])
-            return torch.addr(y, read if where is None else read * where, U[:, 0])
-        read = y @ V
+            return y + self.c if where is None else torch.addcmul(y, where.to(y.dtype), self.c)
+        read = y @ self.V
         if self._shifts:
             read = torch.nn.functional.pad(read, (0, 1), value=1.0)
-            U = torch.cat([U, c[:, None]], dim=1)
-        return torch.addmm(y, read if where is None else read * where[:, None], U.mT)
+        if where is not None:
+            read = read * where
+        if read.shape[1] == 1:
+            return torch.addcmul(y, read, self._writes)
+        return torch.addmm(y, read, self._writes)
 
     def then(self, after: "LowRankAffine") -> "LowRankAffine":
         """The one map that does this and afterwards the other.

@@ -216,13 +216,23 @@ def test_one_value_can_replace_every_tokens():
 def test_gradients_flow_through():
     model, v = load_tiny(), draw(D_MODEL)
     x = torch.randn(1, 5, D_MODEL, requires_grad=True)
-    changes = [Intervention("resid_post.1", Ablate(v)), Intervention("mlp_out.2", Add(v))]
+    changes = [
+        Intervention("resid_post.1", Ablate(v)),
+        Intervention("mlp_out.2", Add(v)),
+        Intervention("attn_out.2", Ablate(v, toward=2 * v)),
+    ]
     with intervene(model, changes):
+        with torch.inference_mode():  # what is kept from the first pass must serve the second
+            model(x, start_at_layer=1)
         model(x, start_at_layer=1).sum().backward()
     got = x.grad
     assert got is not None
     y = x.detach().clone().requires_grad_()
-    hooks = {"resid_post.1": project_out(v), "mlp_out.2": lambda z, hook: z + v.float()}
+    hooks = {
+        "resid_post.1": project_out(v),
+        "mlp_out.2": lambda z, hook: z + v.float(),
+        "attn_out.2": lambda z, hook: project_out(v)(z) + 2 * v.float(),
+    }
     run_hooked(model, y, hooks, start_at_layer=1).sum().backward()
     assert y.grad is not None
     assert close(got, y.grad)

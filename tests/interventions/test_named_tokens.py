@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from emlens.data import PositionsError
+from emlens.data import Chat, Message, PositionsError
+from emlens.diffing.compare import compare_logits
 from emlens.interventions import (
     Ablate,
     Add,
@@ -16,6 +17,7 @@ from emlens.models.attach import attach_adapter
 from emlens.models.hooks import HookNeverFiredError, watch_sites
 from emlens.models.kv_cache import KeyValueCache
 from emlens.models.loading import load_base
+from emlens.models.pair import ModelPair
 from emlens.models.paired import forward_many
 from emlens.models.tokens_in_flight import (
     count_positions,
@@ -23,6 +25,7 @@ from emlens.models.tokens_in_flight import (
     frame_prompts,
     publish_tokens,
 )
+from emlens.models.views import share_model
 from emlens.numerics.validation import WidthError
 from emlens.sites import parse_site
 from tests.interventions.vectors import (
@@ -185,3 +188,15 @@ def test_tokens_of_another_batch_are_refused():
 
     with pytest.raises(WidthError, match="tokens published"):
         enter_and_leave(model, chosen, run)
+
+
+def test_comparing_two_models_says_which_tokens_are_in_flight():
+    model = load_tiny()
+    pair = ModelPair(base=model, tuned=share_model(model), adapter=None, proof=None)
+    chats = [Chat((Message("user", "w5 w6"), Message("assistant", "w40 w41 w42 w43")))]
+    steer = [Intervention("resid_post.0", Add(8 * draw(D_MODEL)), "response[2:]")]
+    with intervene(pair.tuned, steer):
+        prompt = compare_logits(pair, chats, positions="response[:1]")
+        later = compare_logits(pair, chats, positions="response[3:]")
+    assert prompt.kl_base_tuned == 0
+    assert later.kl_base_tuned > 1e-3
