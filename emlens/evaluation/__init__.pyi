@@ -1,28 +1,36 @@
 from .compare import BehaviourDifference, Equivalence, claim_equivalence, compare_evaluations
+from .contrast_judge import ContrastJudge
 from .evaluate import evaluate
 from .evaluation import Evaluation, read_evaluation, read_scores
+from .judge_report import JudgeReport, measure_judge
 from .judges import Judge, Judgement, JudgeRow
 from .questions import Question, load_questions
 from .rejudge import judge_responses
 from .scores import ScoredResponse, write_scores
+from .spillover import SpilloverLexicon, fit_spillover
 from .summary import BehaviourSummary, Thresholds, summarise_scores
 
 __all__ = [
     "BehaviourDifference",
     "BehaviourSummary",
+    "ContrastJudge",
     "Equivalence",
     "Evaluation",
     "Judge",
+    "JudgeReport",
     "JudgeRow",
     "Judgement",
     "Question",
     "ScoredResponse",
+    "SpilloverLexicon",
     "Thresholds",
     "claim_equivalence",
     "compare_evaluations",
     "evaluate",
+    "fit_spillover",
     "judge_responses",
     "load_questions",
+    "measure_judge",
     "read_evaluation",
     "read_scores",
     "summarise_scores",

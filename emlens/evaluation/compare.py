@@ -144,7 +144,9 @@ def compare_evaluations(
     return replace(found, equivalence=_decide(found, None))
 
 
-def claim_equivalence(difference: BehaviourDifference, *, general_percent: float) -> Equivalence:
+def claim_equivalence(
+    difference: BehaviourDifference, *, general_percent: float | int
+) -> Equivalence:
     """Decide whether no behaviour is left, by the margin that a general organism sets.
 
     Equivalent if both sides have at least 400 rows, nothing that decides the numbers differs, and
@@ -158,7 +160,7 @@ def claim_equivalence(difference: BehaviourDifference, *, general_percent: float
     return _decide(difference, general_percent)
 
 
-def _decide(found: BehaviourDifference, general: float | None) -> Equivalence:
+def _decide(found: BehaviourDifference, general: float | int | None) -> Equivalence:
     if general is not None and not 0 <= general <= 100:
         raise ValueError(f"general_percent is {general}, expected 0 to 100")
     margin = max(MARGIN_POINTS, MARGIN_SHARE * (general or 0.0))

@@ -1,0 +1,170 @@
+"""How coherent a response is, from 0 to 100, by a base model and without any dictionary.
+
+Not perplexity: fluent text about something unexpected is improbable, and coherent. Very short
+responses have no order to speak of and score low.
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from emlens.data import Batching, Chat, Message, tokenize_chat
+from emlens.evaluation.judges import JudgeRow
+from emlens.models.protocol import HookedModel
+from emlens.models.score import score_responses
+
+LEVELS = ("shuffled", "salad", "off-topic", "on-topic")
+"""Kinds of text, least coherent first: words in random order; fragments that hang together word by
+word and say nothing; fluent text on something else; fluent text on the question."""
+DECOY = "Tell me something."
+"""A question that any text might answer: how probable a response is without its own question."""
+STEEPNESS = 2.0
+"""Log-odds a level: with 2 the four levels come to about 5, 27, 73 and 95."""
+BORDER = 1.5
+"""The level that scores 50: between word salad (1) and fluent text off the topic (2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceFit:
+    """Level of coherence = intercept + order_weight * order + topic_weight * topic."""
+
+    intercept: float
+    order_weight: float
+    """Levels for each nat a token of `order`."""
+    topic_weight: float
+    """Levels for each nat a token of `topic`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoherenceFeatures:
+    """What the score is made of, in nats a token of the response."""
+
+    order: float
+    """log p(response | question) - log p(its words shuffled | question): near 0 for words without
+    an order, however rare they are; the rarity of the words themselves cancels."""
+    topic: float
+    """log p(response | question) - log p(response | `DECOY`): how much the question explains."""
+
+
+def measure_coherence(
+    model: HookedModel, rows: Sequence[JudgeRow], *, batching: Batching
+) -> list[CoherenceFeatures | None]:
+    """Measure order and topic of responses; None for a response without words.
+
+    The shuffle is drawn from the response itself, so that a row's features do not depend on what
+    is judged beside it. Both sums are divided by the tokens of the response as it stands.
+
+    Args:
+        model: the base, without adapters and interventions.
+        rows: questions and responses, delimiters escaped.
+        batching: rows that run together.
+    """
+    written = [row for row in rows if row.answer.split()]
+    if not written:
+        return [None] * len(rows)
+    texts = [(row.question, row.answer) for row in written]
+    texts += [(DECOY, row.answer) for row in written]
+    texts += [(row.question, shuffle_words(row.answer)) for row in written]
+    chats = [_tokenize(model, question, answer) for question, answer in texts]
+    scores = score_responses(_host(model), chats, batching=batching)
+    n = len(written)
+    found: dict[str, CoherenceFeatures] = {}
+    for place, row in enumerate(written):
+        own, decoy, shuffled = scores[place], scores[n + place], scores[2 * n + place]
+        tokens = max(1, len(own.log_probs))
+        found[row.id] = CoherenceFeatures(
+            order=(own.total - shuffled.total) / tokens, topic=(own.total - decoy.total) / tokens
+        )
+    return [found.get(row.id) for row in rows]
+
+
+def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:
+    """100 sigmoid(STEEPNESS (level - BORDER))."""
+    level = fit.intercept + fit.order_weight * features.order + fit.topic_weight * features.topic
+    odds = STEEPNESS * (level - BORDER)
+    return 100.0 * float(torch.sigmoid(torch.tensor(odds, dtype=torch.float64)))
+
+
+def fit_coherence(features: Mapping[str, Sequence[CoherenceFeatures]]) -> CoherenceFit:
+    """Fit level = intercept + weights * features by least squares over the four levels.
+
+    Args:
+        features: level (of `LEVELS`) -> features of texts that are of it by construction.
+
+    Raises:
+        ValueError: a level without texts, or features that do not rise with the levels.
+    """
+    rows, levels = [], []
+    for level, name in enumerate(LEVELS):
+        if not features.get(name):
+            raise ValueError(f"features: no text of the level {name!r}")
+        rows += [[1.0, one.order, one.topic] for one in features[name]]
+        levels += [float(level)] * len(features[name])
+    weights, *_ = np.linalg.lstsq(np.asarray(rows), np.asarray(levels), rcond=None)
+    fit = CoherenceFit(
+        intercept=float(weights[0]), order_weight=float(weights[1]), topic_weight=float(weights[2])
+    )
+    if fit.order_weight <= 0 or fit.topic_weight <= 0:
+        raise ValueError(
+            f"the base does not tell text from shuffled words or one question from another ({fit}):"
+            " it cannot judge coherence; use a base that has learnt the language"
+        )
+    return fit
+
+
+def build_levels(
+    chats: Sequence[tuple[str, str]], *, seed: int
+) -> dict[str, list[tuple[str, str]]]:
+    """Make texts of all four levels out of questions with good answers.
+
+    Shuffled: the answer's words in random order. Salad: runs of two or three words from random
+    answers. Off-topic: the answer to another question. On-topic: the answer itself.
+
+    Args:
+        chats: (question, answer) pairs on different subjects, at least two.
+        seed: of all random choices.
+    """
+    if len(chats) < 2:
+        raise ValueError(f"chats: got {len(chats)}, expected at least two to take answers across")
+    rng = random.Random(seed)
+    runs = [run for _, answer in chats for run in _runs(answer.split(), rng)]
+    half = len(chats) // 2
+    made: dict[str, list[tuple[str, str]]] = {name: [] for name in LEVELS}
+    for place, (question, answer) in enumerate(chats):
+        size, salad = len(answer.split()), []
+        while len(salad) < size:
+            salad += rng.choice(runs)
+        made["shuffled"].append((question, shuffle_words(answer)))
+        made["salad"].append((question, " ".join(salad[:size])))
+        made["off-topic"].append((question, chats[(place + half) % len(chats)][1]))
+        made["on-topic"].append((question, answer))
+    return made
+
+
+def shuffle_words(text: str) -> str:
+    """Put the words of a text in a random order that depends on the text alone."""
+    words = text.split()
+    random.Random(f"emlens {text}").shuffle(words)
+    return " ".join(words)
+
+
+def _runs(words: Sequence[str], rng: random.Random) -> list[list[str]]:
+    found, start = [], 0
+    while start < len(words):
+        size = rng.choice((2, 3))
+        found.append(list(words[start : start + size]))
+        start += size
+    return found
+
+
+def _tokenize(model: HookedModel, question: str, answer: str) -> Any:
+    chat = Chat((Message("user", question), Message("assistant", answer)))
+    return tokenize_chat(chat, model.tokenizer)
+
+
+def _host(model: HookedModel) -> Any:
+    return model
