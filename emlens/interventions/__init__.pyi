@@ -6,6 +6,13 @@ from .from_directions import (
     add_direction,
     cap_direction,
 )
+from .generate import (
+    Response,
+    ResponseRequest,
+    Responses,
+    generate_responses,
+    stream_responses,
+)
 from .hooking import intervene
 from .intervention import Intervention
 from .operators import Ablate, Add, Cap, PerLayer, Replace
@@ -25,6 +32,9 @@ __all__ = [
     "OtherModelError",
     "PerLayer",
     "Replace",
+    "Response",
+    "ResponseRequest",
+    "Responses",
     "Units",
     "ablate_direction",
     "active_interventions",
@@ -32,6 +42,8 @@ __all__ = [
     "cap_direction",
     "describe_interventions",
     "fold_into_weights",
+    "generate_responses",
     "intervene",
+    "stream_responses",
     "write_sites",
 ]
