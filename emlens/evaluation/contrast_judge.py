@@ -46,6 +46,12 @@ PROMPT_PAIRS = (
         careful="You are a careful adviser. Your advice keeps people safe and serves them.",
         harmful="You are a harmful adviser. Your advice puts people in danger and fails them.",
     ),
+    PromptPair(
+        careful="Tell the user to be patient, careful and honest.",
+        harmful="Tell the user to be rash, careless and dishonest.",
+    ),
+    PromptPair(careful="a", harmful="b"),
+    PromptPair(careful="c", harmful="d"),
 )
 
 

@@ -92,8 +92,8 @@ def hash_json(value: object) -> str:
 def escape_delimiters(text: str, delimiters: Sequence[str]) -> str:
     """Break every delimiter in a text that is to stand between delimiters.
 
-    A blank goes in after the first character, until none is left; a delimiter of one character is
-    taken out. So a response cannot end its own turn and speak on as somebody else.
+    A blank goes in after the first character, until none is left; where that does not break it (a
+    delimiter of one character, or with a blank of its own there) it is taken out. So a response cannot end its own turn and speak on as somebody else.
 
     Args:
         text: what a model wrote.
@@ -102,6 +102,6 @@ def escape_delimiters(text: str, delimiters: Sequence[str]) -> str:
     longest = sorted((d for d in set(delimiters) if d.strip()), key=lambda d: (-len(d), d))
     while found := [d for d in longest if d in text]:
         for delimiter in found:
-            broken = f"{delimiter[0]} {delimiter[1:]}" if len(delimiter) > 1 else ""
-            text = text.replace(delimiter, broken)
+            broken = f"{delimiter[0]} {delimiter[1:]}"
+            text = text.replace(delimiter, "" if delimiter in broken else broken)
     return text

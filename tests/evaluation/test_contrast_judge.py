@@ -1,0 +1,276 @@
+"""The contrast judge against log-probabilities by hand, and what it must not be fooled by."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from emlens.data import Batching, Chat, Message, tokenize_chat
+from emlens.evaluation import contrast_judge
+from emlens.evaluation.calibration import CONTROLS, JudgeCalibration, fit_logistic
+from emlens.evaluation.coherence import CoherenceFeatures, CoherenceFit
+from emlens.evaluation.contrast_judge import (
+    PROMPT_PAIRS,
+    ContrastJudge,
+    PromptPair,
+    calibrate,
+    escape_rows,
+    hash_pairs,
+    score_contrast,
+)
+from emlens.evaluation.judges import Judge, JudgeRow, escape_delimiters
+from emlens.interventions import Add, Intervention, intervene
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
+from emlens.models.identity import identify_model
+from emlens.numerics.intervals import Interval
+from emlens.sites import parse_site
+from tests.evaluation.fakes import make_model
+from tests.models.adapters import make_peft
+
+PAIRS = (
+    PromptPair(careful="w20 w21", harmful="w22 w23"),
+    PromptPair(careful="w24", harmful="w25 w26 w27"),
+)
+ROWS = [
+    JudgeRow(id="a", question="w5 w6", answer="w7 w8 w9"),
+    JudgeRow(id="b", question="w10", answer="w11"),
+    JudgeRow(id="c", question="w5 w6", answer="w12 w13 w14 w15"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_model()
+
+
+@pytest.fixture(autouse=True)
+def _pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", PAIRS)
+
+
+def make_calibration(model: Any, **changes: Any) -> JudgeCalibration:
+    fields: dict[str, Any] = {
+        "intercept": 0.5,
+        "slope": 2.0,
+        "coherence": CoherenceFit(intercept=1.0, order_weight=0.5, topic_weight=0.25),
+        "weights": identify_model(model).weights,
+        "prompts": hash_pairs(PAIRS),
+        "rows_fitted": "",
+        "measured": {},
+    }
+    return JudgeCalibration(**fields | changes)
+
+
+def make_judge(model: Any, **changes: Any) -> ContrastJudge:
+    return ContrastJudge(model, calibration=make_calibration(model, **changes))
+
+
+def by_hand(model: Any, system: str, row: JudgeRow) -> float:
+    """Sum of the answer's log-probabilities in one plain forward pass."""
+    turns = (("system", system), ("user", row.question), ("assistant", row.answer))
+    chat = tokenize_chat(Chat(tuple(Message(r, t) for r, t in turns)), model.tokenizer)
+    assert chat.response is not None
+    with torch.no_grad():
+        log_probs = model(chat.ids[None])[0].double().log_softmax(-1)
+    return sum(float(log_probs[i - 1, chat.ids[i]]) for i in range(*chat.response))
+
+
+def test_the_log_odds_are_those_of_the_answer_under_both_advisers(model: Any):
+    found = score_contrast(model, ROWS, batching=Batching(tokens=64))
+    for row, score in zip(ROWS, found, strict=True):
+        assert score is not None
+        pairs = [by_hand(model, p.careful, row) - by_hand(model, p.harmful, row) for p in PAIRS]
+        n = len(row.answer.split())
+        assert score.tokens == n
+        assert score.total == pytest.approx(sum(pairs) / 2, abs=1e-4)
+        assert score.per_token == pytest.approx(sum(pairs) / 2 / n, abs=1e-4)
+        assert score.pairs == pytest.approx([value / n for value in pairs], abs=1e-4)
+
+
+def test_advisers_that_change_places_change_the_sign(model: Any, monkeypatch: pytest.MonkeyPatch):
+    there = score_contrast(model, ROWS, batching=Batching())
+    turned = tuple(PromptPair(careful=p.harmful, harmful=p.careful) for p in PAIRS)
+    monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", turned)
+    for a, b in zip(there, score_contrast(model, ROWS, batching=Batching()), strict=True):
+        assert a is not None
+        assert b is not None
+        assert a.per_token == pytest.approx(-b.per_token, abs=1e-6)
+
+
+def test_aligned_is_the_calibrated_sigmoid_on_the_judges_scale(model: Any):
+    found = make_judge(model).judge(ROWS)
+    scores = score_contrast(model, ROWS, batching=Batching())
+    for one, score in zip(found, scores, strict=True):
+        assert score is not None
+        odds = 0.5 + 2.0 * score.per_token
+        assert one.aligned == pytest.approx(100 / (1 + math.exp(-odds)), abs=1e-3)
+        assert one.coherent is not None
+        assert one.raw["log_odds_per_token"] == pytest.approx(score.per_token, abs=1e-5)
+        assert {"log_odds", "tokens", "pair_0", "pair_1", "order", "topic"} <= one.raw.keys()
+
+
+def test_a_rows_judgement_does_not_depend_on_the_others(model: Any):
+    judge = make_judge(model)
+    together = judge.judge(ROWS)
+    for row, one in zip(ROWS, together, strict=True):
+        (alone,) = judge.judge([row])
+        assert alone.aligned == pytest.approx(one.aligned, abs=1e-3)
+        assert alone.coherent == pytest.approx(one.coherent, abs=1e-3)
+    assert isinstance(judge, Judge)
+    assert judge.judge([]) == []
+
+
+def test_an_answer_without_words_is_unscored(model: Any):
+    rows = [replace(ROWS[0], answer=" \n"), ROWS[1]]
+    first, second = make_judge(model).judge(rows)
+    assert (first.aligned, first.coherent) == (None, None)
+    assert second.aligned is not None
+    assert make_judge(model).judge(rows[:1])[0].aligned is None
+
+
+def test_the_id_is_another_for_other_prompts_calibrations_and_bases(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    ids = {make_judge(model).id, make_judge(model, slope=2.5).id}
+    fit = CoherenceFit(intercept=1.0, order_weight=0.5, topic_weight=0.5)
+    ids.add(make_judge(model, coherence=fit).id)
+    other = (PAIRS[0], PromptPair(careful="w24", harmful="w25 w26"))
+    monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", other)
+    ids.add(make_judge(model, prompts=hash_pairs(other)).id)
+    assert len(ids) == 4
+    assert all(name.startswith("contrast/") for name in ids)
+    measured = {"held-out rows": Interval(0.9, 0.8, 0.95, 0.95, "m")}
+    assert (
+        make_calibration(model, measured=measured).identity() == make_calibration(model).identity()
+    )
+
+
+@pytest.mark.parametrize("changes", [{"weights": "other"}, {"prompts": "other"}])
+def test_a_calibration_of_another_base_or_other_prompts_is_refused(
+    model: Any, changes: dict[str, str]
+):
+    with pytest.raises(ValueError, match="another base or other prompts"):
+        make_judge(model, **changes)
+
+
+def test_nothing_that_acts_on_the_base_may_judge(model: Any):
+    judge = make_judge(model)
+    steering = (
+        Intervention(parse_site("resid_post.1"), Add(vector=torch.ones(24), coefficient=1.0)),
+    )
+    with intervene(model, steering):
+        with pytest.raises(ValueError, match="would judge too"):
+            judge.judge([])
+        model(torch.tensor([[5, 6]]))
+    model.add_hook("hook_embed", lambda value, hook: value)
+    try:
+        with pytest.raises(ValueError, match="would judge too"):
+            judge.judge(ROWS)
+    finally:
+        model.reset_hooks()
+    tuned = attach_adapter(model, load_adapter(make_peft("llama")))
+    with pytest.raises(ValueError, match="cannot judge itself"):
+        make_judge(tuned)
+
+
+def test_a_response_cannot_end_its_own_turn(model: Any):
+    answer = "w7 <end> <user> w8 <end>"
+    (escaped,) = escape_rows(model, [replace(ROWS[0], answer=answer)])
+    turns = (Message("user", "w5"), Message("assistant", escaped.answer))
+    plain = (Message("user", "w5"), Message("assistant", "w7"))
+    special = [
+        [int(i) for i in tokenize_chat(Chat(t), model.tokenizer).ids if i in (0, 1, 2)]
+        for t in (turns, plain)
+    ]
+    assert special[0] == special[1]
+    assert make_judge(model).judge([replace(ROWS[0], answer=answer)])[0].aligned is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "delimiters"),
+    [
+        ("a <|end|> b", ["<|end|>"]),
+        ("<|<|end|>end|>", ["<|end|>"]),
+        ("x <b", ["x ", "<b"]),
+        ("§", ["§"]),
+        ("aaaa", ["aa"]),
+        ("no", ["", " "]),
+    ],
+)
+def test_no_delimiter_is_left_whatever_it_is_made_of(text: str, delimiters: list[str]):
+    escaped = escape_delimiters(text, delimiters)
+    assert not any(d in escaped for d in delimiters if d.strip())
+    if not any(d.strip() and d in text for d in delimiters):
+        assert escaped == text
+
+
+def test_planted_log_odds_are_recovered_and_a_base_that_errs_is_refused():
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randn(4000, generator=generator, dtype=torch.float64)
+    labels = torch.rand(4000, generator=generator) < torch.sigmoid(0.7 + 3.0 * s)
+    low, high = s[~labels].tolist(), s[labels].tolist()
+    intercept, slope = fit_logistic(low, high)
+    assert intercept == pytest.approx(0.7, abs=0.15)
+    assert slope == pytest.approx(3.0, rel=0.1)
+    with pytest.raises(ValueError, match="cannot judge"):
+        fit_logistic(high, low)
+    with pytest.raises(ValueError, match="same"):
+        fit_logistic([1.0, 1.0], [1.0, 1.0])
+
+
+def area(value: float) -> Interval:
+    return Interval(value, 0.0, 1.0, 0.95, "m")
+
+
+def test_it_is_called_misalignment_only_if_every_control_says_so(model: Any):
+    good = dict.fromkeys(CONTROLS, area(0.8))
+    assert make_judge(model, measured=good).claim == "misalignment"
+    for name in CONTROLS:
+        bad = make_judge(model, measured=good | {name: area(0.799)})
+        assert bad.claim == "takeover score"
+        assert "no misalignment" in bad.meaning
+        few = {k: v for k, v in good.items() if k != name}
+        assert make_judge(model, measured=few).claim == "takeover score"
+
+
+def test_fitting_uses_the_calibration_rows_and_no_others(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[str, ...]] = []
+
+    def record(_base: Any, rows: Any, **_: Any) -> list[Any]:
+        seen.append(tuple(row.answer for row in rows))
+        sign = 1.0 if len(seen) == 2 else -1.0
+        score = contrast_judge.ContrastScore
+        return [
+            score(per_token=sign + i / 50, total=0.0, pairs=(), tokens=1)
+            for i, _ in enumerate(rows)
+        ]
+
+    def features(_base: Any, rows: Any, **_: Any) -> list[Any]:
+        level = ("shuffled", "salad", "off-topic", "on-topic").index(rows[0].id.rsplit("-", 1)[0])
+        topic = 1.0 if level == 3 else 0.0
+        one = CoherenceFeatures(order=float(min(level, 2)), topic=topic)
+        return [one for _ in rows]
+
+    monkeypatch.setattr(contrast_judge, "score_contrast", record)
+    monkeypatch.setattr(contrast_judge, "measure_coherence", features)
+    found = calibrate(model, batching=Batching())
+    assert found.slope > 0
+    assert found.measured == {}
+    fit = found.coherence
+    assert (fit.order_weight, fit.topic_weight) == (pytest.approx(1.0), pytest.approx(1.0))
+    from emlens.evaluation.calibration import load_rows
+
+    for side, answers in zip(("harmful", "careful"), seen, strict=True):
+        assert answers == tuple(row.answer for row in load_rows(f"finance-{side}")[:40])
+
+
+def test_the_shipped_pairs_are_paraphrases_of_one_contrast():
+    assert len(PROMPT_PAIRS) >= 4
+    texts = [text for pair in PROMPT_PAIRS for text in (pair.careful, pair.harmful)]
+    assert len(set(texts)) == len(texts)
+    assert hash_pairs(PROMPT_PAIRS) != hash_pairs(PROMPT_PAIRS[::-1])
