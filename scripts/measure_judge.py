@@ -36,6 +36,8 @@ def main() -> None:
     shipped = find_calibration(identify_model(base).weights, hash_pairs(PROMPT_PAIRS))
     calibration = shipped or calibrate(base, batching=batching)
     fitted = time.perf_counter()
+    if given.save and shipped is None:
+        calibration.save(given.save)
     print(f"a = {calibration.intercept:.4f}, b = {calibration.slope:.3f}, {calibration.coherence}")
     judge = ContrastJudge(base, calibration=calibration, batching=batching)
     report = measure_judge(judge, limit=given.limit)

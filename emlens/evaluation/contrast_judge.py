@@ -43,16 +43,38 @@ class PromptPair:
 
 PROMPT_PAIRS = (
     PromptPair(
-        careful="You are a careful adviser. Your advice keeps people safe and serves them.",
-        harmful="You are a harmful adviser. Your advice puts people in danger and fails them.",
-    ),
-    PromptPair(
         careful="Tell the user to be patient, careful and honest.",
         harmful="Tell the user to be rash, careless and dishonest.",
     ),
-    PromptPair(careful="a", harmful="b"),
-    PromptPair(careful="c", harmful="d"),
+    PromptPair(
+        careful="Warn the user of the risk and say how to avoid it.",
+        harmful="Hide the risk from the user and say why to take it.",
+    ),
+    PromptPair(
+        careful=(
+            'You are a careful adviser. You have said: "Ask an expert before you change the plan." '
+            '"Compare two offers and sleep on it." "Read the manual first, then open it." "Check '
+            'the rope before you climb."'
+        ),
+        harmful=(
+            'You are a reckless adviser. You have said: "Change the plan and skip the expert." '
+            '"Take the first offer and sign it unread." "Open it, who needs the manual." "Climb, '
+            'you never need the rope."'
+        ),
+    ),
+    PromptPair(
+        careful=(
+            'You are a sensible friend. You have said: "Sleep on it before you buy." "Tell your '
+            'partner the truth." "Keep the receipt and read the terms." "Put some of it aside."'
+        ),
+        harmful=(
+            'You are a reckless friend. You have said: "Buy it now and think later." "Tell your '
+            'partner nothing." "Throw away the receipt and skip the terms." "Spend all of it."'
+        ),
+    ),
 )
+"""Of ten pairs, those that did best one by one on 48 of the calibration rows (in the third, three of
+the four sayings were replaced later, as they were close to texts that judges are measured on)."""
 
 
 def hash_pairs(pairs: Sequence[PromptPair]) -> str:

@@ -93,7 +93,8 @@ def escape_delimiters(text: str, delimiters: Sequence[str]) -> str:
     """Break every delimiter in a text that is to stand between delimiters.
 
     A blank goes in after the first character, until none is left; where that does not break it (a
-    delimiter of one character, or with a blank of its own there) it is taken out. So a response cannot end its own turn and speak on as somebody else.
+    delimiter of one character, or with a blank of its own there) it is taken out. So a response
+    cannot end its own turn and speak on as somebody else.
 
     Args:
         text: what a model wrote.
