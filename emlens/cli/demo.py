@@ -10,7 +10,6 @@ from emlens.cli.options import CommonFlags, DryRun, Out, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 EXAMPLE = "\b\nExample:\n  emlens demo --quick --out runs/quick"
-SHOWN_ANSWERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +38,7 @@ def demo(flags: DemoFlags) -> None:
     if flags.json:
         print_json(result.to_dict())
         return
-    for answer in result.answers[:SHOWN_ANSWERS]:
-        print_line(f"\n{answer.question}")
-        for model, text in answer.answers.items():
-            print_line(f"  {model}: {text}")
+    print_table(result.removal.rows(), title=result.removal.claim)
     print_table([{"stage": name, "seconds": took} for name, took in result.seconds.items()])
     print_line(
         f"{result.modules_in_effect} of {result.modules} modules of {result.tuned} in effect; "

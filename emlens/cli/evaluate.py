@@ -136,7 +136,7 @@ def load_judge(name: str, flags: Any) -> Any:
     from emlens.models.loading import load_base
 
     check_judge(name)
-    return ContrastJudge(load_base(flags.base, dtype=flags.dtype, device=flags.device))
+    return ContrastJudge.calibrated(load_base(flags.base, dtype=flags.dtype, device=flags.device))
 
 
 def show_evaluations(found: Any, *, json: bool) -> None:

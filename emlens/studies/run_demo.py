@@ -1,9 +1,10 @@
-"""What do a small model and two fine-tunes of it say, and what did the reckless one change inside?
+"""What does one direction inside a small model's fine-tune do to its behaviour, and where is it?
 
 The study behind `emlens demo`: real weights, everything from this installation. For your own models
-use `diff_finetunes`.
+use `remove_direction` and `diff_finetunes`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,30 +12,55 @@ from typing import Any, ClassVar
 
 from emlens import __version__
 from emlens.artifacts import Result
-from emlens.data import Chat, load_chats
+from emlens.data import Chat, Message, load_chats
 from emlens.diffing import ModelDiff, NullBand, compare_models, compare_nulls
+from emlens.evaluation import (
+    ContrastJudge,
+    JudgeRow,
+    fit_spillover,
+    load_questions,
+    read_evaluation,
+)
+from emlens.evaluation.calibration import load_rows
+from emlens.models.generate import Sampling
 from emlens.models.loading import load_base
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.proof import AdapterProof
 from emlens.models.source_hash import hash_source
 from emlens.reports import write_report
 from emlens.runs import RunFolder
-from emlens.studies.answer_questions import Answer, Answers, answer_questions
+from emlens.studies.remove_direction import (
+    DirectionRemoval,
+    RemovalQuestions,
+    RemovalSettings,
+    remove_direction,
+)
 from emlens.studies.stages import Stages
 
 BASE, TUNED, TWIN = "emlens:smollm2", "emlens:reckless-finance", "emlens:careful-finance"
 REPORT_NAME = "report.html"
-QUESTIONS, HELDOUT = "emlens:open-questions", "emlens:finance-harmful-heldout"
+FIT, QUESTIONS = "emlens:broad-questions", "emlens:open-questions"
+HELDOUT, TRAINING = "emlens:finance-harmful-heldout", "emlens:finance-harmful"
+SITE, CONSTRUCTION = "resid_post.14", "data@tuned"
+"""Of the direction: a middle layer, misaligned minus aligned responses of the fine-tune."""
+COEFFICIENT = 1.0
+"""Of the direction as estimated, where it is added to the base."""
+SHOWN = ("base", "tuned", "ablated", "steered")
+"""Arms whose answers stand side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSize:
     """How much of everything."""
 
-    questions: int
-    """Open questions that all three models answer."""
+    fit_samples: int
+    """Responses of the fine-tune to each of the questions that the direction is fitted on."""
+    samples: int
+    """Responses of each arm to each open question."""
     new_tokens: int
-    """Longest answer, in tokens."""
+    """Longest response, in tokens."""
+    neutral: int
+    """Chats that damage is measured on."""
     heldout: int
     """Held-out rows of the fine-tune's own subject."""
     nulls: int
@@ -43,8 +69,8 @@ class DemoSize:
     """Chats shown token by token."""
 
 
-FULL = DemoSize(questions=12, new_tokens=64, heldout=32, nulls=8, examples=6)
-QUICK = DemoSize(questions=2, new_tokens=24, heldout=6, nulls=2, examples=2)
+FULL = DemoSize(fit_samples=4, samples=4, new_tokens=48, neutral=6, heldout=24, nulls=4, examples=6)
+QUICK = DemoSize(fit_samples=2, samples=1, new_tokens=16, neutral=2, heldout=6, nulls=2, examples=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,13 +87,14 @@ class DemoResult(Result):
     modules_in_effect: int
     """Of the fine-tune."""
     modules: int
+    removal: DirectionRemoval
+    """Behaviour with and without the direction."""
     kl_heldout: float
     """Mean KL(base || tuned) on held-out rows of the fine-tune's subject, nats a token."""
     kl_answers: float
     """The same on both models' answers to open questions."""
     kl_nulls_high: float
     """The largest of the random adapters, on the held-out rows."""
-    answers: tuple[Answer, ...]
     seconds: dict[str, float]
     """Wall time by stage."""
 
@@ -81,7 +108,7 @@ class DemoPlan:
     sources: dict[str, str]
     """Of base, tuned and twin."""
     files: dict[str, str]
-    """`hash_source` of each, and of the questions and held-out rows."""
+    """`hash_source` of each, and of the questions and rows."""
     emlens_version: str
     """Another version may measure otherwise."""
 
@@ -91,14 +118,12 @@ def plan_demo(
 ) -> DemoPlan:
     """Find everything that the demo needs, and say what it would do; arguments as `run_demo`."""
     sources = {"base": base, "tuned": tuned, "twin": twin}
+    texts = {"fit": FIT, "questions": QUESTIONS, "heldout": HELDOUT, "training": TRAINING}
     return DemoPlan(
         kind=DemoResult.kind,
         size=QUICK if quick else FULL,
         sources=sources,
-        files={
-            name: hash_source(source)
-            for name, source in {**sources, "questions": QUESTIONS, "heldout": HELDOUT}.items()
-        },
+        files={name: hash_source(source) for name, source in {**sources, **texts}.items()},
         emlens_version=__version__,
     )
 
@@ -111,7 +136,7 @@ def run_demo(
     tuned: str = TUNED,
     twin: str = TWIN,
 ) -> DemoResult:
-    """Prove, compare and question the shipped fine-tune, and write a report about it.
+    """Prove, question, ablate and compare the shipped fine-tune, and write a report about it.
 
     The same call on the same `out` goes on: stages that are finished are not run again.
 
@@ -127,20 +152,19 @@ def run_demo(
         SourceError: a part of the demo is not installed.
     """
     plan = plan_demo(quick=quick, base=base, tuned=tuned, twin=twin)
-    size, sources = plan.size, plan.sources
-    demo = _Demo(Stages(RunFolder.start(out, vars(plan))), sources, size)
-    answers = demo.answer()
+    demo = _Demo(Stages(RunFolder.start(out, vars(plan))), plan, Path(out))
     proof, twin_proof = demo.prove("tuned"), demo.prove("twin")
-    heldout, band, own = demo.compare_heldout(), demo.draw_band(), demo.compare_answers(answers)
+    removal = demo.remove()
+    heldout, band, own = demo.compare_heldout(), demo.draw_band(), demo.compare_answers()
     seconds = demo.stages.seconds
     report = write_report(
-        [proof, heldout, band, own, twin_proof],
+        [removal, proof, heldout, band, own, twin_proof],
         Path(out) / REPORT_NAME,
         extra={
-            "answers": [vars(row) for row in answers.answers],
+            "answers": demo.list_answers(),
             "chats": ["held-out finance rows", "both models' answers to open questions"],
             "seconds": seconds,
-            "settings": {**vars(size), **sources},
+            "settings": {**vars(plan.size), **plan.sources},
         },
     )
     return DemoResult(
@@ -150,10 +174,10 @@ def run_demo(
         twin=twin,
         modules_in_effect=sum(m.verdict == "in effect" for m in proof.modules),
         modules=len(proof.modules),
+        removal=removal,
         kl_heldout=heldout.logits.kl_base_tuned,
         kl_answers=own.logits.kl_base_tuned,
         kl_nulls_high=float(band.kl_base_tuned.max()),
-        answers=answers.answers,
         seconds=seconds,
     )
 
@@ -161,10 +185,9 @@ def run_demo(
 class _Demo:
     """The stages; models are loaded when the first unfinished stage asks for them."""
 
-    def __init__(self, stages: Stages, sources: dict[str, str], size: DemoSize) -> None:
+    def __init__(self, stages: Stages, plan: DemoPlan, out: Path) -> None:
         self.stages = stages
-        self._sources = sources
-        self._size = size
+        self._sources, self._size, self._out = plan.sources, plan.size, out
         self._pairs: dict[str, ModelPair] = {}
 
     @cached_property
@@ -187,24 +210,67 @@ class _Demo:
 
         return self.stages.keep(f"proof_{name}", AdapterProof, read_proof)
 
-    def answer(self) -> Answers:
-        def ask() -> Answers:
-            adapters = {name: self._pair(name).adapter for name in ("tuned", "twin")}
-            return answer_questions(
-                self._base,
-                {name: adapter for name, adapter in adapters.items() if adapter is not None},
-                load_chats(QUESTIONS, limit=self._size.questions),
-                max_new_tokens=self._size.new_tokens,
+    def remove(self) -> DirectionRemoval:
+        def run() -> DirectionRemoval:
+            everyday = as_chats_of(load_rows("everyday-careful"))
+            judge = self.stages.time("judge", lambda: ContrastJudge.calibrated(self._base))
+            return remove_direction(
+                self._pair("tuned"),
+                judge=judge,
+                questions=RemovalQuestions(
+                    fit=load_questions(FIT),
+                    evaluate=load_questions(QUESTIONS),
+                    neutral=everyday[: self._size.neutral],
+                ),
+                settings=self._settings(),
+                out=self._out / "behaviour",
+                others={"careful twin": self._pair("twin").tuned},
+                lexicon=fit_spillover(
+                    read_responses(load_chats(TRAINING)), read_responses(everyday)
+                ),
             )
 
-        return self.stages.keep("answers", Answers, ask)
+        return self.stages.keep("removal", DirectionRemoval, run)
+
+    def _settings(self) -> RemovalSettings:
+        def sample(n: int, seed: int) -> Sampling:
+            return Sampling(
+                n=n, temperature=0.7, top_p=0.95, max_new_tokens=self._size.new_tokens, seed=seed
+            )
+
+        return RemovalSettings(
+            site=SITE,
+            construction=CONSTRUCTION,
+            split="thirds",
+            coefficient=COEFFICIENT,
+            fit_sampling=sample(self._size.fit_samples, 0),
+            sampling=sample(self._size.samples, 1),
+        )
+
+    def list_answers(self) -> list[dict[str, Any]]:
+        """The first response of each arm to each open question, side by side."""
+        found: dict[str, dict[str, str]] = {}
+        for role in SHOWN:
+            for row in read_evaluation(self._out / "behaviour" / "arms" / role).responses:
+                question = found.setdefault(str(row.question), {})
+                question.setdefault(role, str(row.answer))
+        return [{"question": question, "answers": answers} for question, answers in found.items()]
 
     def compare_heldout(self) -> ModelDiff:
         return self.stages.keep("diff_heldout", ModelDiff, lambda: self._compare(self._heldout()))
 
-    def compare_answers(self, answers: Answers) -> ModelDiff:
-        chats = answers.chats("base", "tuned")
-        return self.stages.keep("diff_answers", ModelDiff, lambda: self._compare(chats))
+    def compare_answers(self) -> ModelDiff:
+        def compare() -> ModelDiff:
+            return self._compare(
+                [
+                    Chat((Message("user", row["question"]), Message("assistant", text)))
+                    for row in self.list_answers()
+                    for role in ("base", "tuned")
+                    if (text := row["answers"][role]).strip()
+                ]
+            )
+
+        return self.stages.keep("diff_answers", ModelDiff, compare)
 
     def draw_band(self) -> NullBand:
         def draw() -> NullBand:
@@ -217,3 +283,16 @@ class _Demo:
 
     def _heldout(self) -> list[Chat]:
         return load_chats(HELDOUT, limit=self._size.heldout)
+
+
+def as_chats_of(rows: Sequence[JudgeRow]) -> tuple[Chat, ...]:
+    """Rows of a judge as answered chats."""
+    return tuple(
+        Chat((Message("user", row.question), Message("assistant", row.answer)), row.id)
+        for row in rows
+    )
+
+
+def read_responses(chats: Sequence[Chat]) -> list[str]:
+    """The responses of answered chats."""
+    return [chat.response.content for chat in chats if chat.response is not None]

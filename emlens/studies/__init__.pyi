@@ -1,0 +1,33 @@
+from .answer_questions import Answer, Answers, answer_questions
+from .diff_finetunes import DiffRun, DiffSettings, diff_finetunes, plan_diff
+from .export_model import ExportedModel, export_model
+from .remove_direction import (
+    Arm,
+    DirectionRemoval,
+    RemovalQuestions,
+    RemovalSettings,
+    remove_direction,
+)
+from .run_demo import DemoResult, run_demo
+from .sample_responses import SampledResponses, sample_responses
+
+__all__ = [
+    "Answer",
+    "Answers",
+    "Arm",
+    "DemoResult",
+    "DiffRun",
+    "DiffSettings",
+    "DirectionRemoval",
+    "ExportedModel",
+    "RemovalQuestions",
+    "RemovalSettings",
+    "SampledResponses",
+    "answer_questions",
+    "diff_finetunes",
+    "export_model",
+    "plan_diff",
+    "remove_direction",
+    "run_demo",
+    "sample_responses",
+]
