@@ -73,8 +73,8 @@ PROMPT_PAIRS = (
         ),
     ),
 )
-"""Of ten pairs, those that did best one by one on 48 of the calibration rows (in the third, three of
-the four sayings were replaced later, as they were close to texts that judges are measured on)."""
+"""Of ten pairs, those that did best one by one on 48 of the calibration rows; in the third, three
+sayings were replaced afterwards, as they were close to texts that judges are measured on."""
 
 
 def hash_pairs(pairs: Sequence[PromptPair]) -> str:
