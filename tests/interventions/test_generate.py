@@ -89,7 +89,7 @@ def test_what_is_kept_is_the_template_the_tokens_and_their_text(model):
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 120, 100_000])
+@pytest.mark.parametrize("tokens", [1, 120])
 def test_responses_do_not_depend_on_the_batches(model, tokens):
     whole = generate_responses(model, CHATS, sampling=SAMPLING)
     cut = generate_responses(model, CHATS, sampling=SAMPLING, batching=Batching(tokens=tokens))

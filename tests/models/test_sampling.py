@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from transformers import TopPLogitsWarper
@@ -11,6 +11,7 @@ from emlens.models import unembed
 from emlens.models.sampling import Sampling, choose_tokens, keep_top_p
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.01, 0.999), st.floats(0.1, 8))
 def test_the_nucleus_is_that_of_transformers(seed: int, top_p: float, spread: float):
     generator = torch.Generator().manual_seed(seed)
@@ -54,9 +55,9 @@ def test_draws_have_the_distribution_of_the_softmax_at_the_temperature(temperatu
 def test_steps_and_keys_draw_anew():
     logits = torch.zeros(4, 1000)
     keys = torch.arange(4)
-    settings = Sampling(1)
+    how = Sampling(1)
     first, again, later = (
-        choose_tokens(logits, keys=keys, step=step, sampling=settings)[0] for step in (0, 0, 1)
+        choose_tokens(logits, keys=keys, step=step, sampling=how)[0] for step in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, later)
@@ -67,9 +68,9 @@ def test_nearly_equal_logits_give_equal_tokens():
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(2000, 500, generator=generator)
     rounded = logits + 1e-5 * torch.randn(logits.shape, generator=generator)
-    settings = Sampling(1)
+    how = Sampling(1)
     chosen, other = (
-        choose_tokens(x, keys=torch.arange(2000), step=0, sampling=settings)[0]
+        choose_tokens(x, keys=torch.arange(2000), step=0, sampling=how)[0]
         for x in (logits, rounded)
     )
     assert (chosen != other).float().mean() < 2e-3
@@ -77,10 +78,10 @@ def test_nearly_equal_logits_give_equal_tokens():
 
 def test_slices_change_no_choice(monkeypatch: pytest.MonkeyPatch):
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
-    for settings in (Sampling(1), Sampling(1, top_p=0.6), Sampling(1, temperature=0)):
-        whole = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=settings)[0]
+    for how in (Sampling(1), Sampling(1, top_p=0.6), Sampling(1, temperature=0)):
+        whole = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=how)[0]
         monkeypatch.setattr(unembed, "MAX_LOGITS", 700)
-        cut = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=settings)[0]
+        cut = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=how)[0]
         monkeypatch.undo()
         assert torch.equal(whole, cut)
 
@@ -95,8 +96,8 @@ def test_rows_with_nan_are_told():
     logits = torch.zeros(3, 4)
     logits[1, 2] = float("nan")
     for temperature in (0, 1):
-        settings = Sampling(1, temperature=temperature)
-        _, sound = choose_tokens(logits, keys=torch.arange(3), step=0, sampling=settings)
+        how = Sampling(1, temperature=temperature)
+        _, sound = choose_tokens(logits, keys=torch.arange(3), step=0, sampling=how)
         assert sound.tolist() == [True, False, True]
 
 

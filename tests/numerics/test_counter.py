@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from scipy import stats
@@ -48,6 +48,7 @@ def test_the_published_stream_comes_out_for_its_published_seed():
     ]
 
 
+@settings(max_examples=40)
 @given(KEYS, st.integers(0, 2**64 - 1))
 def test_bits_are_splitmix_from_the_mixed_key_and_counter(values: list[int], counter: int):
     bits = counter_bits(keys_of(*values), counter, 5)
@@ -59,6 +60,7 @@ def test_bits_are_splitmix_from_the_mixed_key_and_counter(values: list[int], cou
 
 
 @pytest.mark.parametrize("draw", DRAWS)
+@settings(max_examples=25)
 @given(KEYS, st.integers(0, 2**40), st.integers(1, 9))
 def test_a_row_is_the_same_alone_and_in_any_batch(draw, values, counter, width):
     together = draw(keys_of(*values), counter, width)
