@@ -302,11 +302,13 @@ class Directions(Result):
         return dataclasses.replace(self, prompt_sets={**self.prompt_sets, role: hashes})
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a site."""
-        shares = [None] * len(self) if self.top3_share is None else self.top3_share.tolist()
+        """One row a site; `shuffled_norm` is the largest norm that shuffled labels gave."""
+        nothing = [None] * len(self)
+        shares = nothing if self.top3_share is None else self.top3_share.tolist()
+        norms = nothing if self.shuffled is None else self.shuffled.norm(dim=2).amax(1).tolist()
         return [
-            direction.rows()[0] | {"top3_share": share}
-            for direction, share in zip(self.directions, shares, strict=True)
+            direction.rows()[0] | {"shuffled_norm": norm, "top3_share": share}
+            for direction, norm, share in zip(self.directions, norms, shares, strict=True)
         ]
 
     def _check_controls(self, name: str, rows: Tensor | None) -> None:

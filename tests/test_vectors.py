@@ -93,6 +93,8 @@ def test_directions_survive_saving(tmp_path):
     assert again.prompt_sets == own.prompt_sets
     assert again.rows() == own.rows()
     assert [row["top3_share"] for row in own.rows()] == pytest.approx([0.1, 0.2, 0.3])
+    largest = [max(float(v.norm()) for v in rows) for rows in shuffled]
+    assert [row["shuffled_norm"] for row in own.rows()] == pytest.approx(largest)
 
 
 def test_directions_without_baselines_survive_saving(tmp_path):

@@ -112,6 +112,19 @@ def test_a_fine_tune_that_writes_one_direction_is_recovered_from_the_models():
     assert half == pytest.approx(1, abs=1e-5)
 
 
+def test_random_directions_of_a_comparison_of_models_vary_like_the_base_does():
+    base = tiny()
+    adapter, _ = planted(base)
+    pair = load_pair(base, adapter)
+    matched = fit(pair, "model@positive").covariance_matched
+    again = fit(load_pair(base, scale_adapter(adapter, 50.0)), "model@positive").covariance_matched
+    assert matched is not None
+    assert again is not None
+    # Neither of rank 1, as the differences are, nor stretched along what the fine-tune writes.
+    assert torch.allclose(matched, again, rtol=1e-5, atol=1e-6)
+    assert int(torch.linalg.matrix_rank(matched[1])) == 16
+
+
 def test_nothing_is_found_when_nothing_is_planted():
     base = tiny()
     adapter, _ = planted(base)
