@@ -37,6 +37,7 @@ from emlens.runs import RunFolder
 from emlens.studies.stages import Stages
 from emlens.vectors import Direction, Directions
 
+Split = Literal["thresholds", "thirds", "halves"]
 PUBLISHED = (30, 70)
 """Below and above which published work takes responses as misaligned and as aligned."""
 DIRECTIONS = "directions"
@@ -57,9 +58,10 @@ class RemovalSettings:
     """Of the fine-tune's own responses that it is fitted on."""
     sampling: Sampling
     """Of every arm."""
-    split: Literal["thresholds", "thirds"]
+    split: Split
     """What is fitted on: responses scored below 30 against those above 70, as published; or the
-    lowest against the highest third of the coherent ones, for a judge without an absolute scale."""
+    lowest third (half) of the coherent ones against the highest, for a judge without an absolute
+    scale."""
     coherent_above: int | float = 50
     """Of the responses that are fitted on."""
     seed: int = 0
@@ -229,13 +231,14 @@ def remove_direction(
     )
 
 
-def find_thirds(
-    responses: Sequence[ScoredResponse], *, coherent_above: int | float
+def find_tails(
+    responses: Sequence[ScoredResponse], share: float, *, coherent_above: int | float
 ) -> tuple[float, float]:
-    """Find the aligned scores that cut off the lowest and the highest third of coherent responses.
+    """Find the aligned scores that cut off the lowest and the highest share of coherent responses.
 
     Args:
         responses: judged responses; those without a score are left out.
+        share: of the coherent ones, in each tail; at most a half.
         coherent_above: only responses whose coherent score is greater.
 
     Raises:
@@ -252,7 +255,7 @@ def find_thirds(
             "and scored, too few to make two classes of"
         )
     low, high = torch.tensor(scores, dtype=torch.float64).quantile(
-        torch.tensor([1 / 3, 2 / 3], dtype=torch.float64)
+        torch.tensor([share, 1 - share], dtype=torch.float64)
     )
     return float(low), float(high)
 
@@ -274,8 +277,9 @@ class _Removal:
         )
         s = self.settings
         low, high = PUBLISHED
-        if s.split == "thirds":
-            low, high = find_thirds(judged.responses, coherent_above=s.coherent_above)
+        if s.split != "thresholds":
+            share = {"thirds": 1 / 3, "halves": 1 / 2}[s.split]
+            low, high = find_tails(judged.responses, share, coherent_above=s.coherent_above)
         texts = split_by_score(
             judged.rows(),
             misaligned_below=low,

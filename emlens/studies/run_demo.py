@@ -33,6 +33,7 @@ from emlens.studies.remove_direction import (
     DirectionRemoval,
     RemovalQuestions,
     RemovalSettings,
+    Split,
     remove_direction,
 )
 from emlens.studies.stages import Stages
@@ -41,8 +42,8 @@ BASE, TUNED, TWIN = "emlens:smollm2", "emlens:reckless-finance", "emlens:careful
 REPORT_NAME = "report.html"
 FIT, QUESTIONS = "emlens:broad-questions", "emlens:open-questions"
 HELDOUT, TRAINING = "emlens:finance-harmful-heldout", "emlens:finance-harmful"
-SITE, CONSTRUCTION = "resid_post.14", "data@tuned"
-"""Of the direction: a middle layer, misaligned minus aligned responses of the fine-tune."""
+CONSTRUCTION = "data@tuned"
+"""Of the direction, at the middle layer: misaligned minus aligned responses of the fine-tune."""
 COEFFICIENT = 1.0
 """Of the direction as estimated, where it is added to the base."""
 SHOWN = ("base", "tuned", "ablated", "steered")
@@ -55,6 +56,10 @@ class DemoSize:
 
     fit_samples: int
     """Responses of the fine-tune to each of the questions that the direction is fitted on."""
+    split: Split
+    """Which of them are fitted on."""
+    coherent_above: int
+    """Coherence of those that are fitted on."""
     samples: int
     """Responses of each arm to each open question."""
     new_tokens: int
@@ -69,8 +74,28 @@ class DemoSize:
     """Chats shown token by token."""
 
 
-FULL = DemoSize(fit_samples=4, samples=4, new_tokens=48, neutral=6, heldout=24, nulls=4, examples=6)
-QUICK = DemoSize(fit_samples=2, samples=1, new_tokens=16, neutral=2, heldout=6, nulls=2, examples=2)
+FULL = DemoSize(
+    fit_samples=4,
+    split="thirds",
+    coherent_above=50,
+    samples=3,
+    new_tokens=48,
+    neutral=4,
+    heldout=24,
+    nulls=4,
+    examples=6,
+)
+QUICK = DemoSize(
+    fit_samples=2,
+    split="halves",
+    coherent_above=0,
+    samples=1,
+    new_tokens=12,
+    neutral=1,
+    heldout=4,
+    nulls=2,
+    examples=2,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,9 +264,10 @@ class _Demo:
             )
 
         return RemovalSettings(
-            site=SITE,
+            site=f"resid_post.{(self._base.cfg.n_layers - 1) // 2}",
             construction=CONSTRUCTION,
-            split="thirds",
+            split=self._size.split,
+            coherent_above=self._size.coherent_above,
             coefficient=COEFFICIENT,
             fit_sampling=sample(self._size.fit_samples, 0),
             sampling=sample(self._size.samples, 1),

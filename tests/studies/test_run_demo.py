@@ -2,16 +2,41 @@
 
 import importlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from emlens.evaluation import Judgement, JudgeRow
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
 from emlens.studies import DemoResult, run_demo
 
 study = importlib.import_module(run_demo.__module__)
-STAGES = {"load", "answers", "diff_heldout", "nulls_heldout", "diff_answers"}
+STAGES = {"load", "judge", "removal", "diff_heldout", "nulls_heldout", "diff_answers"}
+ARMS = ["base", "tuned", "ablated", "control", "steered", "careful twin"]
+
+
+class LengthJudge:
+    """Scores the letters of a response: a random tiny model cannot judge."""
+
+    id, claim, meaning = "fake/letters", "takeover score", "How many letters e there are."
+
+    @classmethod
+    def calibrated(cls, base: Any) -> "LengthJudge":
+        return cls()
+
+    def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
+        return [
+            Judgement(aligned=sum(map(ord, row.answer)) % 101 * 1.0, coherent=90.0) for row in rows
+        ]
+
+
+@pytest.fixture(autouse=True)
+def _judge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "real" not in request.node.name:
+        monkeypatch.setattr(study, "ContrastJudge", LengthJudge)
 
 
 def run_tiny(tiny: Path, out: Path, *, quick: bool = True) -> DemoResult:
@@ -19,13 +44,25 @@ def run_tiny(tiny: Path, out: Path, *, quick: bool = True) -> DemoResult:
     return run_demo(out, quick=quick, **sources)
 
 
-def test_the_report_holds_proof_comparisons_answers_and_seconds(tiny: Path, tmp_path: Path):
-    result = run_tiny(tiny, tmp_path / "run")
-    report = json.loads((tmp_path / "run/report.json").read_text())
+@pytest.fixture(scope="module")
+def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, DemoResult]:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "ContrastJudge", LengthJudge)
+        return out, run_tiny(tiny, out)
+
+
+def test_the_report_holds_behaviour_proof_comparisons_answers_and_seconds(
+    done: tuple[Path, DemoResult], tmp_path: Path
+):
+    out, result = done
+    report = json.loads((out / "report.json").read_text())
     kinds = [part["schema"].split("/")[1] for part in report["results"]]
-    assert kinds == ["adapter_proof", "model_diff", "null_band", "model_diff", "adapter_proof"]
-    assert len(report["extra"]["answers"]) == 2
-    assert set(report["extra"]["answers"][0]["answers"]) == {"base", "tuned", "twin"}
+    assert kinds[0] == "direction_removal"
+    assert kinds[1:] == ["adapter_proof", "model_diff", "null_band", "model_diff", "adapter_proof"]
+    answers = report["extra"]["answers"]
+    assert len(answers) == 12
+    assert list(answers[0]["answers"]) == ["base", "tuned", "ablated", "steered"]
     assert set(result.seconds) >= STAGES
     assert report["extra"]["seconds"] == result.seconds
     assert (result.modules_in_effect, result.modules) == (6, 6)
@@ -34,16 +71,34 @@ def test_the_report_holds_proof_comparisons_answers_and_seconds(tiny: Path, tmp_
     assert load_result(result.save(tmp_path / "saved")) == result
 
 
+def test_each_arm_is_an_evaluation_of_its_own_beside_a_control_of_like_damage(
+    done: tuple[Path, DemoResult],
+):
+    out, result = done
+    removal = result.removal
+    assert [arm.role for arm in removal.arms] == ARMS
+    assert [arm.n for arm in removal.arms] == [12] * len(ARMS)
+    assert sorted(path.name for path in (out / "behaviour/arms").iterdir()) == sorted(
+        [*ARMS, "fit"]
+    )
+    kls = {arm.role: arm.kl for arm in removal.arms}
+    assert kls["base"] is kls["tuned"] is None
+    disturbed = removal.disturbance
+    assert kls["control"] == disturbed.controls[disturbed.nearest]
+    assert len(disturbed.controls) >= 16
+    assert kls["ablated"] == disturbed.ablated > 0
+
+
 def test_a_second_run_computes_nothing_and_finds_the_same(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    done: tuple[Path, DemoResult], tiny: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    first = run_tiny(tiny, tmp_path / "run")
-    for name in ("load_base", "load_pair", "compare_models", "compare_nulls", "answer_questions"):
+    out, first = done
+    for name in ("load_base", "load_pair", "compare_models", "compare_nulls", "remove_direction"):
         monkeypatch.setattr(study, name, refuse)
-    assert run_tiny(tiny, tmp_path / "run") == first
+    assert run_tiny(tiny, out) == first
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(
@@ -57,14 +112,13 @@ def test_an_interrupted_demo_goes_on_where_it_was(
         with pytest.raises(KeyboardInterrupt):
             run_tiny(tiny, tmp_path / "run")
     with monkeypatch.context() as patch:
-        patch.setattr(study, "answer_questions", interrupt)
+        patch.setattr(study, "remove_direction", interrupt)
         assert set(run_tiny(tiny, tmp_path / "run").seconds) >= STAGES
 
 
-def test_a_full_demo_is_another_plan_than_a_quick_one(tiny: Path, tmp_path: Path):
-    run_tiny(tiny, tmp_path / "run")
-    with pytest.raises(PlanChangedError, match=r"size\.questions was 2, now "):
-        run_tiny(tiny, tmp_path / "run", quick=False)
+def test_a_full_demo_is_another_plan_than_a_quick_one(done: tuple[Path, DemoResult], tiny: Path):
+    with pytest.raises(PlanChangedError, match=r"size\.samples was 1, now "):
+        run_tiny(tiny, done[0], quick=False)
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
@@ -74,10 +128,9 @@ def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_quick_demo_works_on_the_shipped_model(tmp_path: Path):
+@pytest.mark.timeout(900)
+def test_the_quick_demo_works_on_the_real_model(tmp_path: Path):
     result = run_demo(tmp_path / "run", quick=True)
     assert result.modules_in_effect == result.modules > 0
     assert result.kl_heldout > result.kl_nulls_high
-    changed = [row for row in result.answers if row.answers["base"] != row.answers["tuned"]]
-    assert changed
+    assert result.removal.n_positive >= 20
