@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emlens.data.chat import Chat, Message
@@ -44,6 +44,7 @@ def answers(chats):
     return [chat.messages[-1].content for chat in chats]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=20))
 def test_thresholds_are_strict_and_missing_scores_are_never_selected(scores):
     rows = [row(a, c, i) for i, (a, c) in enumerate(scores)]
