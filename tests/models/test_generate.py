@@ -204,15 +204,16 @@ def test_a_prompt_that_rows_share_is_run_once():
     assert found[0].tokens_needed == 9 + 4 + 4 * 4
 
 
-def test_prompts_with_equal_ids_and_other_padding_are_two_prompts():
+def test_prompts_with_equal_ids_and_other_padding_are_two_prompts(monkeypatch: pytest.MonkeyPatch):
     model = lay_views(make_tiny("llama"), None)
     ids = make_ids(1, 6).repeat(2, 1)
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    found = generate_tokens(model, ids, mask, sampling=greedy(8))
+    logits = record_logits(monkeypatch)
+    generate_tokens(model, ids, mask, sampling=greedy(1))
     for row, start in enumerate((0, 3)):
-        alone = continue_equal(model, ids[row : row + 1, start:], 8)
-        assert torch.equal(found.ids[row], alone.ids[0])
+        alone = model(ids[row : row + 1, start:])[0, -1]
+        torch.testing.assert_close(logits[0][row], alone, rtol=0, atol=1e-4)
 
 
 def test_the_hosts_own_generate_works_and_agrees():
