@@ -170,6 +170,20 @@ def test_positions_that_select_nothing_in_any_pass_are_an_error():
         enter_and_leave(model, chosen, run)
 
 
+def test_having_acted_in_an_earlier_pass_is_enough():
+    model = load_tiny()
+    chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "prompt")]
+    frame = frame_prompts(torch.ones(1, 5, dtype=torch.int64))
+
+    def run():
+        with publish_tokens(model, frame):
+            model(make_ids(1, 5))
+        with publish_tokens(model, frame.at(torch.tensor([[5]]))):
+            model(make_ids(1, 1))
+
+    enter_and_leave(model, chosen, run)
+
+
 def test_named_positions_of_a_bare_run_are_refused_with_the_way_out():
     model = load_tiny()
     chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
