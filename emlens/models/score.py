@@ -19,6 +19,11 @@ from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import compute_logits, slice_rows
 from emlens.numerics.validation import WidthError
 
+KEPT = 0.8
+"""Responses run together are at least this part of the longest of them."""
+FEWEST_TOGETHER = 8
+"""Fewer rows than this are not worth a pass of their own."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResponseScore:
@@ -197,15 +202,33 @@ def _run_shared(
     cache = KeyValueCache(model, batch=len(first), capacity=ids.shape[1])
     with publish_tokens(model, prompts):
         run_cached(model, ids[first].to(device), cache, mask=mask[first].to(device))
-    suffixes, real = _pad([_suffix(chats[row]) for row in rows], side="right")
-    starts = torch.tensor(kind, device=device)
-    cache = cache.spread(model, starts, capacity=ids.shape[1] + suffixes.shape[1])
-    begins = torch.tensor([[len(_prefix(chats[row]))] for row in rows])
-    absolute = torch.where(real.bool(), begins + torch.arange(suffixes.shape[1]), -1)
-    responses = frame_batch(Batch(rows=tuple(rows), ids=suffixes, mask=real), chats)
-    with publish_tokens(model, responses.at(absolute)):
-        resid = run_cached(model, suffixes.to(device), cache)
-    return _score(model, resid, chats, rows, [0] * len(rows))
+    found: dict[int, Tensor] = {}
+    for places in _cut_by_length([len(_suffix(chats[row])) for row in rows]):
+        chosen = [rows[place] for place in places]
+        suffixes, real = _pad([_suffix(chats[row]) for row in chosen], side="right")
+        starts = torch.tensor([kind[place] for place in places], device=device)
+        own = cache.spread(model, starts, capacity=ids.shape[1] + suffixes.shape[1])
+        begins = torch.tensor([[len(_prefix(chats[row]))] for row in chosen])
+        absolute = torch.where(real.bool(), begins + torch.arange(suffixes.shape[1]), -1)
+        responses = frame_batch(Batch(rows=tuple(chosen), ids=suffixes, mask=real), chats)
+        with publish_tokens(model, responses.at(absolute)):
+            resid = run_cached(model, suffixes.to(device), own)
+        found |= _score(model, resid, chats, chosen, [0] * len(chosen))
+    return found
+
+
+def _cut_by_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of rows, longest first, cut where padding to the longest would waste a fifth."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    cuts: list[list[int]] = []
+    for place in order:
+        if cuts and (
+            lengths[place] >= KEPT * lengths[cuts[-1][0]] or len(cuts[-1]) < FEWEST_TOGETHER
+        ):
+            cuts[-1].append(place)
+        else:
+            cuts.append([place])
+    return cuts
 
 
 def _pad(texts: Sequence[Tensor], *, side: str) -> tuple[Tensor, Tensor]:

@@ -54,14 +54,18 @@ SHOWN = ("base", "tuned", "ablated", "steered")
 class DemoSize:
     """How much of everything."""
 
+    fit_questions: int
+    """Questions that the direction is fitted on."""
     fit_samples: int
-    """Responses of the fine-tune to each of the questions that the direction is fitted on."""
+    """Responses of the fine-tune to each of them."""
     split: Split
     """Which of them are fitted on."""
     coherent_above: int
     """Coherence of those that are fitted on."""
+    questions: int
+    """Open questions that every arm answers."""
     samples: int
-    """Responses of each arm to each open question."""
+    """Responses of each arm to each of them."""
     new_tokens: int
     """Longest response, in tokens."""
     neutral: int
@@ -75,20 +79,24 @@ class DemoSize:
 
 
 FULL = DemoSize(
-    fit_samples=4,
-    split="thirds",
+    fit_questions=12,
+    fit_samples=6,
+    split="halves",
     coherent_above=50,
-    samples=3,
-    new_tokens=48,
+    questions=12,
+    samples=2,
+    new_tokens=40,
     neutral=4,
     heldout=24,
     nulls=4,
     examples=6,
 )
 QUICK = DemoSize(
-    fit_samples=2,
+    fit_questions=6,
+    fit_samples=8,
     split="halves",
     coherent_above=0,
+    questions=3,
     samples=1,
     new_tokens=12,
     neutral=1,
@@ -243,8 +251,8 @@ class _Demo:
                 self._pair("tuned"),
                 judge=judge,
                 questions=RemovalQuestions(
-                    fit=load_questions(FIT),
-                    evaluate=load_questions(QUESTIONS),
+                    fit=tuple(load_questions(FIT))[: self._size.fit_questions],
+                    evaluate=tuple(load_questions(QUESTIONS))[: self._size.questions],
                     neutral=everyday[: self._size.neutral],
                 ),
                 settings=self._settings(),
