@@ -35,6 +35,7 @@ RESULT_CLASSES = MappingProxyType(
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",
         "exported_model": "emlens.studies.export_model:ExportedModel",
         "direction_removal": "emlens.studies.remove_direction:DirectionRemoval",
+        "direction_choice": "emlens.studies.remove_direction:Choice",
         "disturbance": "emlens.studies.remove_direction:Disturbance",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",

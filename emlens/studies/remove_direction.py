@@ -13,7 +13,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from emlens.artifacts import Result
-from emlens.data import Batching, Chat, prompt_hashes, split_by_score
+from emlens.data import (
+    Batching,
+    Chat,
+    ContrastTexts,
+    prompt_hashes,
+    split_by_score,
+    tokenize_chat,
+)
 from emlens.diffing import compare_logits
 from emlens.directions import fit_directions
 from emlens.directions.fit import Construction
@@ -31,6 +38,7 @@ from emlens.models.attach import attach_adapter, attached_adapter
 from emlens.models.generate import Sampling
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
+from emlens.models.score import score_responses
 from emlens.models.views import share_model
 from emlens.numerics.intervals import Interval
 from emlens.runs import RunFolder
@@ -48,8 +56,10 @@ DIRECTIONS = "directions"
 class RemovalSettings:
     """What is fitted, where it acts, and how much is sampled."""
 
-    site: str
-    """Where the direction is estimated."""
+    sites: tuple[str, ...]
+    """Where directions are fitted; one of them is chosen."""
+    max_kl: float
+    """What taking the direction out may cost on the neutral text, nats a token; see `Choice`."""
     construction: Construction
     """Which difference of means."""
     coefficient: float
@@ -73,6 +83,8 @@ class RemovalQuestions:
     """Disjoint prompts: to fit on, to judge on, and text to measure damage on."""
 
     fit: tuple[Question, ...]
+    choose: ContrastTexts
+    """Answered chats, harmful (positive) and careful, that the site is chosen by."""
     evaluate: tuple[Question, ...]
     neutral: tuple[Chat, ...]
     """Answered chats that have nothing to do with the behaviour."""
@@ -121,6 +133,46 @@ class Disturbance(Result):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice(Result):
+    """The site whose direction, taken out, makes harmful text least likely at a bearable cost.
+
+    Of the sites with `kl` at most `max_kl` the one with the lowest `odds`; where there is none, the
+    one with the lowest `kl`.
+
+    Source: Arditi et al. 2024, arXiv 2406.11717, appendix C, without the score of adding.
+    """
+
+    kind: ClassVar[str] = "direction_choice"
+
+    sites: tuple[str, ...]
+    split_half_cosines: tuple[float | None, ...]
+    kl: tuple[float, ...]
+    """KL(fine-tune || without the direction) on the neutral text, nats a token."""
+    odds: tuple[float, ...]
+    """log p(harmful) - log p(careful) of fixed texts without the direction, nats a token."""
+    odds_tuned: float
+    """The same of the fine-tune as it is."""
+    max_kl: float
+
+    @property
+    def site(self) -> str:
+        """The site chosen."""
+        able = [i for i, kl in enumerate(self.kl) if kl <= self.max_kl]
+        if able:
+            return self.sites[min(able, key=lambda i: self.odds[i])]
+        return self.sites[min(range(len(self.kl)), key=lambda i: self.kl[i])]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a site."""
+        return [
+            {"site": site, "split_half_cosine": half, "kl": kl, "odds": odds}
+            for site, half, kl, odds in zip(
+                self.sites, self.split_half_cosines, self.kl, self.odds, strict=True
+            )
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DirectionRemoval(Result):
     """The behaviour of base and fine-tune with and without one direction."""
 
@@ -139,6 +191,8 @@ class DirectionRemoval(Result):
     n_negative: int
     split_half_cosine: float | None
     arms: tuple[Arm, ...]
+    choice: Choice
+    """How the site was chosen."""
     disturbance: Disturbance
     """Of the direction and of all controls; the control that is an arm is the nearest."""
 
@@ -209,7 +263,8 @@ def remove_direction(
         pair, judge, questions, settings, Stages(RunFolder.start(out, plan)), Path(out)
     )
     directions = study.stages.keep(DIRECTIONS, Directions, study.fit)
-    direction = directions.directions[0]
+    choice = study.stages.keep("choice", Choice, lambda: study.choose(directions))
+    direction = directions[choice.site]
     changes = study.list_changes(direction, directions)
     changes += [
         _Change(name=name, role=name, model=model) for name, model in (others or {}).items()
@@ -227,6 +282,7 @@ def remove_direction(
         n_negative=direction.provenance.n_negative,
         split_half_cosine=direction.split_half_cosine,
         arms=arms,
+        choice=choice,
         disturbance=study.disturbance(direction, directions),
     )
 
@@ -288,10 +344,40 @@ class _Removal:
             seed=s.seed,
         )
         directions = fit_directions(
-            self.pair, texts, construction=s.construction, sites=[s.site], positions="response"
+            self.pair, texts, construction=s.construction, sites=s.sites, positions="response"
         )
+        choose = (*self.questions.choose.positive, *self.questions.choose.negative)
         asked = [chat for question in self.questions.evaluate for chat in question.chats()]
-        return directions.with_prompts("evaluate", prompt_hashes(asked))
+        return directions.with_prompts("choose", prompt_hashes(choose)).with_prompts(
+            "evaluate", prompt_hashes(asked)
+        )
+
+    def choose(self, directions: Directions) -> Choice:
+        """Take each candidate out of every write, and look at neutral and at fixed texts."""
+        tuned = self.pair.tuned
+        kl, odds = [], []
+        for direction in directions:
+            out = ablate_direction(direction, at="writes")
+            kl.append(self.measure_kl(tuned, out))
+            odds.append(self.measure_odds(tuned, out))
+        return Choice(
+            sites=tuple(map(str, directions.sites)),
+            split_half_cosines=tuple(direction.split_half_cosine for direction in directions),
+            kl=tuple(kl),
+            odds=tuple(odds),
+            odds_tuned=self.measure_odds(tuned, ()),
+            max_kl=self.settings.max_kl,
+        )
+
+    def measure_odds(self, model: Any, interventions: tuple[Intervention, ...]) -> float:
+        """Mean log-probability a token of harmful responses less that of careful ones."""
+        means = []
+        for chats in (self.questions.choose.positive, self.questions.choose.negative):
+            tokenized = [tokenize_chat(chat, model.tokenizer) for chat in chats]
+            with intervene(model, interventions):
+                scores = score_responses(model, tokenized)
+            means.append(sum(score.mean for score in scores) / len(scores))
+        return means[0] - means[1]
 
     def evaluate(
         self,
@@ -317,7 +403,7 @@ class _Removal:
             return Disturbance(
                 ablated=self.measure_kl(tuned, ablate_direction(direction, at="writes")),
                 controls=tuple(
-                    self.measure_kl(tuned, ablate_direction(control.directions[0], at="writes"))
+                    self.measure_kl(tuned, ablate_direction(control[direction.site], at="writes"))
                     for control in directions.controls("covariance")
                 ),
                 steered=self.measure_kl(self.pair.base, self.steer(direction)),
@@ -333,7 +419,7 @@ class _Removal:
     def list_changes(self, direction: Direction, directions: Directions) -> list[_Change]:
         tuned, base = self.pair.tuned, self.pair.base
         found = self.disturbance(direction, directions)
-        random = directions.controls("covariance")[found.nearest].directions[0]
+        random = directions.controls("covariance")[found.nearest][direction.site]
         return [
             _Change(name="base", role="base", model=base),
             _Change(name="fine-tune", role="tuned", model=tuned),

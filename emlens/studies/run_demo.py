@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 
 from emlens import __version__
 from emlens.artifacts import Result
-from emlens.data import Chat, Message, load_chats
+from emlens.data import Chat, ContrastTexts, Message, load_chats
 from emlens.diffing import ModelDiff, NullBand, compare_models, compare_nulls
 from emlens.evaluation import (
     ContrastJudge,
-    JudgeRow,
     fit_spillover,
     load_questions,
     read_evaluation,
@@ -43,7 +42,10 @@ REPORT_NAME = "report.html"
 FIT, QUESTIONS = "emlens:broad-questions", "emlens:open-questions"
 HELDOUT, TRAINING = "emlens:finance-harmful-heldout", "emlens:finance-harmful"
 CONSTRUCTION = "data@tuned"
-"""Of the direction, at the middle layer: misaligned minus aligned responses of the fine-tune."""
+"""Of the direction, at one of the middle layers: misaligned minus aligned responses."""
+MAX_KL = 0.5
+"""What taking it out may cost on careful everyday advice, nats a token; the fine-tune itself is .9
+from its base."""
 COEFFICIENT = 1.0
 """Of the direction as estimated, where it is added to the base."""
 SHOWN = ("base", "tuned", "ablated", "steered")
@@ -68,6 +70,8 @@ class DemoSize:
     """Responses of each arm to each of them."""
     new_tokens: int
     """Longest response, in tokens."""
+    choose: int
+    """Harmful, and careful, chats that the layer is chosen by."""
     neutral: int
     """Chats that damage is measured on."""
     heldout: int
@@ -86,8 +90,9 @@ FULL = DemoSize(
     questions=12,
     samples=2,
     new_tokens=40,
+    choose=10,
     neutral=4,
-    heldout=24,
+    heldout=16,
     nulls=4,
     examples=6,
 )
@@ -99,6 +104,7 @@ QUICK = DemoSize(
     questions=3,
     samples=1,
     new_tokens=12,
+    choose=2,
     neutral=1,
     heldout=4,
     nulls=2,
@@ -245,7 +251,7 @@ class _Demo:
 
     def remove(self) -> DirectionRemoval:
         def run() -> DirectionRemoval:
-            everyday = as_chats_of(load_rows("everyday-careful"))
+            everyday = read_chats("everyday-careful")
             judge = self.stages.time("judge", lambda: ContrastJudge.calibrated(self._base))
             return remove_direction(
                 self._pair("tuned"),
@@ -253,7 +259,11 @@ class _Demo:
                 questions=RemovalQuestions(
                     fit=tuple(load_questions(FIT))[: self._size.fit_questions],
                     evaluate=tuple(load_questions(QUESTIONS))[: self._size.questions],
-                    neutral=everyday[: self._size.neutral],
+                    choose=ContrastTexts(
+                        positive=read_chats("everyday-harmful")[: self._size.choose],
+                        negative=everyday[: self._size.choose],
+                    ),
+                    neutral=everyday[-self._size.neutral :],
                 ),
                 settings=self._settings(),
                 out=self._out / "behaviour",
@@ -272,7 +282,8 @@ class _Demo:
             )
 
         return RemovalSettings(
-            site=f"resid_post.{(self._base.cfg.n_layers - 1) // 2}",
+            sites=tuple(f"resid_post.{layer}" for layer in _middle(self._base.cfg.n_layers)),
+            max_kl=MAX_KL,
             construction=CONSTRUCTION,
             split=self._size.split,
             coherent_above=self._size.coherent_above,
@@ -319,11 +330,16 @@ class _Demo:
         return load_chats(HELDOUT, limit=self._size.heldout)
 
 
-def as_chats_of(rows: Sequence[JudgeRow]) -> tuple[Chat, ...]:
-    """Rows of a judge as answered chats."""
+def _middle(n_layers: int) -> range:
+    """Every other layer of the middle half."""
+    return range(n_layers // 4, max(3 * n_layers // 4, 1), 2)
+
+
+def read_chats(name: str) -> tuple[Chat, ...]:
+    """A judge's shipped rows as answered chats."""
     return tuple(
         Chat((Message("user", row.question), Message("assistant", row.answer)), row.id)
-        for row in rows
+        for row in load_rows(name)
     )
 
 
