@@ -7,6 +7,7 @@ responses have no order to speak of and score low.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -90,30 +91,46 @@ def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:
 
 
 def fit_coherence(features: Mapping[str, Sequence[CoherenceFeatures]]) -> CoherenceFit:
-    """Fit level = intercept + weights * features by least squares over the four levels.
+    """Fit the direction that orders neighbouring levels, then its scale and origin.
+
+    The direction is a logistic regression without intercept on the differences between texts of
+    neighbouring levels at one place, so that each border counts the same; least squares of the
+    levels alone would look at order only, in which three of the four differ. Scale and intercept
+    are then those of least squares over the four levels.
 
     Args:
-        features: level (of `LEVELS`) -> features of texts that are of it by construction.
+        features: level (of `LEVELS`) -> features of texts that are of it by construction; texts at
+            one place belong to one question.
 
     Raises:
-        ValueError: a level without texts, or features that do not rise with the levels.
+        ValueError: a level without texts or with fewer than others, or features that do not rise
+            with the levels.
     """
-    rows, levels = [], []
-    for level, name in enumerate(LEVELS):
+    from sklearn.linear_model import LogisticRegression
+
+    for name in LEVELS:
         if not features.get(name):
             raise ValueError(f"features: no text of the level {name!r}")
-        rows += [[1.0, one.order, one.topic] for one in features[name]]
-        levels += [float(level)] * len(features[name])
-    weights, *_ = np.linalg.lstsq(np.asarray(rows), np.asarray(levels), rcond=None)
-    fit = CoherenceFit(
-        intercept=float(weights[0]), order_weight=float(weights[1]), topic_weight=float(weights[2])
-    )
-    if fit.order_weight <= 0 or fit.topic_weight <= 0:
+    values = [np.asarray([[f.order, f.topic] for f in features[name]]) for name in LEVELS]
+    if len({len(rows) for rows in values}) > 1:
+        raise ValueError(f"features: got {[len(rows) for rows in values]} texts, expected as many")
+    steps = np.concatenate([high - low for low, high in pairwise(values)])
+    model = LogisticRegression(fit_intercept=False)
+    model.fit(np.concatenate([steps, -steps]), [1] * len(steps) + [0] * len(steps))
+    weights = model.coef_[0]
+    if not (weights > 0).all():
         raise ValueError(
-            f"the base does not tell text from shuffled words or one question from another ({fit}):"
-            " it cannot judge coherence; use a base that has learnt the language"
+            f"weights are {weights.tolist()}, expected positive: the base does not tell text from "
+            "shuffled words or one question from another, so it cannot judge coherence"
         )
-    return fit
+    projected = np.concatenate(values) @ weights
+    levels = np.repeat(np.arange(len(LEVELS)), [len(rows) for rows in values])
+    scale, intercept = np.polyfit(projected, levels, 1)
+    return CoherenceFit(
+        intercept=float(intercept),
+        order_weight=float(scale * weights[0]),
+        topic_weight=float(scale * weights[1]),
+    )
 
 
 def build_levels(

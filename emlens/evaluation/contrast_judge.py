@@ -136,7 +136,7 @@ class ContrastJudge:
     ) -> "ContrastJudge":
         """A judge with the shipped calibration of its base, or else one fitted now.
 
-        Fitting scores 80 short answers under each prompt and 96 texts for coherence.
+        Fitting scores 80 short answers under each prompt and 80 texts for coherence.
 
         Raises:
             ValueError: a base that cannot tell the fitted rows apart.

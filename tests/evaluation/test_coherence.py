@@ -1,6 +1,7 @@
 """Coherence: features by hand, levels by construction, and a planted order that is recovered."""
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from emlens.evaluation.coherence import (
     shuffle_words,
 )
 from emlens.evaluation.judges import JudgeRow
+from emlens.numerics.auc import area_under_curve
 from tests.evaluation.fakes import make_model
 
 
@@ -65,21 +67,34 @@ def test_a_shuffle_depends_on_the_text_alone_and_keeps_its_words():
     assert random.getstate() == before
 
 
-def test_planted_levels_are_recovered_and_scored_in_order():
-    features = {
+def plant(order: tuple[float, ...], topic: tuple[float, ...]) -> dict[str, list[CoherenceFeatures]]:
+    rng = random.Random(0)
+    return {
         name: [
-            CoherenceFeatures(order=2.0 * min(level, 2) + x, topic=float(level == 3))
-            for x in (-0.1, 0.1)
+            CoherenceFeatures(order=x + rng.gauss(0, 0.2), topic=y + rng.gauss(0, 0.2))
+            for _ in range(40)
         ]
-        for level, name in enumerate(LEVELS)
+        for name, x, y in zip(LEVELS, order, topic, strict=True)
     }
-    fit = fit_coherence(features)
-    assert fit.order_weight == pytest.approx(0.5, abs=0.01)
-    assert fit.topic_weight == pytest.approx(1.0, abs=0.01)
-    scores = [score_coherence(features[name][0], fit) for name in LEVELS]
-    assert scores == sorted(scores)
-    assert scores[1] < 50 < scores[2]
-    assert all(0 <= score <= 100 for score in scores)
+
+
+def test_planted_levels_are_recovered_and_scored_in_order():
+    found = plant((0.0, 1.0, 3.0, 3.0), (0.0, 0.0, 0.0, 1.0))
+    fit = fit_coherence(found)
+    scores = [[score_coherence(one, fit) for one in found[name]] for name in LEVELS]
+    for low, high in pairwise(scores):
+        assert area_under_curve(low, high).value > 0.9
+    means = [sum(part) / len(part) for part in scores]
+    assert means[1] < 50 < means[2]
+    assert all(0 <= score <= 100 for part in scores for score in part)
+
+
+def test_a_border_that_only_the_topic_marks_counts_as_much_as_the_others():
+    found = plant((0.0, 1.5, 4.0, 4.0), (0.2, 0.2, -0.2, 0.6))
+    fit = fit_coherence(found)
+    low, high = ([score_coherence(one, fit) for one in found[name]] for name in LEVELS[2:])
+    assert area_under_curve(low, high).value > 0.85
+    assert fit.topic_weight > fit.order_weight / 2
 
 
 def test_levels_map_to_the_stated_scores():
@@ -88,21 +103,20 @@ def test_levels_map_to_the_stated_scores():
     assert [round(value) for value in found] == [5, 27, 73, 95]
 
 
-@pytest.mark.parametrize("broken", ["order", "topic"])
-def test_a_base_that_sees_no_order_or_no_topic_is_refused(broken: str):
-    features = {
-        name: [
-            CoherenceFeatures(
-                order=-float(level) if broken == "order" else float(min(level, 2)),
-                topic=-float(level == 3) if broken == "topic" else float(level == 3),
-            )
-        ]
-        for level, name in enumerate(LEVELS)
-    }
+@pytest.mark.parametrize(
+    ("order", "topic"),
+    [((3.0, 2.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0)), ((0.0, 1.0, 2.0, 2.0), (0.0, 0.0, 0.0, -1.0))],
+)
+def test_a_base_that_sees_no_order_or_no_topic_is_refused(
+    order: tuple[float, ...], topic: tuple[float, ...]
+):
+    found = plant(order, topic)
     with pytest.raises(ValueError, match="cannot judge coherence"):
-        fit_coherence(features)
+        fit_coherence(found)
     with pytest.raises(ValueError, match="no text of the level 'salad'"):
-        fit_coherence(features | {"salad": []})
+        fit_coherence(found | {"salad": []})
+    with pytest.raises(ValueError, match="expected as many"):
+        fit_coherence(found | {"salad": found["salad"][:3]})
 
 
 def test_texts_of_each_level_are_what_they_are_called():
