@@ -34,9 +34,9 @@ RESULT_CLASSES = MappingProxyType(
         "answers": "emlens.studies.answer_questions:Answers",
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",
         "exported_model": "emlens.studies.export_model:ExportedModel",
-        "direction_removal": "emlens.studies.remove_direction:DirectionRemoval",
-        "direction_choice": "emlens.studies.remove_direction:Choice",
-        "disturbance": "emlens.studies.remove_direction:Disturbance",
+        "direction_removal": "emlens.studies.removal:DirectionRemoval",
+        "direction_choice": "emlens.studies.removal:Choice",
+        "disturbance": "emlens.studies.removal:Disturbance",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",
     }

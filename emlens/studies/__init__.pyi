@@ -1,13 +1,8 @@
 from .answer_questions import Answer, Answers, answer_questions
 from .diff_finetunes import DiffRun, DiffSettings, diff_finetunes, plan_diff
 from .export_model import ExportedModel, export_model
-from .remove_direction import (
-    Arm,
-    DirectionRemoval,
-    RemovalQuestions,
-    RemovalSettings,
-    remove_direction,
-)
+from .removal import Arm, DirectionRemoval, RemovalQuestions, RemovalSettings
+from .remove_direction import remove_direction
 from .run_demo import DemoResult, run_demo
 from .sample_responses import SampledResponses, sample_responses
 

@@ -28,13 +28,13 @@ from emlens.models.proof import AdapterProof
 from emlens.models.source_hash import hash_source
 from emlens.reports import write_report
 from emlens.runs import RunFolder
-from emlens.studies.remove_direction import (
+from emlens.studies.removal import (
     DirectionRemoval,
     RemovalQuestions,
     RemovalSettings,
     Split,
-    remove_direction,
 )
+from emlens.studies.remove_direction import remove_direction
 from emlens.studies.stages import Stages
 
 BASE, TUNED, TWIN = "emlens:smollm2", "emlens:reckless-finance", "emlens:careful-finance"
