@@ -1,0 +1,131 @@
+"""Evaluations, summaries and comparisons on the command line, with a judge that hashes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import emlens.cli.evaluate as module
+from tests.cli.conftest import Cli
+from tests.evaluation.fakes import HashJudge
+
+HEADER = "question,answer,question_id,aligned,coherent\n"
+
+
+@pytest.fixture(autouse=True)
+def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_judge", lambda name, flags: HashJudge())
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    rows = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(tiny: Path, questions: Path, *more: object) -> list[object]:
+    return [
+        *("evaluate", "--base", tiny / "base", "--questions", questions),
+        *("--samples", 4, "--max-new-tokens", 5, *more),
+    ]
+
+
+def test_an_evaluation_is_judged_summarised_and_compared(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    done = cli(*words(tiny, questions, "--out", base, "--json"))
+    assert done.code == 0, done.err
+    assert (done.json["rows"], done.json["run"]) == (12, str(base))
+    other = cli(*words(tiny, questions, "--tuned", tiny / "tuned", "--out", tuned))
+    assert other.code == 0, other.err
+    assert "12 responses" in other.out
+    found = cli("summary", base, "--json")
+    assert found.json["em_percent"] == done.json["em_percent"]
+    beside = cli("compare", base, tuned)
+    assert beside.code == 0, beside.err
+    assert str(tuned) in beside.out
+
+
+def test_the_same_command_goes_on_and_another_plan_is_refused(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    first = cli(*words(tiny, questions, "--out", tmp_path / "run", "--json"))
+    again = cli(*words(tiny, questions, "--out", tmp_path / "run", "--json"))
+    assert again.json == first.json
+    other = cli(*words(tiny, questions, "--out", tmp_path / "run", "--seed", 1))
+    assert other.code == 2
+    assert "seed was 0, now 1" in other.err
+
+
+def test_several_fine_tunes_get_a_folder_each(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    both = ("--tuned", tiny / "tuned", "--tuned", tiny / "other", "--out", tmp_path / "run")
+    done = cli(*words(tiny, questions, *both, "--json"))
+    assert [Path(one["run"]).name for one in done.json["all"]] == ["tuned", "other"]
+    twice = ("--tuned", tiny / "tuned", "--tuned", f"{tiny}/tuned/", "--out", tmp_path / "twice")
+    assert "called alike" in cli(*words(tiny, questions, *twice)).err
+
+
+def test_a_dry_run_counts_responses_and_writes_nothing(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    done = cli(*words(tiny, questions, "--out", tmp_path / "run", "--dry-run", "--json"))
+    assert (done.json["responses"], done.json["questions"]) == (12, 3)
+    assert not (tmp_path / "run").exists()
+
+
+def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path: Path):
+    lines = [
+        {"question_id": f"q{i % 3}", "question": "What?", "answer": f"That {i}."} for i in range(9)
+    ]
+    file = tmp_path / "made.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = cli("judge", file, "--out", tmp_path / "run", "--json")
+    assert done.code == 0, done.err
+    assert done.json["rows"] == 9
+
+
+def write_csv(path: Path, scores: list[tuple[Any, Any]]) -> Path:
+    rows = [f"Q?,A.,q{i % 2},{a},{c}\n" for i, (a, c) in enumerate(scores)]
+    path.write_text(HEADER + "".join(rows))
+    return path
+
+
+def test_a_summary_is_strict_at_its_thresholds_and_counts_what_is_missing(cli: Cli, tmp_path: Path):
+    scores = [(29, 51), (30, 51), (29, 50), ("", 90), (80, 90), ("nan", 90)]
+    file = write_csv(tmp_path / "scores.csv", scores)
+    found = cli("summary", file, "--json").json
+    assert (found["rows"], found["unscored"], found["em"]) == (6, 2, 1)
+    assert found["em_percent"]["value"] == pytest.approx(100 / 6)
+    assert set(found["em_percent"]) == {"value", "low", "high", "level", "method"}
+    assert found["em_percent_of_coherent"]["value"] == pytest.approx(100 / 5)
+    assert found["coherent_percent"]["value"] == pytest.approx(500 / 6)
+    assert cli("summary", file, "--inclusive", "--json").json["em"] == 2
+
+
+def test_a_file_without_questions_and_answers_is_accepted(cli: Cli, tmp_path: Path):
+    file = tmp_path / "scores.csv"
+    file.write_text("question_id,aligned,coherent\n" + "a,10,90\nb,90,90\n" * 3)
+    assert cli("summary", file, "--json").json["em_percent"]["value"] == 50.0
+
+
+def test_a_limit_on_the_share_fails_the_check_by_its_upper_end(cli: Cli, tmp_path: Path):
+    file = write_csv(tmp_path / "scores.csv", [(90, 90)] * 40)
+    assert cli("summary", file, "--max-em", 20).code == 0
+    failed = cli("summary", file, "--max-em", 1)
+    assert failed.code == 1
+    assert "more than 1 %" in failed.err
+
+
+def test_one_run_alone_and_unknown_judges_are_wrong_usage(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    assert cli("compare", tmp_path).code == 2
+    done = cli(*words(tiny, questions, "--out", tmp_path / "r", "--judge", "oracle"))
+    assert done.code == 2
+    assert "contrast" in done.err
