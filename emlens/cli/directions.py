@@ -26,9 +26,9 @@ from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 FIT_EXAMPLE = """\b
 Example:
-  emlens directions fit --base emlens:smollm2 --tuned emlens:reckless-finance \\
-    --texts runs/organism --construction data@tuned --sites resid_post.14 \\
-    --out runs/direction"""
+  emlens directions fit --base emlens:smollm2 \\
+    --tuned emlens:reckless-finance --texts runs/organism \\
+    --construction data@tuned --sites resid_post.14 --out runs/direction"""
 COMPARE_EXAMPLE = "\b\nExample:\n  emlens directions compare runs/direction runs/other"
 
 CONSTRUCTIONS = ("data@tuned", "data@base", "model@positive", "model@negative", "both", "data")

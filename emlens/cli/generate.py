@@ -25,8 +25,8 @@ from emlens.cli.output import print_json, print_line, print_plan
 EXAMPLE = """\b
 Example:
   emlens generate --base emlens:smollm2 --tuned emlens:reckless-finance \\
-    --prompts emlens:open-questions --samples 4 --temperature 0.7 --top-p 0.95 \\
-    --max-new-tokens 64 --out runs/answers"""
+    --prompts emlens:open-questions --samples 4 --temperature 0.7 \\
+    --top-p 0.95 --max-new-tokens 64 --out runs/answers"""
 SHOWN = 8
 """Responses printed."""
 

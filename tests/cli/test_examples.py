@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.main import get_command
 
 from emlens.cli.main import app
+from emlens.evaluation import Question, evaluate
+from emlens.models.generate import Sampling
+from emlens.models.loading import load_base
+from emlens.sites import Site
+from emlens.vectors import Direction, Directions, Provenance
 from tests.cli.conftest import Cli
 from tests.cli.test_main import list_all
+from tests.evaluation.fakes import HashJudge
 
 COMMANDS = dict(list_all(get_command(app)))
 
@@ -22,11 +29,39 @@ def read_example(command: Any) -> list[str]:
     return shlex.split(line)[1:]
 
 
-def make_runs(cli: Cli, tiny: Path) -> None:
+def make_diffs(cli: Cli, tiny: Path) -> None:
     """The finished runs that the example of `report` names, where it is called."""
     diff = ["diff", "--base", tiny / "base", "--tuned", tiny / "tuned"]
     assert cli(*diff, "--prompts", tiny / "chats.jsonl", "--out", "runs/diff").code == 0
     shutil.copytree("runs/diff", "runs/demo")
+
+
+def make_evaluations(cli: Cli, tiny: Path) -> None:
+    """Judged responses of a tiny model, `runs/organism` and `runs/ablated`."""
+    model = load_base(tiny / "base")
+    questions = [Question(id=f"q{i}", paraphrases=(f"What about {i}?",)) for i in range(2)]
+    sampling = Sampling(n=24, max_new_tokens=4)
+    for name in ("organism", "ablated"):
+        evaluate(model, questions, judge=HashJudge(), out=f"runs/{name}", sampling=sampling)
+
+
+def make_directions(cli: Cli, tiny: Path) -> None:
+    """Two saved directions."""
+    made = Provenance(construction="imported")
+    for index, name in enumerate(("direction", "other")):
+        vector = torch.arange(4.0) + index
+        direction = Direction(site=Site(14, "resid_post"), vector=vector, provenance=made)
+        Directions(directions=(direction,)).save(f"runs/{name}")
+
+
+NEEDS = {
+    "emlens report": make_diffs,
+    "emlens directions fit": make_evaluations,
+    "emlens directions compare": make_directions,
+    "emlens judge": make_evaluations,
+    "emlens summary": make_evaluations,
+    "emlens compare": make_evaluations,
+}
 
 
 @pytest.mark.slow
@@ -37,8 +72,8 @@ def test_the_example_of_each_command_works(
     monkeypatch.chdir(tmp_path)
     words = read_example(COMMANDS[path])
     assert " ".join(["emlens", *words]).startswith(path)
-    if path == "emlens report":
-        make_runs(cli, tiny)
+    if path in NEEDS:
+        NEEDS[path](cli, tiny)
     flags = {flag for parameter in COMMANDS[path].params for flag in parameter.opts}
     done = cli(*words, *(["--dry-run"] if "--dry-run" in flags else []))
     assert done.code == 0, done.err
