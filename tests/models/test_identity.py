@@ -71,7 +71,7 @@ def test_the_template_is_part_of_it(base: Any):
 
 
 def test_hooks_of_others_are_found_and_ours_are_not(base: Any, adapter: LoraAdapter):
-    attached = attach_adapter(base, adapter)
+    attached: Any = attach_adapter(base, adapter)
     assert list(foreign_hooks(attached)) == []
     attached.add_hook("blocks.1.hook_resid_post", lambda value, hook: value)
     assert list(foreign_hooks(attached)) == ["blocks.1.hook_resid_post"]

@@ -85,6 +85,13 @@ _NEOX: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_NEOX_SEQUENTIAL: dict[str, Any] = _NEOX | {
+    "rope_parameters": _WHOLE_ROTARY,
+    "use_parallel_residual": False,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+
 TINY: dict[str, tuple[type, Any]] = {
     "llama": (LlamaForCausalLM, LlamaConfig(**_GATED)),
     "llama-tied-biased": (
@@ -121,12 +128,7 @@ TINY: dict[str, tuple[type, Any]] = {
     "neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**_NEOX)),
     "neox-sequential": (
         GPTNeoXForCausalLM,
-        GPTNeoXConfig(
-            **_NEOX | {"rope_parameters": _WHOLE_ROTARY},
-            use_parallel_residual=False,
-            attention_bias=False,
-            tie_word_embeddings=True,
-        ),
+        GPTNeoXConfig(**_NEOX_SEQUENTIAL),
     ),
     "gpt2": (GPT2LMHeadModel, GPT2Config(**_GPT2)),
     "gpt2-scaled": (

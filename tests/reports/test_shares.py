@@ -1,5 +1,7 @@
 """The picture a report of a removal begins with: bars, intervals, and what may be said of them."""
 
+from typing import Any
+
 import pytest
 
 from emlens.reports.document import ReportError
@@ -49,7 +51,8 @@ def make_report(removal):
 
 
 def test_bars_carry_value_and_both_limits_of_each_arm():
-    bars, diamonds = plot_shares(make_removal()).data
+    traces: Any = plot_shares(make_removal()).data
+    bars, diamonds = traces
     assert list(bars.x) == [3.0, 39.0, 8.0, 40.0, 2.0]
     assert list(bars.y)[::-1] == ["base", "tuned", "ablated", "control", "steered"]
     assert list(bars.error_x.array) == [7.0] * 5
@@ -58,7 +61,8 @@ def test_bars_carry_value_and_both_limits_of_each_arm():
 
 
 def test_names_of_arms_are_never_read_as_tags():
-    bars, _ = plot(make_removal(arms=[make_arm("base", 1.0, name="<b>base</b>")])).data
+    traces: Any = plot(make_removal(arms=[make_arm("base", 1.0, name="<b>base</b>")])).data
+    bars, _ = traces
     assert list(bars.y) == ["&lt;b&gt;base&lt;/b&gt;"]
 
 
