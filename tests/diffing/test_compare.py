@@ -306,7 +306,8 @@ def test_peak_memory_of_logits_does_not_grow_with_tokens(d_vocab):
 
     one_slice = (1 << 26) // (4 * d_vocab)
     few, many = peak(4 * one_slice), peak(16 * one_slice)
-    assert many - few < 32  # MiB; the logits of the twelve further slices are 768 MiB
+    # MiB. The logits of the twelve further slices are 768; what the allocator keeps varies by 110.
+    assert many - few < 256
 
 
 def test_a_users_hooks_on_the_tuned_model_are_part_of_it():

@@ -68,7 +68,7 @@ def test_what_only_looks_like_a_score_is_refused_with_file_and_line(tmp_path: Pa
     ("text", "message"),
     [
         ("question_id,aligned\nwish,1\n", r":2: no column coherent"),
-        ("question_id,aligned,coherent\nwish,1\n", r":2: more or fewer cells"),
+        ("question_id,aligned,coherent\nwish,1\n", r":2: the line has more or fewer cells"),
         ("question_id,aligned,coherent\nwish,1,2,3\n", r":2: the line has more"),
         ("question_id,aligned,aligned,coherent\nwish,1,2,3\n", "come twice"),
         ("question_id,aligned,coherent\n", "no rows"),
