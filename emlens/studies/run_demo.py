@@ -84,16 +84,16 @@ class DemoSize:
 
 FULL = DemoSize(
     fit_questions=12,
-    fit_samples=6,
+    fit_samples=4,
     split="halves",
     coherent_above=50,
     questions=12,
-    samples=2,
-    new_tokens=40,
-    choose=10,
-    neutral=4,
-    heldout=16,
-    nulls=4,
+    samples=1,
+    new_tokens=32,
+    choose=6,
+    neutral=3,
+    heldout=12,
+    nulls=3,
     examples=6,
 )
 QUICK = DemoSize(
@@ -331,8 +331,8 @@ class _Demo:
 
 
 def _middle(n_layers: int) -> range:
-    """Every other layer of the middle half."""
-    return range(n_layers // 4, max(3 * n_layers // 4, 1), 2)
+    """Every third layer of the middle half."""
+    return range(n_layers // 4, max(3 * n_layers // 4, 1), 3)
 
 
 def read_chats(name: str) -> tuple[Chat, ...]:
