@@ -1,5 +1,6 @@
 """`emlens directions fit | compare`: directions from judged responses, and how they agree."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +109,9 @@ def fit(flags: FitFlags) -> None:
         )
         found.save(flags.out)
     if flags.json:
-        print_json(found.to_dict())
+        # The random directions are megabytes; they lie beside the rest in the saved result.
+        lean = dataclasses.replace(found, covariance_matched=None, shuffled=None)
+        print_json(lean.to_dict())
         return
     print_table(found.rows())
     print_line(f"{len(found)} directions: {flags.out}")
