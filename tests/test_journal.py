@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emlens import journal
@@ -54,6 +54,7 @@ def test_what_json_has_no_number_for_is_refused_whole(tmp_path: Path):
     assert read_journal(tmp_path / "rows.jsonl") == []
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(min_value=0))
 def test_a_file_cut_anywhere_opens_with_its_whole_lines(tmp_path_factory, place: int):
     path = tmp_path_factory.mktemp("cut") / "rows.jsonl"

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emlens.evaluation.scores import (
@@ -20,6 +20,7 @@ scores = st.none() | st.floats(0, 100)
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(texts, texts, scores, scores), min_size=1, max_size=6))
 def test_rows_survive_the_file(tmp_path_factory, cells):
     rows = [

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -13,6 +13,7 @@ from emlens.numerics.auc import area_under_curve
 scores = st.lists(st.integers(-5, 5).map(float), min_size=2, max_size=20)
 
 
+@settings(max_examples=50, deadline=None)
 @given(scores, scores)
 def test_the_area_is_scikit_learns(negative: list[float], positive: list[float]):
     ours = area_under_curve(negative, positive)
@@ -21,6 +22,7 @@ def test_the_area_is_scikit_learns(negative: list[float], positive: list[float])
     assert 0 <= ours.low <= ours.value <= ours.high <= 1
 
 
+@settings(max_examples=50, deadline=None)
 @given(scores, scores)
 def test_the_area_turns_round_with_its_groups(negative: list[float], positive: list[float]):
     there, back = area_under_curve(negative, positive), area_under_curve(positive, negative)

@@ -22,6 +22,7 @@ from emlens.numerics.intervals import (
 counts_of = st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
 
+@settings(max_examples=50, deadline=None)
 @given(counts_of, st.sampled_from([0.8, 0.95, 0.99]))
 def test_wilson_is_scipys(pair: tuple[int, int], level: float):
     count, n = pair
@@ -51,6 +52,7 @@ def test_newcombe_gives_the_published_examples(
     assert (ours.low, ours.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
 
 
+@settings(max_examples=50, deadline=None)
 @given(counts_of, counts_of)
 def test_newcombe_changes_sign_when_the_sides_change_place(a: tuple[int, int], b: tuple[int, int]):
     there = newcombe(*a, minus_count=b[0], minus_n=b[1])
@@ -61,6 +63,7 @@ def test_newcombe_changes_sign_when_the_sides_change_place(a: tuple[int, int], b
 means_of = st.lists(st.floats(-1, 1), min_size=2, max_size=30)
 
 
+@settings(max_examples=50, deadline=None)
 @given(means_of.filter(lambda m: np.std(m) > 1e-6))
 def test_t_over_questions_is_scipys(means: list[float]):
     ours = cluster_t(means)
@@ -98,6 +101,7 @@ def test_sign_flip_refuses_what_it_would_take_forever_on():
         sign_flip([0.1] * 20)
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.floats(-1, 1), st.integers(2, 8))
 def test_sign_flip_of_equal_differences_holds_their_mean(x: float, q: int):
     assert sign_flip([x] * q).value == pytest.approx(x)
@@ -110,6 +114,7 @@ clusters = st.lists(
 )
 
 
+@settings(max_examples=50, deadline=None)
 @given(clusters)
 def test_a_share_is_that_of_all_rows_and_never_narrower_than_either_interval(
     pairs: list[tuple[int, int]],
@@ -121,6 +126,7 @@ def test_a_share_is_that_of_all_rows_and_never_narrower_than_either_interval(
     assert 0 <= ours.low <= rows.low <= rows.high <= ours.high <= 1
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 10), min_size=2, max_size=12))
 def test_with_equal_sizes_the_questions_enter_as_their_plain_means(counts: list[int]):
     ours = share_of_clusters(counts, [10] * len(counts))
@@ -161,7 +167,7 @@ def test_differences_of_few_questions_use_the_sign_flip_and_of_many_t():
     assert "t over 20 questions" in many.method
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=9))
 def test_a_difference_changes_sign_with_its_sides_and_equals_that_of_the_shares(
     pairs: list[tuple[int, int]],
