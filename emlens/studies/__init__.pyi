@@ -5,8 +5,10 @@ from .removal import Arm, DirectionRemoval, RemovalQuestions, RemovalSettings
 from .remove_direction import remove_direction
 from .run_demo import DemoResult, run_demo
 from .sample_responses import SampledResponses, sample_responses
+from .screen_ablations import AblationScreen, screen_ablations
 
 __all__ = [
+    "AblationScreen",
     "Answer",
     "Answers",
     "Arm",
@@ -25,4 +27,5 @@ __all__ = [
     "remove_direction",
     "run_demo",
     "sample_responses",
+    "screen_ablations",
 ]

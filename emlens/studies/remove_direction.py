@@ -11,13 +11,7 @@ from typing import Any
 
 import torch
 
-from emlens.data import (
-    Batching,
-    prompt_hashes,
-    split_by_score,
-    tokenize_chat,
-)
-from emlens.diffing import compare_logits
+from emlens.data import Batching, prompt_hashes, split_by_score
 from emlens.directions import fit_directions
 from emlens.evaluation import (
     BehaviourSummary,
@@ -28,14 +22,12 @@ from emlens.evaluation import (
     SpilloverLexicon,
     evaluate,
 )
-from emlens.interventions import Intervention, ablate_direction, add_direction, intervene
-from emlens.models.attach import attach_adapter, attached_adapter
+from emlens.interventions import Intervention, ablate_direction, add_direction
 from emlens.models.generate import Sampling
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
-from emlens.models.score import score_responses
-from emlens.models.views import share_model
 from emlens.runs import RunFolder
+from emlens.studies.effects import measure_kl, measure_odds
 from emlens.studies.removal import (
     Arm,
     Choice,
@@ -198,26 +190,16 @@ class _Removal:
         kl, odds = [], []
         for direction in directions:
             out = ablate_direction(direction, at="writes")
-            kl.append(self.measure_kl(tuned, out))
-            odds.append(self.measure_odds(tuned, out))
+            kl.append(self.disturb(tuned, out))
+            odds.append(measure_odds(tuned, out, self.questions.choose))
         return Choice(
             sites=tuple(map(str, directions.sites)),
             split_half_cosines=tuple(direction.split_half_cosine for direction in directions),
             kl=tuple(kl),
             odds=tuple(odds),
-            odds_tuned=self.measure_odds(tuned, ()),
+            odds_tuned=measure_odds(tuned, (), self.questions.choose),
             max_kl=self.settings.max_kl,
         )
-
-    def measure_odds(self, model: Any, interventions: tuple[Intervention, ...]) -> float:
-        """Mean log-probability a token of harmful responses less that of careful ones."""
-        means = []
-        for chats in (self.questions.choose.positive, self.questions.choose.negative):
-            tokenized = [tokenize_chat(chat, model.tokenizer) for chat in chats]
-            with intervene(model, interventions):
-                scores = score_responses(model, tokenized)
-            means.append(sum(score.mean for score in scores) / len(scores))
-        return means[0] - means[1]
 
     def evaluate(
         self,
@@ -237,16 +219,19 @@ class _Removal:
             batching=Batching(),
         )
 
+    def disturb(self, model: Any, interventions: tuple[Intervention, ...]) -> float:
+        return measure_kl(self.pair.base, model, interventions, self.questions.neutral)
+
     def disturbance(self, direction: Direction, directions: Directions) -> Disturbance:
         def measure() -> Disturbance:
             tuned = self.pair.tuned
             return Disturbance(
-                ablated=self.measure_kl(tuned, ablate_direction(direction, at="writes")),
+                ablated=self.disturb(tuned, ablate_direction(direction, at="writes")),
                 controls=tuple(
-                    self.measure_kl(tuned, ablate_direction(control[direction.site], at="writes"))
+                    self.disturb(tuned, ablate_direction(control[direction.site], at="writes"))
                     for control in directions.controls("covariance")
                 ),
-                steered=self.measure_kl(self.pair.base, self.steer(direction)),
+                steered=self.disturb(self.pair.base, self.steer(direction)),
             )
 
         return self.stages.keep("disturbance", Disturbance, measure)
@@ -285,14 +270,6 @@ class _Removal:
                 kl=found.steered,
             ),
         ]
-
-    def measure_kl(self, model: Any, interventions: tuple[Intervention, ...]) -> float:
-        """KL(model || model under the interventions), nats a token of the neutral responses."""
-        adapter = attached_adapter(model)
-        changed = share_model(model) if adapter is None else attach_adapter(self.pair.base, adapter)
-        beside = ModelPair(base=model, tuned=changed, adapter=None, proof=None)
-        with intervene(changed, interventions):
-            return compare_logits(beside, self.questions.neutral, examples=0).kl_base_tuned
 
     def run_arm(self, change: _Change, lexicon: SpilloverLexicon | None) -> Arm:
         def run() -> Evaluation:
