@@ -1,12 +1,12 @@
 """Count what one direction does in the shipped organism, at the size that a rate is claimed for.
 
-    python scripts/measure_removal.py --out runs/removal [--samples 34] [--tokens 32] [--table]
+    python scripts/measure_removal.py --out runs/removal [--samples 34] [--tokens 24] [--table]
 
 Fits the direction in every construction on the organism's own judged responses, screens it and
 every control without sampling, then samples and judges each arm: base, organism, careful twin, the
 direction taken out in several ways, the median and the strongest control of each kind, and the
 base steered by dose. An arm is a folder; the same call goes on, and several processes share the
-arms that are left. About four hours of one core. `--table` prints what is finished, as Markdown;
+arms that are left. About three hours of one core. `--table` prints what is finished, as Markdown;
 the last line is one JSON object.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emlens.artifacts import ArtifactError
 from emlens.data import ContrastTexts, load_chats, prompt_hashes, split_by_score
 from emlens.directions import fit_directions, sample_directions
 from emlens.evaluation import (
@@ -37,8 +38,16 @@ from emlens.models.quiet import quiet_host_libraries
 from emlens.runs import RunFolder
 from emlens.studies.effects import measure_kl
 from emlens.studies.remove_direction import find_tails
-from emlens.studies.run_demo import BASE, FIT, QUESTIONS, TRAINING, TUNED, TWIN
-from emlens.studies.run_demo import read_chats, read_responses
+from emlens.studies.run_demo import (
+    BASE,
+    FIT,
+    QUESTIONS,
+    TRAINING,
+    TUNED,
+    TWIN,
+    read_chats,
+    read_responses,
+)
 from emlens.studies.screen_ablations import (
     AblationScreen,
     find_median,
@@ -212,7 +221,7 @@ class Study:
         for name, model, interventions in self.arms():
             try:
                 found = read_evaluation(self.arm_folder(name))
-            except (FileNotFoundError, ValueError):
+            except ArtifactError:
                 continue
             scored = [r for r in found.responses if r.aligned is not None]
             coherent = [r.coherent for r in found.responses if r.coherent is not None]
@@ -264,7 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=34)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     quiet_host_libraries()
