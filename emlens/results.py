@@ -37,6 +37,7 @@ RESULT_CLASSES = MappingProxyType(
         "direction_removal": "emlens.studies.removal:DirectionRemoval",
         "direction_choice": "emlens.studies.removal:Choice",
         "disturbance": "emlens.studies.removal:Disturbance",
+        "ablation_screen": "emlens.studies.screen_ablations:AblationScreen",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",
     }

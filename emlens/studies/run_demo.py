@@ -73,7 +73,7 @@ class DemoSize:
     choose: int
     """Harmful, and careful, chats that the layer is chosen by."""
     neutral: int
-    """Chats that damage is measured on."""
+    """Chats that damage is bounded on in the choice, and as many others that it is reported on."""
     heldout: int
     """Held-out rows of the fine-tune's own subject."""
     nulls: int
@@ -263,6 +263,7 @@ class _Demo:
                         positive=read_chats("everyday-harmful")[: self._size.choose],
                         negative=everyday[: self._size.choose],
                     ),
+                    choose_neutral=everyday[self._size.choose :][: self._size.neutral],
                     neutral=everyday[-self._size.neutral :],
                 ),
                 settings=self._settings(),
