@@ -62,7 +62,7 @@ CONSTRUCTIONS: tuple[Construction, ...] = ("data@tuned", "data@base", "model@pos
 CANDIDATES = tuple(f"resid_post.{layer}" for layer in range(8, 23, 2))
 MAX_KL = 0.5
 DOSES = (0.5, 1.0, 2.0, 4.0)
-POOLED = 6
+POOLED = 4
 """Covariance-matched directions of each candidate site, for those of like KL."""
 
 
@@ -76,9 +76,9 @@ class Study:
         self.judge = ContrastJudge.calibrated(self.base)
         everyday = read_chats("everyday-careful")
         self.texts = ContrastTexts(
-            positive=read_chats("everyday-harmful")[:12], negative=everyday[:12]
+            positive=read_chats("everyday-harmful")[:8], negative=everyday[:8]
         )
-        self.choose_neutral, self.neutral = everyday[12:16], everyday[16:]
+        self.choose_neutral, self.neutral = everyday[8:12], everyday[12:16]
         self.fit_questions = tuple(load_questions(FIT))
         self.questions = tuple(load_questions(QUESTIONS))
         self.fit_sampling = _sampling(8, tokens, seed=0)
