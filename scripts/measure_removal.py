@@ -6,8 +6,8 @@ Fits the direction in every construction on the organism's own judged responses,
 every control without sampling, then samples and judges each arm: base, organism, careful twin, the
 direction taken out in several ways, the median and the strongest control of each kind, and the
 base steered by dose. An arm is a folder; the same call goes on. Once `screen_controls` is there,
-several processes may share the arms that are left. About three hours of one core. `--table` prints what is finished, as Markdown;
-the last line is one JSON object.
+several processes may share the arms that are left. About three hours of one core. `--table` prints
+what is finished, as Markdown; the last line is one JSON object.
 """
 
 import argparse
@@ -113,6 +113,7 @@ class Study:
         )
 
     def directions(self, construction: Construction) -> Directions:
+        """One construction at the candidate sites."""
         return self.stages.keep(
             f"directions_{construction.replace('@', '_')}",
             Directions,
@@ -120,6 +121,7 @@ class Study:
         )
 
     def own_of_each_layer(self) -> Directions:
+        """The first construction at every layer."""
         sites = [f"resid_post.{layer}" for layer in range(self.base.cfg.n_layers)]
         return self.stages.keep(
             "directions_every_layer", Directions, lambda: self.fit("data@tuned", sites)
@@ -130,6 +132,7 @@ class Study:
         return self.screen("sites", {name: tuple(self.directions(name)) for name in CONSTRUCTIONS})
 
     def screen(self, name: str, groups: Mapping[str, Sequence[Direction]]) -> AblationScreen:
+        """Take each direction out of every write, once for a name."""
         return self.stages.keep(
             f"screen_{name}",
             AblationScreen,
@@ -212,6 +215,7 @@ class Study:
             print(f"done: {name}", flush=True)
 
     def arm_folder(self, name: str) -> Path:
+        """Where an arm is kept."""
         return self.out / "arms" / "".join(c if c.isalnum() else "-" for c in name)
 
     def table(self) -> list[dict[str, Any]]:

@@ -118,7 +118,7 @@ def test_median_and_strongest_are_by_odds():
 
 
 def test_near_in_kl_is_a_ratio_either_way():
-    screen = screen_of(one(0, 0, 0.79), one(1, 0, 0.81), one(2, 0, 1.24), one(3, 0, 1.26))
+    screen = screen_of(one(0, 0.0, 0.79), one(1, 0.0, 0.81), one(2, 0.0, 1.24), one(3, 0.0, 1.26))
     near = screen.with_kl_near(1.0, group="random")
     assert [found.number for found in near] == [1, 2]
     assert screen.with_kl_near(0.0, group="random") == ()
@@ -126,7 +126,7 @@ def test_near_in_kl_is_a_ratio_either_way():
 
 def test_an_unknown_group_is_named():
     with pytest.raises(KeyError, match="'shuffled'; expected one of random"):
-        screen_of(one(0, 0)).group("shuffled")
+        screen_of(one(0, 0.0)).group("shuffled")
 
 
 def test_rows_say_how_the_odds_changed():
