@@ -34,6 +34,7 @@ RESULT_CLASSES = MappingProxyType(
         "answers": "emlens.studies.answer_questions:Answers",
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",
         "exported_model": "emlens.studies.export_model:ExportedModel",
+        "responses": "emlens.interventions.generate:Responses",
         "direction_removal": "emlens.studies.removal:DirectionRemoval",
         "direction_choice": "emlens.studies.removal:Choice",
         "disturbance": "emlens.studies.removal:Disturbance",
