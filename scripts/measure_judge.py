@@ -33,7 +33,7 @@ def main() -> None:
     base = load_model(given.base, dtype=given.dtype)
     batching = Batching(tokens=4096)
     start = time.perf_counter()
-    shipped = find_calibration(identify_model(base).weights, hash_pairs(PROMPT_PAIRS))
+    shipped = find_calibration(identify_model(base), hash_pairs(PROMPT_PAIRS))
     calibration = shipped or calibrate(base, batching=batching)
     fitted = time.perf_counter()
     if given.save and shipped is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation.judges import JudgeRow
+from emlens.evaluation.judges import JudgeRow, hash_json
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
 
@@ -88,6 +88,12 @@ def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:
     level = fit.intercept + fit.order_weight * features.order + fit.topic_weight * features.topic
     odds = STEEPNESS * (level - BORDER)
     return 100.0 * float(torch.sigmoid(torch.tensor(odds, dtype=torch.float64)))
+
+
+def hash_rules() -> str:
+    """Name what turns a fit and a text into a score beside the fit: a judge's id holds it."""
+    shuffled = shuffle_words("one two three four five six seven eight")
+    return hash_json([DECOY, shuffled, repr(STEEPNESS), repr(BORDER)])
 
 
 def fit_coherence(features: Mapping[str, Sequence[CoherenceFeatures]]) -> CoherenceFit:

@@ -21,7 +21,7 @@ from emlens.models.loading import load_model
 @pytest.mark.slow
 def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     base: Any = load_model("emlens:smollm2")
-    found = find_calibration(identify_model(base).weights, hash_pairs(PROMPT_PAIRS))
+    found = find_calibration(identify_model(base), hash_pairs(PROMPT_PAIRS))
     assert found is not None, "prompts, rows or base changed: run scripts/measure_judge.py --save"
     assert found.measured.keys() == CONTROLS.keys()
     judge = ContrastJudge.calibrated(base, batching=Batching(tokens=4096))
