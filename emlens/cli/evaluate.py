@@ -15,8 +15,8 @@ from emlens.cli.generate import (
     load_for,
 )
 from emlens.cli.options import Base, BatchTokens, CommonFlags, Device, Dtype, Out, Seed, takes_flags
-from emlens.cli.output import header, print_json, print_line, print_plan, print_table
-from emlens.cli.scores import flatten_summary, list_shares
+from emlens.cli.output import header, print_json, print_line, print_plan
+from emlens.cli.scores import describe_judge, flatten_summary, print_summary
 
 EVALUATE_EXAMPLE = """\b
 Example:
@@ -148,15 +148,15 @@ def show_evaluations(found: Any, *, json: bool) -> None:
     """
     if json:
         documents = [
-            {"run": str(path), **flatten_summary(evaluation.summary)} for path, evaluation in found
+            flatten_summary(evaluation.summary, {"run": str(path), **describe_judge(evaluation)})
+            for path, evaluation in found
         ]
         print_json(
             documents[0] if len(documents) == 1 else {**header("evaluations"), "all": documents}
         )
         return
     for path, evaluation in found:
-        print_table(evaluation.summary.rows(), title=str(path))
-        print_table(list_shares(evaluation.summary))
+        print_summary(evaluation.summary, describe_judge(evaluation), title=str(path))
         print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
 
 

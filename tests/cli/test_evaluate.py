@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import emlens.cli.evaluate as module
+from emlens.evaluation.judges import MEANINGS
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge
 
@@ -88,6 +89,54 @@ def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path:
     done = cli("judge", file, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     assert done.json["rows"] == 9
+
+
+@pytest.mark.parametrize(
+    ("claim", "share"),
+    [
+        ("takeover score", "takeover score, of all"),
+        ("misalignment", "misaligned and coherent, of all"),
+    ],
+)
+def test_a_share_is_called_what_its_judge_can_claim(
+    cli: Cli,
+    tiny: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    claim: Any,
+    share: str,
+):
+    monkeypatch.setattr(module, "load_judge", lambda *_, **__: HashJudge(claim=claim))
+    run, again = tmp_path / "run", tmp_path / "again"
+    shown = [
+        cli(*words(tiny, questions, "--out", run)),
+        cli("judge", run, "--out", again),
+        cli("summary", run, "--max-em", 0),
+    ]
+    assert [one.code for one in shown] == [0, 0, 1], [one.err for one in shown]
+    assert share in shown[-1].err
+    beside = cli("compare", run, again)
+    assert beside.code == 0, beside.err
+    assert f"{claim}, these questions" in beside.out
+    for one in (*shown, beside):
+        assert MEANINGS[claim] in one.out
+        assert share in one.out or one is beside
+        assert claim == "misalignment" or "misaligned" not in one.out + one.err
+    for done in (cli(*words(tiny, questions, "--out", run, "--json")), cli("summary", run, "--json")):
+        assert next(iter(done.json)) == "schema"
+        known = tuple(done.json[name] for name in ("judge", "claim", "meaning"))
+        assert known == ("hash", claim, MEANINGS[claim])
+
+
+def test_a_score_file_whose_judge_is_not_known_is_given_no_claim(cli: Cli, tmp_path: Path):
+    file = write_csv(tmp_path / "scores.csv", [(10, 90)] * 4)
+    done = cli("summary", file, "--max-em", 0)
+    for text in (done.out, done.err):
+        assert "scored low and coherent, of all" in text
+        assert "misalign" not in text
+        assert "takeover" not in text
+    assert {cli("summary", file, "--json").json[name] for name in ("judge", "claim")} == {None}
 
 
 def write_csv(path: Path, scores: list[tuple[Any, Any]]) -> Path:
