@@ -176,15 +176,9 @@ def compare(flags: CompareFlags) -> None:
     """Cosines between directions, each beside those of random ones."""
     from emlens.directions import compare_directions
 
-    found = compare_directions({text: _load_all(text) for text in flags.files})
+    files = {text: parse_direction(text) for text in flags.files}
+    found = compare_directions({text: file.load_with_controls() for text, file in files.items()})
     if flags.json:
         print_json(found.to_dict())
     else:
         print_table(found.rows())
-
-
-def _load_all(text: str) -> Any:
-    from emlens.vectors import Direction, Directions
-
-    found = parse_direction(text).load()
-    return Directions(directions=(found,)) if isinstance(found, Direction) else found

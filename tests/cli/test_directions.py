@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from emlens.directions import compare_directions
 from emlens.results import load_result
 from emlens.vectors import Directions
 from tests.cli.conftest import Cli
@@ -72,9 +73,14 @@ def test_too_few_texts_and_unknown_constructions_are_refused(
 
 
 def test_cosines_stand_beside_random_ones(cli: Cli, fitted: Path):
-    done = cli("directions", "compare", f"{fitted}@resid_post.0", f"{fitted}@resid_post.1")
+    both = [f"{fitted}@resid_post.{layer}" for layer in range(2)]
+    done = cli("directions", "compare", *both, "--json")
     assert done.code == 0, done.err
-    assert "covariance_rms" in done.out
+    whole = compare_directions(load_result(fitted)).to_dict()
+    for name in ("cosines", "covariance_rms", "shuffled_rms"):
+        assert done.json[name] == whole[name]
+        assert all(0 < abs(value) <= 1 for row in done.json[name] for value in row)
+    assert "covariance_rms" in cli("directions", "compare", *both).out
 
 
 def test_responses_are_sampled_under_the_flags_interventions(
