@@ -1,13 +1,18 @@
 """Evaluations, summaries and comparisons on the command line, with a judge that hashes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import emlens.cli.evaluate as module
+from emlens.evaluation import read_evaluation
 from emlens.evaluation.judges import MEANINGS
+from emlens.models.identity import identify_model
+from emlens.models.loading import load_base
+from emlens.models.sampling import Sampling
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge
 
@@ -137,6 +142,27 @@ def test_a_score_file_whose_judge_is_not_known_is_given_no_claim(cli: Cli, tmp_p
         assert "misalign" not in text
         assert "takeover" not in text
     assert {cli("summary", file, "--json").json[name] for name in ("judge", "claim")} == {None}
+
+
+def test_what_generate_sampled_is_judged_as_it_stands(cli: Cli, tiny: Path, tmp_path: Path):
+    run, out = tmp_path / "answers", tmp_path / "judged"
+    asked = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl", "--json"]
+    asked += ["--samples", 3, "--max-new-tokens", 5, "--batch-tokens", 100, "--out", run]
+    made = cli(*asked)
+    assert made.code == 0, made.err
+    done = cli("judge", run, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert done.json["rows"] == 12
+    found = read_evaluation(out)
+    assert [row.answer for row in found.responses] == [r["text"] for r in made.json["responses"]]
+    assert [row.question for row in found.responses][::3] == [f"What about {n}?" for n in range(4)]
+    assert found.model is not None
+    assert found.model.weights == identify_model(load_base(tiny / "base")).weights
+    assert found.sampling == Sampling(n=3, max_new_tokens=5)
+    shutil.rmtree(run / "results")
+    unfinished = cli("judge", run, "--out", tmp_path / "other")
+    assert unfinished.code == 2
+    assert "no finished responses" in unfinished.err
 
 
 def write_csv(path: Path, scores: list[tuple[Any, Any]]) -> Path:
