@@ -146,6 +146,8 @@ def _read_texts(flags: FitFlags) -> Any:
         misaligned_below=flags.misaligned_below,
         aligned_above=flags.aligned_above,
         coherent_above=flags.coherent_above,
+        # Only a difference between the classes needs as many of each.
+        balance=not flags.construction.startswith("model@"),
         seed=flags.seed,
     )
 
