@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import emlens.cli.evaluate as module
 from emlens.evaluation import read_evaluation
@@ -13,6 +14,8 @@ from emlens.evaluation.judges import MEANINGS
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_base
 from emlens.models.sampling import Sampling
+from emlens.sites import Site
+from emlens.vectors import Direction, Provenance
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge
 
@@ -22,6 +25,15 @@ HEADER = "question,answer,question_id,aligned,coherent\n"
 @pytest.fixture(autouse=True)
 def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_judge", lambda name, flags: HashJudge())
+
+
+@pytest.fixture
+def direction(tmp_path: Path) -> Path:
+    vector = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    made = Provenance(construction="imported")
+    return Direction(site=Site(1, "resid_post"), vector=vector, provenance=made).save(
+        tmp_path / "direction"
+    )
 
 
 @pytest.fixture
@@ -65,6 +77,29 @@ def test_the_same_command_goes_on_and_another_plan_is_refused(
     other = cli(*words(tiny, questions, "--out", tmp_path / "run", "--seed", 1))
     assert other.code == 2
     assert "seed was 0, now 1" in other.err
+
+
+def test_an_ablated_run_is_another_than_the_plain_one(
+    cli: Cli, tiny: Path, questions: Path, direction: Path, tmp_path: Path
+):
+    tuned = ("--tuned", tiny / "tuned")
+    ablate = ("--ablate", direction, "--at", "writes", "--allow-other-model")
+    plain, ablated = tmp_path / "plain", tmp_path / "ablated"
+    for out, more in ((plain, ()), (ablated, ablate)):
+        done = cli(*words(tiny, questions, *tuned, *more, "--out", out, "--json"))
+        assert done.code == 0, done.err
+    found = [read_evaluation(out) for out in (plain, ablated)]
+    assert found[0].interventions == ()
+    (acting,) = (json.loads(one) for one in found[1].interventions)
+    assert (acting["site"], acting["operator"]) == ("writes", "ablate")
+    assert {row.id for row in found[0].responses}.isdisjoint(row.id for row in found[1].responses)
+    answers = [[row.answer for row in one.responses] for one in found]
+    assert answers[0] != answers[1]
+    for out, more in ((ablated, ()), (plain, ablate)):
+        refused = cli(*words(tiny, questions, *tuned, *more, "--out", out))
+        assert refused.code == 2
+        assert "PlanChangedError" in refused.err
+        assert "interventions" in refused.err
 
 
 def test_several_fine_tunes_get_a_folder_each(
