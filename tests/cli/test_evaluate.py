@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import emlens.cli.evaluate as module
-from emlens.evaluation import read_evaluation
+from emlens.evaluation import ContrastJudge, read_evaluation
 from emlens.evaluation.judges import MEANINGS
+from emlens.models import loading, pair
+from emlens.models.checkpoints import load_checkpoint
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_base
 from emlens.models.sampling import Sampling
@@ -22,9 +24,12 @@ from tests.evaluation.fakes import HashJudge
 HEADER = "question,answer,question_id,aligned,coherent\n"
 
 
+LOAD_JUDGE = module.load_judge
+
+
 @pytest.fixture(autouse=True)
 def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_judge", lambda name, flags: HashJudge())
+    monkeypatch.setattr(module, "load_judge", lambda name, flags, base=None: HashJudge())
 
 
 @pytest.fixture
@@ -112,6 +117,36 @@ def test_several_fine_tunes_get_a_folder_each(
     assert "called alike" in cli(*words(tiny, questions, *twice)).err
 
 
+def test_several_fine_tunes_and_the_judge_share_one_load(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loads: list[Any] = []
+    judging: list[Any] = []
+
+    def count(source: Any, **settings: Any) -> Any:
+        loads.append(source)
+        return load_checkpoint(source, **settings)
+
+    def calibrate(base: Any, **_: Any) -> HashJudge:
+        judging.append(base)
+        return HashJudge()
+
+    for place in (loading, pair):
+        monkeypatch.setattr(place, "load_checkpoint", count)
+    monkeypatch.setattr(module, "load_judge", LOAD_JUDGE)
+    monkeypatch.setattr(ContrastJudge, "calibrated", staticmethod(calibrate))
+    both = ("--tuned", tiny / "tuned", "--tuned", tiny / "other", "--out", tmp_path / "run")
+    done = cli(*words(tiny, questions, *both, "--json"))
+    assert done.code == 0, done.err
+    assert loads == [str(tiny / "base")]
+    assert len(judging) == 1
+    alone = cli(*words(tiny, questions, "--tuned", tiny / "other", "--out", tmp_path / "alone"))
+    assert alone.code == 0, alone.err
+    found = [read_evaluation(tmp_path / name) for name in ("run/tuned", "run/other", "alone")]
+    assert found[1].responses == found[2].responses
+    assert found[0].responses != found[1].responses
+
+
 def test_a_dry_run_counts_responses_and_writes_nothing(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):
@@ -126,6 +161,9 @@ def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path:
     ]
     file = tmp_path / "made.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = cli("judge", file, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert (plan.code, plan.json["responses"]) == (0, 9)
+    assert not (tmp_path / "run").exists()
     done = cli("judge", file, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     assert done.json["rows"] == 9

@@ -12,6 +12,7 @@ from emlens.cli.interventions import parse_addition, parse_at, parse_direction, 
 from emlens.results import load_result
 from emlens.sites import Site
 from emlens.vectors import Direction, Directions, Provenance
+from tests.cli.conftest import Cli
 
 
 @pytest.fixture
@@ -91,3 +92,29 @@ def test_where_an_ablation_acts_is_never_assumed():
     with pytest.raises(typer.BadParameter, match="no --ablate"):
         read_interventions(None, None, ["writes"], allow_other_model=False)
     assert read_interventions(None, None, None, allow_other_model=False) == ()
+
+
+REFUSED = {
+    "no place": (["--ablate", "nowhere"], "needs --at"),
+    "nothing to place": (["--at", "writes"], "no --ablate"),
+    "no file": (["--ablate", "nowhere", "--at", "writes"], "cannot be read"),
+    "no units": (["--add", "nowhere:1"], "COEF:UNITS"),
+    "nothing to scale": (["--scale", "1"], "no --tuned"),
+    "no factor": (["--tuned", "nowhere", "--scale", "x"], "not a number"),
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_dry_run_refuses_what_the_run_would(
+    cli: Cli, tiny: Path, tmp_path: Path, command: str, reason: str
+):
+    given, message = REFUSED[reason]
+    asks = {"generate": ["--prompts", tiny / "chats.jsonl"], "export": []}
+    asks["evaluate"] = ["--questions", "emlens:open-questions"]
+    words = [command, "--base", tiny / "base", *asks[command], "--out", tmp_path / "out"]
+    done = cli(*words, *given, "--dry-run")
+    assert done.code == 2
+    assert message in done.err
+    assert cli(*words, "--dry-run").code == 0
+    assert not (tmp_path / "out").exists()
