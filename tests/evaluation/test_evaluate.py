@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from emlens.interventions.generate import generate_responses
 from emlens.journal import read_journal
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import identify_model
 from emlens.models.lora import scale_adapter
 from emlens.models.sampling import Sampling
@@ -149,6 +151,32 @@ def test_an_ablated_run_is_never_served_from_a_plain_one(
     run(model, tmp_path / "run")
     with pytest.raises(PlanChangedError, match="interventions"), intervene(model, steering):
         run(model, tmp_path / "run")
+
+
+def test_rows_of_an_earlier_call_count_as_acted_on(model: Any, tmp_path: Path):
+    add = Add(vector=torch.ones(24), coefficient=4.0)
+    # Only the second question's prompt is as long.
+    long = (Intervention(parse_site("resid_post.1"), add, "prompt[6:]"),)
+    given = {"interventions": long, "batching": Batching(tokens=14)}
+    whole = run(model, tmp_path / "whole", **given)
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole" / "manifest.json", tmp_path / "cut")
+    lines = (tmp_path / "whole" / "responses.jsonl").read_text().splitlines()
+    done = [line for line in lines if json.loads(line)["question_id"] == "two"]
+    assert 0 < len(done) < len(lines)
+    (tmp_path / "cut" / "responses.jsonl").write_text("\n".join(done) + "\n")
+    assert run(model, tmp_path / "cut", **given) == whole
+
+
+def test_interventions_that_never_act_are_refused_however_often_one_asks(
+    model: Any, tmp_path: Path
+):
+    add = Add(vector=torch.ones(24), coefficient=4.0)
+    idle = (Intervention(parse_site("resid_post.1"), add, "prompt[50:]"),)
+    for _ in range(2):
+        with pytest.raises(HookNeverFiredError, match=r"prompt\[50:\]"):
+            run(model, tmp_path / "run", interventions=idle)
+        assert len(read_journal(tmp_path / "run" / "responses.jsonl")) == 11
 
 
 def test_more_samples_keep_the_rows_there_would_have_been(model: Any, tmp_path: Path):
