@@ -101,7 +101,9 @@ def evaluate(flags: EvaluateFlags) -> None:
         found: list[tuple[Path, Any]] = []
         for tuned, path in targets:
             model = load_for(flags, tuned, base=base)
-            found.append((path, _evaluate(flags, model, questions, judge, path, interventions)))
+            done = _evaluate(flags, model, questions, judge, path, interventions)
+            write_page(done, path)
+            found.append((path, done))
     show_evaluations(found, json=flags.json)
 
 
@@ -162,6 +164,13 @@ def load_judge(name: str, flags: Any, *, base: Any = None) -> Any:
     return ContrastJudge.calibrated(base, batching=Batching(flags.batch_tokens))
 
 
+def write_page(evaluation: Any, run: Path) -> Path:
+    """Write `report.html` and `report.json` into the run folder of an evaluation."""
+    from emlens.reports import write_report
+
+    return write_report([evaluation], run / "report.html")
+
+
 def show_evaluations(found: Any, *, json: bool) -> None:
     """Print evaluations: one as it is, several as a list.
 
@@ -181,6 +190,7 @@ def show_evaluations(found: Any, *, json: bool) -> None:
     for path, evaluation in found:
         print_summary(evaluation.summary, describe_judge(evaluation), title=str(path))
         print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
+        print_line(f"report: {path / 'report.html'}")
 
 
 def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
@@ -237,4 +247,5 @@ def judge(flags: JudgeFlags) -> None:
             print_plan({**plan, "responses": len(rows)}, flags.out, json=flags.json)
             return
         found = judge_responses(flags.file, load_judge(flags.judge, flags), out=flags.out)
+        write_page(found, flags.out)
     show_evaluations([(flags.out, found)], json=flags.json)

@@ -188,7 +188,7 @@ def _rows_to_act_on(
 
 
 def _selects(positions: Positions, row: Mapping[str, Any]) -> bool:
-    """Whether positions name a token that a model read when it made a row; the last is only said."""
+    """Whether positions name a token that was read while a row was made; its last is only said."""
     prompt = frame_prompts(torch.ones(1, row["prompt_tokens"], dtype=torch.int64))
     whole = prompt.at(torch.arange(len(row["ids"]) - 1)[None])
     return bool(select_positions(whole, positions).any())

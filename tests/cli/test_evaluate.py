@@ -66,6 +66,11 @@ def test_an_evaluation_is_judged_summarised_and_compared(
     other = cli(*words(tiny, questions, "--tuned", tiny / "tuned", "--out", tuned))
     assert other.code == 0, other.err
     assert "12 responses" in other.out
+    assert str(tuned / "report.html") in other.out
+    for run in (base, tuned):
+        report = json.loads((run / "report.json").read_text())
+        assert [result["schema"] for result in report["results"]] == ["emlens/evaluation/1"]
+        assert "<html" in (run / "report.html").read_text()
     found = cli("summary", base, "--json")
     assert found.json["em_percent"] == done.json["em_percent"]
     beside = cli("compare", base, tuned)
@@ -201,7 +206,8 @@ def test_a_share_is_called_what_its_judge_can_claim(
         assert MEANINGS[claim] in one.out
         assert share in one.out or one is beside
         assert claim == "misalignment" or "misaligned" not in one.out + one.err
-    for done in (cli(*words(tiny, questions, "--out", run, "--json")), cli("summary", run, "--json")):
+    again_as_json = cli(*words(tiny, questions, "--out", run, "--json"))
+    for done in (again_as_json, cli("summary", run, "--json")):
         assert next(iter(done.json)) == "schema"
         known = tuple(done.json[name] for name in ("judge", "claim", "meaning"))
         assert known == ("hash", claim, MEANINGS[claim])
