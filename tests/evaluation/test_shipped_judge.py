@@ -1,6 +1,7 @@
 """The judge shipped for the demo's base: its calibration fits, and says what it was found to be."""
 
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from emlens.data import Batching
 from emlens.evaluation.calibration import (
     CONTROLS,
+    FEWEST_AUC,
     coherence_examples,
     find_calibration,
     load_rows,
@@ -16,6 +18,7 @@ from emlens.evaluation.coherence import LEVELS, measure_coherence, score_coheren
 from emlens.evaluation.contrast_judge import PROMPT_PAIRS, ContrastJudge, hash_pairs
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_model
+from emlens.numerics.auc import area_under_curve
 
 
 @pytest.mark.slow
@@ -27,12 +30,14 @@ def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     judge = ContrastJudge.calibrated(base, batching=Batching(tokens=4096))
     assert judge.calibration == found
     assert judge.claim == found.claim
-    means = []
-    for level in LEVELS:
-        rows = coherence_examples()[level][:4]
+    scores = {}
+    for level, rows in coherence_examples().items():
         features = measure_coherence(base, rows, batching=Batching(tokens=4096))
-        scores = [score_coherence(one, found.coherence) for one in features if one is not None]
-        means.append(statistics.mean(scores))
+        scores[level] = [score_coherence(one, found.coherence) for one in features if one]
+    assert sum(map(len, scores.values())) == 80
+    for low, high in pairwise(LEVELS):
+        assert area_under_curve(scores[low], scores[high]).value >= FEWEST_AUC, (low, high)
+    means = [statistics.mean(scores[level]) for level in LEVELS]
     assert means == sorted(means)
     assert means[1] < 50 < means[2]
     (one,) = judge.judge(load_rows("everyday-careful")[:1])
