@@ -113,7 +113,7 @@ def print_summary(found: Any, judge: Mapping[str, Any], *, title: str = "") -> N
         title: of the table by question.
     """
     names = {"em": "counted", "em_percent": "percent"}
-    by_question = [{names.get(k, k): v for k, v in row.items()} for row in found.rows()]
+    by_question = [{str(names.get(k, k)): v for k, v in row.items()} for row in found.rows()]
     print_table(by_question, title=title)
     print_table(list_shares(found, judge["claim"]))
     if judge["claim"] is None:

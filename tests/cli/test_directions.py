@@ -107,7 +107,9 @@ def test_cosines_stand_beside_random_ones(cli: Cli, fitted: Path):
     both = [f"{fitted}@resid_post.{layer}" for layer in range(2)]
     done = cli("directions", "compare", *both, "--json")
     assert done.code == 0, done.err
-    whole = compare_directions(load_result(fitted)).to_dict()
+    loaded = load_result(fitted)
+    assert isinstance(loaded, Directions)
+    whole = compare_directions(loaded).to_dict()
     for name in ("cosines", "covariance_rms", "shuffled_rms"):
         assert done.json[name] == whole[name]
         assert all(0 < abs(value) <= 1 for row in done.json[name] for value in row)

@@ -72,6 +72,7 @@ def make_calibration(model: Any, **changes: Any) -> JudgeCalibration:
         "prompts": hash_pairs(PAIRS),
         "rows_fitted": "",
         "measured": {},
+        "measured_coherence": {},
     }
     return JudgeCalibration(**fields | changes)
 

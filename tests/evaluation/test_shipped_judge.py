@@ -18,7 +18,6 @@ from emlens.evaluation.coherence import LEVELS, measure_coherence, score_coheren
 from emlens.evaluation.contrast_judge import PROMPT_PAIRS, ContrastJudge, hash_pairs
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_model
-from emlens.numerics.auc import area_under_curve
 
 
 @pytest.mark.slow
@@ -30,14 +29,15 @@ def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     judge = ContrastJudge.calibrated(base, batching=Batching(tokens=4096))
     assert judge.calibration == found
     assert judge.claim == found.claim
-    scores = {}
-    for level, rows in coherence_examples().items():
+    areas = found.measured_coherence
+    assert areas.keys() == {f"{low} < {high}" for low, high in pairwise(LEVELS)}
+    assert min(area.value for area in areas.values()) >= FEWEST_AUC
+    means = []
+    for level in LEVELS:
+        rows = coherence_examples()[level][:4]
         features = measure_coherence(base, rows, batching=Batching(tokens=4096))
-        scores[level] = [score_coherence(one, found.coherence) for one in features if one]
-    assert sum(map(len, scores.values())) == 80
-    for low, high in pairwise(LEVELS):
-        assert area_under_curve(scores[low], scores[high]).value >= FEWEST_AUC, (low, high)
-    means = [statistics.mean(scores[level]) for level in LEVELS]
+        scores = [score_coherence(one, found.coherence) for one in features if one is not None]
+        means.append(statistics.mean(scores))
     assert means == sorted(means)
     assert means[1] < 50 < means[2]
     (one,) = judge.judge(load_rows("everyday-careful")[:1])
