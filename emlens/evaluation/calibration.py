@@ -58,6 +58,9 @@ class JudgeCalibration(Result):
     """Hash of the texts that were fitted on."""
     measured: dict[str, Interval]
     """Control -> area under the curve on texts that were not fitted on; empty if not measured."""
+    measured_coherence: dict[str, Interval]
+    """Neighbouring levels, such as `salad < off-topic` -> area of the coherent score on labelled
+    examples that were not fitted on; empty if not measured."""
 
     @property
     def claim(self) -> Claim:

@@ -64,23 +64,24 @@ def measure_coherence(
         rows: questions and responses, delimiters escaped.
         batching: rows that run together.
     """
-    written = [row for row in rows if row.answer.split()]
+    written = [place for place, row in enumerate(rows) if row.answer.split()]
     if not written:
         return [None] * len(rows)
-    texts = [(row.question, row.answer) for row in written]
-    texts += [(DECOY, row.answer) for row in written]
-    texts += [(row.question, shuffle_words(row.answer)) for row in written]
+    answered = [rows[place] for place in written]
+    texts = [(row.question, row.answer) for row in answered]
+    texts += [(DECOY, row.answer) for row in answered]
+    texts += [(row.question, shuffle_words(row.answer)) for row in answered]
     chats = [_tokenize(model, question, answer) for question, answer in texts]
     scores = score_responses(_host(model), chats, batching=batching)
     n = len(written)
-    found: dict[str, CoherenceFeatures] = {}
-    for place, row in enumerate(written):
-        own, decoy, shuffled = scores[place], scores[n + place], scores[2 * n + place]
+    found: dict[int, CoherenceFeatures] = {}
+    for index, place in enumerate(written):
+        own, decoy, shuffled = scores[index], scores[n + index], scores[2 * n + index]
         tokens = max(1, len(own.log_probs))
-        found[row.id] = CoherenceFeatures(
+        found[place] = CoherenceFeatures(
             order=(own.total - shuffled.total) / tokens, topic=(own.total - decoy.total) / tokens
         )
-    return [found.get(row.id) for row in rows]
+    return [found.get(place) for place in range(len(rows))]
 
 
 def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:

@@ -249,6 +249,7 @@ def calibrate(base: HookedModel, *, batching: Batching) -> JudgeCalibration:
         prompts=hash_pairs(PROMPT_PAIRS),
         rows_fitted=hash_fitted(),
         measured={},
+        measured_coherence={},
     )
 
 

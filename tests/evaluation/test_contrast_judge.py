@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from emlens.artifacts import read_result
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation import coherence, contrast_judge
+from emlens.evaluation import Question, coherence, contrast_judge, evaluate
 from emlens.evaluation.calibration import (
     CONTROLS,
     FOLDER,
@@ -32,6 +33,7 @@ from emlens.interventions import Add, Intervention, intervene
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
 from emlens.models.identity import ModelIdentity, identify_model
+from emlens.models.sampling import Sampling
 from emlens.models.views import lay_views
 from emlens.numerics.intervals import Interval
 from emlens.sites import parse_site
@@ -70,6 +72,7 @@ def make_calibration(model: Any, **changes: Any) -> JudgeCalibration:
         "prompts": hash_pairs(PAIRS),
         "rows_fitted": "",
         "measured": {},
+        "measured_coherence": {},
     }
     return JudgeCalibration(**fields | changes)
 
@@ -227,6 +230,32 @@ def test_nothing_that_acts_on_the_base_may_judge(model: Any):
     tuned = attach_adapter(model, load_adapter(make_peft("llama")))
     with pytest.raises(ValueError, match="cannot judge itself"):
         make_judge(tuned)
+
+
+def test_a_base_that_answers_or_lends_its_weights_judges_as_it_would_alone(
+    model: Any, tmp_path: Path
+):
+    judge, alone = make_judge(model), make_judge(make_model())
+    add = Add(vector=torch.ones(24), coefficient=3.0)
+    steering = (Intervention(parse_site("resid_post.1"), add),)
+    tuned = attach_adapter(model, load_adapter(make_peft("llama")))
+    for name, answering in {"base": model, "tuned": tuned}.items():
+        found = evaluate(
+            answering,
+            [Question(id="q", paraphrases=("w5 w6",))],
+            judge=judge,
+            out=tmp_path / name,
+            sampling=Sampling(n=6, max_new_tokens=5),
+            interventions=steering,
+        ).responses
+        rows = [
+            JudgeRow(id=row.id, question=row.question or "", answer=row.answer or "")
+            for row in found
+        ]
+        assert any(row.answer for row in rows)
+        for row, one in zip(found, alone.judge(rows), strict=True):
+            assert row.aligned == pytest.approx(one.aligned, abs=1e-3)
+            assert row.coherent == pytest.approx(one.coherent, abs=1e-3)
 
 
 def test_a_response_cannot_end_its_own_turn(model: Any):

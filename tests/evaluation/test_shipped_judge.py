@@ -1,6 +1,7 @@
 """The judge shipped for the demo's base: its calibration fits, and says what it was found to be."""
 
 import statistics
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from emlens.data import Batching
 from emlens.evaluation.calibration import (
     CONTROLS,
+    FEWEST_AUC,
     coherence_examples,
     find_calibration,
     load_rows,
@@ -27,6 +29,9 @@ def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     judge = ContrastJudge.calibrated(base, batching=Batching(tokens=4096))
     assert judge.calibration == found
     assert judge.claim == found.claim
+    areas = found.measured_coherence
+    assert areas.keys() == {f"{low} < {high}" for low, high in pairwise(LEVELS)}
+    assert min(area.value for area in areas.values()) >= FEWEST_AUC
     means = []
     for level in LEVELS:
         rows = coherence_examples()[level][:4]
