@@ -31,6 +31,8 @@ CONSTRUCTIONS = (
     "shuffled",
 )
 """How a vector can have been made; the first six are differences of means."""
+UNPROCESSED = "unprocessed"
+"""Weights as the checkpoint holds them."""
 PROMPT_ROLES = ("fit", "choose", "evaluate")
 """What prompts are used for; no prompt may serve two of them."""
 
@@ -71,7 +73,7 @@ class Provenance:
     """Of the LoRA that makes the tuned model."""
     tokenizer_fingerprint: str = ""
     """Of vocabulary and chat template; empty where it is not known."""
-    processing: str = "unprocessed"
+    processing: str = UNPROCESSED
     """Of the weights: emlens never folds norms or centres weights on loading."""
     seed: int | None = None
     """Of a random vector."""

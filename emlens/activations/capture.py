@@ -21,10 +21,11 @@ from emlens.activations.reading import ReadingPlan, Selection, SitesLike, plan_r
 from emlens.artifacts import write_tensors_atomic
 from emlens.data import Batching, Chat
 from emlens.encoding import ArtifactError
-from emlens.models.identity import identify_model
+from emlens.models.acting import describe_acting
+from emlens.models.identity import foreign_hooks, identify_model
 from emlens.models.pair import ModelPair
-from emlens.models.reading import Readable, identify
-from emlens.runs import RunFolder
+from emlens.models.reading import Readable
+from emlens.runs import PlanChangedError, RunFolder
 from emlens.sites import Site, SiteError, parse_site
 
 _TASK = "capture_activations"
@@ -198,18 +199,21 @@ def capture_activations(
         batching: tokens run at once, both models of a pair counted: also the size of a shard.
 
     Raises:
-        PlanChangedError: the folder holds a capture of other models, texts, sites or positions.
+        PlanChangedError: the folder holds a capture of other models, interventions, texts, sites or
+            positions; or shards made under hooks that are no interventions, which no plan can tell
+            from others.
         ValueError: no tokenizer, or positions that a chat does not have.
     """
     plan = plan_reading(model, chats, sites=sites, positions=positions, batching=batching)
-    settings = _describe(plan)
-    run = RunFolder.start(out, settings)
+    run = RunFolder.start(out, _describe(plan))
     shards = ActivationShards(run.path, dict(run.plan))
     for stray in (run.path / _FOLDER).glob(".*.tmp"):  # of a run that was killed while writing
         stray.unlink(missing_ok=True)
     done = next(
         (k for k in range(shards.n_shards) if not shards.shard_path(k).exists()), shards.n_shards
     )
+    if done:
+        _refuse_hooks(plan, run.path)
     held: dict[str, Tensor] = {}
 
     def keep(site: Site, x: Tensor, chosen: tuple[Selection, ...]) -> None:
@@ -229,14 +233,13 @@ def _tensor_name(stream: str, site: Site) -> str:
 
 def _describe(plan: ReadingPlan) -> dict[str, Any]:
     """Everything that decides what is captured, and where each row comes to lie."""
-    pair = plan.model if isinstance(plan.model, ModelPair) else None
-    models = {"base": pair.base, "tuned": pair.tuned} if pair else {"model": plan.model}
+    models = _models_of(plan)
     (position,) = plan.positions
     return {
         "task": _TASK,
         "streams": list(models),
-        "models": {stream: _weights_of(model) for stream, model in models.items()},
-        "hooked": identify(plan.model).hooked,
+        "models": {stream: _identify(model) for stream, model in models.items()},
+        "hooked": any(any(foreign_hooks(model)) for model in models.values()),
         "sites": [str(site) for site in plan.sites],
         "positions": str(position),
         "chats": _hash_ids(plan),
@@ -245,11 +248,28 @@ def _describe(plan: ReadingPlan) -> dict[str, Any]:
     }
 
 
-def _weights_of(model: Any) -> dict[str, Any]:
+def _models_of(plan: ReadingPlan) -> dict[str, Any]:
+    """The models by the names of their streams."""
+    pair = plan.model if isinstance(plan.model, ModelPair) else None
+    return {"base": pair.base, "tuned": pair.tuned} if pair else {"model": plan.model}
+
+
+def _identify(model: Any) -> dict[str, Any]:
     """What a model computes with; where it was loaded from decides nothing."""
     found = dataclasses.asdict(identify_model(model))
     del found["name"]
-    return found
+    return found | {"interventions": describe_acting(model)}
+
+
+def _refuse_hooks(plan: ReadingPlan, folder: Path) -> None:
+    """Refuse to add shards to others, or to hand them out, where none can say what made them."""
+    for model in _models_of(plan).values():
+        if hooked := list(foreign_hooks(model)):
+            raise PlanChangedError(
+                f"{folder} holds shards already, and the model has hooks that are no "
+                f"interventions, at {', '.join(hooked[:3])}: whether those made them cannot be "
+                "told. Give a new folder, or write the hooks as interventions"
+            )
 
 
 def _hash_ids(plan: ReadingPlan) -> str:

@@ -14,11 +14,11 @@ from .generate import (
     stream_responses,
 )
 from .hooking import intervene
-from .intervention import Intervention
+from .intervention import Intervention, MadeFor
 from .operators import Ablate, Add, Cap, PerLayer, Replace
+from .other_model import OtherModelError
 from .plan import (
     ContradictoryInterventionsError,
-    OtherModelError,
     write_sites,
 )
 
@@ -29,6 +29,7 @@ __all__ = [
     "ContradictoryInterventionsError",
     "FoldError",
     "Intervention",
+    "MadeFor",
     "OtherModelError",
     "PerLayer",
     "Replace",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emlens.interventions.intervention import Intervention
 from emlens.interventions.operators import Ablate, Add, Cap, Operator, PerLayer
+from emlens.models.acting import declare_acting
 from emlens.models.protocol import HookedModel
 
 _ACTIVE: WeakKeyDictionary[Any, list[tuple[Intervention, ...]]] = WeakKeyDictionary()
@@ -22,10 +23,11 @@ _ACTIVE: WeakKeyDictionary[Any, list[tuple[Intervention, ...]]] = WeakKeyDiction
 @contextmanager
 def register_active(model: HookedModel, interventions: Sequence[Intervention]) -> Iterator[None]:
     """Put interventions on record as acting on a model while the context lasts."""
-    stack = _ACTIVE.setdefault(model, [])
-    stack.append(tuple(interventions))
+    stack, together = _ACTIVE.setdefault(model, []), tuple(interventions)
+    stack.append(together)
     try:
-        yield
+        with declare_acting(model, lambda: describe_interventions(together)):
+            yield
     finally:
         stack.pop()
 

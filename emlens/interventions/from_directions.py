@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.data import Positions
-from emlens.interventions.intervention import WRITES, Intervention
+from emlens.interventions.intervention import WRITES, Intervention, MadeFor
 from emlens.interventions.operators import Ablate, Add, Cap, Operator, PerLayer, Side
 from emlens.sites import Site, SiteError, parse_site
 from emlens.vectors import Direction, Directions
@@ -42,7 +42,7 @@ def add_direction(
             estimated; `resid_norm`: m = the base's median activation norm at the direction's site.
         at: where; by default at the site that each direction was estimated at.
         positions: on which tokens.
-        allow_other_model: also on models that the direction was not made from.
+        allow_other_model: also on weights, tokenizers or processing that it was not made from.
 
     Raises:
         ValueError: unknown units; `resid_norm` for a direction without one, or elsewhere than at
@@ -88,7 +88,7 @@ def ablate_direction(
             `writes` is the direction gone from every residual stream.
         positions: on which tokens.
         toward: a mean activation; x - v^ (v^ . (x - toward)) instead.
-        allow_other_model: also on models that the direction was not made from.
+        allow_other_model: also on weights, tokenizers or processing that it was not made from.
 
     Raises:
         ValueError: one mean for directions of several layers, or a site that no direction is for.
@@ -124,7 +124,7 @@ def cap_direction(
         side: `above` cuts what exceeds the threshold, `below` fills up what falls short of it.
         at: `site`, residual sites, or `writes`.
         positions: on which tokens.
-        allow_other_model: also on models that the direction was not made from.
+        allow_other_model: also on weights, tokenizers or processing that it was not made from.
 
     Raises:
         ValueError: an unknown side, or a site that no direction is for.
@@ -153,7 +153,7 @@ def _place(
             site if isinstance(site, Site) or site == WRITES else _read(site),
             operator,
             positions,
-            made_for=() if allow_other_model else _models_of(source),
+            made_for=None if allow_other_model else _made_for(source),
             label=source.provenance.construction,
         )
 
@@ -184,16 +184,19 @@ def _per_layer(given: Sequence[Direction], build: Callable[[Direction], Operator
                 "expected at most one a layer (or at='site', each at its own)"
             )
         operators[one.site.layer] = build(one)
-    if len({_models_of(one) for one in given}) > 1:
+    if len({_made_for(one) for one in given}) > 1:
         raise ValueError("directions: they were made from different models; place them one by one")
     return PerLayer(operators)
 
 
-def _models_of(direction: Direction) -> tuple[str, ...]:
-    """Fingerprints of the models that a direction describes; never empty."""
+def _made_for(direction: Direction) -> MadeFor:
+    """What a direction describes; a base that is not known is one that no model has."""
     made = direction.provenance
-    return (made.base_fingerprint,) + (
-        () if made.tuned_fingerprint is None else (made.tuned_fingerprint,)
+    tuned = () if made.tuned_fingerprint is None else (made.tuned_fingerprint,)
+    return MadeFor(
+        weights=(made.base_fingerprint, *tuned),
+        tokenizer=made.tokenizer_fingerprint,
+        processing=made.processing,
     )
 
 

@@ -1,11 +1,13 @@
 """Responses of a model to chats, sampled under interventions, each with a random stream of its own.
 
 Not for text that exists already: that is scored (`emlens.models.score`). The stream of a response
-is keyed by seed, prompt and sample number, so that batching and resuming do not change it.
+is keyed by seed, prompt and sample number, so that batching and resuming do not change it; where
+a prompt comes again in a list, by how many times it came before too.
 """
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +20,7 @@ from emlens.data import (
     Batching,
     Chat,
     TokenizedChat,
+    as_chats,
     pad_batch,
     plan_batches,
     tokenize_chat,
@@ -46,6 +49,8 @@ class ResponseRequest:
     """The caller's name for the response; by default the key of its random stream."""
     prompt_index: int = 0
     """The caller's number of the prompt."""
+    repeat: int = 0
+    """How many chats before this one ask the same: where there are any, part of the key as well."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +121,7 @@ class Responses(Result):
 
 def generate_responses(
     model: HookedModel,
-    chats: Sequence[Chat],
+    chats: Sequence[Chat | str],
     *,
     sampling: Sampling,
     interventions: Sequence[Intervention] = (),
@@ -124,23 +129,22 @@ def generate_responses(
 ) -> Responses:
     """Sample `sampling.n` responses to every chat.
 
+    Each has a random stream of its own: a chat that is there twice gets other responses the second
+    time. Those of the first are the ones that it gets alone.
+
     Args:
         model: a model loaded by emlens, with its tokenizer, with or without an adapter.
-        chats: prompts; a response at the end of one is left out.
+        chats: prompts (str) or chats; a response at the end of one is left out.
         sampling: how many, how long and how random.
         interventions: act on every token of every pass that their positions name.
         batching: rows times (prompt + longest response) that are run at once.
 
     Raises:
-        ValueError: no tokenizer, or logits that are no numbers.
-        BatchError: no chats, or a prompt that leaves no room for the response.
+        ValueError: no tokenizer, no chats, or logits that are no numbers.
+        BatchError: a prompt that leaves no room for the response.
         HookNeverFiredError: an intervention that acted in no batch.
     """
-    requests = [
-        ResponseRequest(chat, sample, prompt_index=index)
-        for index, chat in enumerate(chats)
-        for sample in range(sampling.n)
-    ]
+    requests = list_requests(model, chats, n=sampling.n)
     run = _Run(model, requests, sampling, interventions, batching)
     found: dict[int, Response] = {}
     for places, responses in run.batches():
@@ -155,6 +159,31 @@ def generate_responses(
         seconds=run.seconds,
         tokens_per_second=run.said / run.seconds,
     )
+
+
+def list_requests(
+    model: HookedModel, chats: Sequence[Chat | str], *, n: int
+) -> list[ResponseRequest]:
+    """List what is wanted of a whole run: `n` responses to every chat, repeated prompts numbered.
+
+    Args:
+        model: its tokenizer decides which prompts are the same.
+        chats: prompts (str) or chats.
+        n: responses to each.
+
+    Raises:
+        ValueError: no tokenizer, or no chats.
+    """
+    given, seen = as_chats(chats), Counter[bytes]()
+    requests: list[ResponseRequest] = []
+    for index, (chat, prompt) in enumerate(zip(given, _tokenize(given, model), strict=True)):
+        ids = prompt.ids.numpy().tobytes()
+        requests += [
+            ResponseRequest(chat, sample, prompt_index=index, repeat=seen[ids])
+            for sample in range(n)
+        ]
+        seen[ids] += 1
+    return requests
 
 
 def stream_responses(
@@ -195,11 +224,9 @@ class _Run:
         interventions: Sequence[Intervention],
         batching: Batching,
     ):
-        if model.tokenizer is None:
-            raise ValueError("model: it has no tokenizer, so chats cannot be turned into tokens")
         self.model: Any = model
         self.requests, self.sampling, self.interventions = requests, sampling, interventions
-        self.prompts = _tokenize(requests, model.tokenizer)
+        self.prompts = _tokenize([request.chat for request in requests], model)
         lengths = [len(prompt.ids) + sampling.max_new_tokens for prompt in self.prompts]
         _check_room(lengths, requests, sampling, min(batching.max_length, model.cfg.n_ctx))
         self.plan = plan_batches(lengths, batching)
@@ -253,8 +280,9 @@ class _Run:
         return generated
 
     def _key(self, place: int) -> int:
-        ids = self.prompts[place].ids.numpy().tobytes()
-        return derive_key(self.sampling.seed, ids, self.requests[place].sample)
+        ids, request = self.prompts[place].ids.numpy().tobytes(), self.requests[place]
+        again = (request.repeat,) if request.repeat else ()
+        return derive_key(self.sampling.seed, ids, request.sample, *again)
 
     def _response(self, place: int, key: int, new: list[int], ended: bool) -> Response:
         request, prompt = self.requests[place], self.prompts[place]
@@ -287,11 +315,13 @@ def _check_room(
             )
 
 
-def _tokenize(requests: Sequence[ResponseRequest], tokenizer: Any) -> list[TokenizedChat]:
-    """Prompts of all requests; each chat is rendered once."""
+def _tokenize(chats: Sequence[Chat], model: HookedModel) -> list[TokenizedChat]:
+    """Prompts of chats, each chat rendered once."""
+    if model.tokenizer is None:
+        raise ValueError("model: it has no tokenizer, so chats cannot be turned into tokens")
     done: dict[Chat, TokenizedChat] = {}
-    for request in requests:
-        if request.chat not in done:
-            prompt = request.chat.without_response()
-            done[request.chat] = tokenize_chat(prompt, tokenizer, for_generation=True)
-    return [done[request.chat] for request in requests]
+    for chat in chats:
+        if chat not in done:
+            prompt = chat.without_response()
+            done[chat] = tokenize_chat(prompt, model.tokenizer, for_generation=True)
+    return [done[chat] for chat in chats]

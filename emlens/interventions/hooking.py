@@ -24,6 +24,10 @@ Change = Callable[[Tensor, Tensor | None], Tensor]
 """(values [batch pos d], mask [batch pos] or None for all) -> values."""
 
 
+class PositionsNeverMetError(HookNeverFiredError):
+    """Positions that named no token of any pass."""
+
+
 @contextmanager
 def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iterator[None]:
     """Change a model's activations while the context lasts, however it ends.
@@ -42,11 +46,11 @@ def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iter
     Raises:
         SiteError: a site the model does not have, or that has no vector for each token.
         WidthError: a vector of another width than its site.
-        OtherModelError: a vector made from another model.
+        OtherModelError: a vector made from another model, tokenizer or processing.
         ContradictoryInterventionsError: a replacement beside anything else on the same tokens,
             those of contexts around this one included.
         HookNeverFiredError: on a clean exit: a site was never reached, or no token was ever
-            selected by an intervention's positions.
+            selected by an intervention's positions (PositionsNeverMetError).
     """
     plans = plan_interventions(model, interventions)
     around = active_interventions(model)
@@ -75,7 +79,7 @@ def _check_fired(changes: Sequence["_SiteChange"], selection: "_Selection") -> N
         )
     idle = [str(positions) for positions, acted in selection.acted.items() if not bool(acted)]
     if idle:
-        raise HookNeverFiredError(
+        raise PositionsNeverMetError(
             f"interventions at the positions {', '.join(idle)} met no such token in any forward "
             "pass, so they changed nothing"
         )

@@ -12,6 +12,19 @@ EVERYWHERE = Positions("all")
 """Every column of every pass, padding included, without asking which token it is."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MadeFor:
+    """What a model must agree in with the one that a vector was made from."""
+
+    weights: tuple[str, ...] = ()
+    """Fingerprints, any of which will do; `("",)` for weights that nobody knows, which no model
+    has. Not compared where there is none."""
+    tokenizer: str = ""
+    """Fingerprint of vocabulary, special tokens and chat template; not compared where empty."""
+    processing: str = ""
+    """What was done to the weights after loading; not compared where empty."""
+
+
 @dataclass(frozen=True)
 class Intervention:
     """What is done to the values at one site, or at several alike.
@@ -25,8 +38,8 @@ class Intervention:
     operator: Operator | PerLayer
     positions: Positions | str = EVERYWHERE
     """Named tokens; text is read on construction."""
-    made_for: tuple[str, ...] = ()
-    """Fingerprints of the models it may be used on; empty for any."""
+    made_for: MadeFor | None = None
+    """The models it may be used on; None for any."""
     label: str = ""
     """How the vector was made, for people."""
 

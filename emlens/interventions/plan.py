@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 from emlens.data import Positions
 from emlens.interventions.intervention import WRITES, Intervention
@@ -16,8 +15,8 @@ from emlens.interventions.operators import (
     Replace,
     as_affine,
 )
+from emlens.interventions.other_model import check_model
 from emlens.models.protocol import HookedModel
-from emlens.models.views import origin_of
 from emlens.numerics.affine import LowRankAffine
 from emlens.numerics.validation import WidthError
 from emlens.sites import Site, SiteError, check_sites, expand_sites
@@ -28,10 +27,6 @@ Fused = dict[tuple[int, ...], LowRankAffine]
 
 class ContradictoryInterventionsError(ValueError):
     """Interventions at one site of which one makes another pointless."""
-
-
-class OtherModelError(ValueError):
-    """An intervention was made from another model than the one it is to act on."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +80,7 @@ def plan_interventions(
     Raises:
         SiteError: a site the model does not have, or that has no vector for each token.
         WidthError: a vector of another width than its site.
-        OtherModelError: a vector made from another model.
+        OtherModelError: a vector made from another model, tokenizer or processing.
         ContradictoryInterventionsError: a replacement beside anything else on the same tokens.
     """
     plans: dict[Site, SitePlan] = {}
@@ -126,22 +121,6 @@ def write_sites(model: HookedModel) -> tuple[Site, ...]:
         for stream in ("attn_out", "mlp_out")
     ]
     return (*outside, *blocks)
-
-
-def check_model(model: Any, intervention: Intervention) -> None:
-    """Require that an intervention was made for a model's weights, or for any.
-
-    Raises:
-        OtherModelError: it was made for others.
-    """
-    fingerprint = origin_of(model).fingerprint
-    if intervention.made_for and fingerprint not in intervention.made_for:
-        made = ", ".join(known or "no model that is on record" for known in intervention.made_for)
-        raise OtherModelError(
-            f"interventions: the {intervention.label} vector at {intervention.site} was made from "
-            f"{made}, and {origin_of(model).name} is {fingerprint}. Pass allow_other_model=True "
-            "where transfer is what you want to see"
-        )
 
 
 def check_contradictions(plan: SitePlan) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from emlens.artifacts import Result
-from emlens.data import Chat, load_chats, tokenize_chat
+from emlens.data import Chat, as_chats, load_chats, tokenize_chat
 from emlens.interventions import Intervention, fold_into_weights, intervene
 from emlens.models.export import save_checkpoint
 from emlens.models.loading import load_model
@@ -45,7 +45,7 @@ def export_model(
     folder: str | Path,
     *,
     interventions: Sequence[Intervention] = (),
-    probes: Sequence[Chat] | None = None,
+    probes: Sequence[Chat | str] | None = None,
 ) -> ExportedModel:
     """Write a model with its adapter and interventions in the weights, and read it back.
 
@@ -53,18 +53,20 @@ def export_model(
         model: loaded by emlens; an attached adapter is merged.
         folder: a new one.
         interventions: folded where that is exact.
-        probes: chats whose logits are compared; by default four open questions.
+        probes: prompts (str) or chats whose logits are compared; by default four open questions.
 
     Raises:
         FoldError: an intervention that no weights can stand for.
-        ValueError: a folder in use, or a bias that the Hugging Face class cannot hold.
+        ValueError: no probe at all, a folder in use, or a bias that the Hugging Face class cannot
+            hold.
     """
     given: Any = model
+    probed = _probe_ids(given, probes)
     written = fold_into_weights(given, interventions) if interventions else given
     path = save_checkpoint(written, folder)
     again = load_model(path, dtype=str(given.cfg.dtype).removeprefix("torch."))
     difference, largest = 0.0, 0.0
-    for ids in _probe_ids(given, probes):
+    for ids in probed:
         with torch.no_grad(), intervene(given, tuple(interventions)):
             expected = given(ids).double()
         with torch.no_grad():
@@ -81,11 +83,11 @@ def export_model(
     )
 
 
-def _probe_ids(model: Any, probes: Sequence[Chat] | None) -> list[torch.Tensor]:
+def _probe_ids(model: Any, probes: Sequence[Chat | str] | None) -> list[torch.Tensor]:
     if model.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(model.cfg.d_vocab, (1, 16), generator=generator)]
-    chats = load_chats(PROBES, limit=N_PROBES) if probes is None else probes
+    chats = load_chats(PROBES, limit=N_PROBES) if probes is None else as_chats(probes)
     found = [
         tokenize_chat(chat.without_response(), model.tokenizer, for_generation=True).ids
         for chat in chats

@@ -6,18 +6,27 @@ Nothing is judged here: `emlens.evaluate` samples and judges.
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from emlens.artifacts import Result
-from emlens.data import Batching, Chat, text_hash, track
+from emlens.data import Batching, Chat, as_chats, text_hash, track
 from emlens.interventions import (
     Intervention,
     active_interventions,
     describe_interventions,
+    intervene,
 )
-from emlens.interventions.generate import Response, ResponseRequest, stream_responses
+from emlens.interventions.generate import (
+    Response,
+    ResponseRequest,
+    list_requests,
+    stream_responses,
+)
+from emlens.interventions.hooking import PositionsNeverMetError
+from emlens.interventions.met import check_met
 from emlens.journal import Journal, read_journal
 from emlens.models.generate import Sampling
 from emlens.models.identity import identify_model
@@ -51,7 +60,7 @@ class SampledResponses(Result):
 
 def sample_responses(
     model: HookedModel,
-    chats: Sequence[Chat],
+    chats: Sequence[Chat | str],
     *,
     sampling: Sampling,
     out: str | Path,
@@ -62,7 +71,8 @@ def sample_responses(
 
     Args:
         model: loaded by emlens, with its tokenizer.
-        chats: prompts; a response at the end of one is left out.
+        chats: prompts (str) or chats; a response at the end of one is left out. One that is there
+            twice gets other responses the second time.
         sampling: how many, how long and how random.
         out: run folder.
         interventions: act while responses are made.
@@ -71,7 +81,11 @@ def sample_responses(
     Raises:
         PlanChangedError: `out` holds a run of another plan.
         ValueError: no tokenizer, no chats, or a prompt that leaves no room for a response.
+        HookNeverFiredError: an intervention that acted on no response of the whole run.
     """
+    given = as_chats(chats)
+    listed = list_requests(model, given, n=sampling.n)
+    requests = [dataclasses.replace(one, key=f"{one.prompt_index}-{one.sample}") for one in listed]
     acting = describe_interventions((*active_interventions(model), *interventions))
     identity = dataclasses.asdict(identify_model(model))
     identity.pop("name")
@@ -79,35 +93,47 @@ def sample_responses(
         "kind": SampledResponses.kind,
         "model": identity,
         "interventions": list(acting),
-        "chats": [text_hash(chat.without_response()) for chat in chats],
+        "chats": [text_hash(chat.without_response()) for chat in given],
         "sampling": sampling,
         "batching": batching,
     }
     run = RunFolder.start(out, plan)
-    requests = [
-        ResponseRequest(chat, sample, key=f"{index}-{sample}", prompt_index=index)
-        for index, chat in enumerate(chats)
-        for sample in range(sampling.n)
-    ]
+    with Journal(run.path / RESPONSES) as journal, suppress(PositionsNeverMetError):
+        # Suppressed for what this call made: the rest of the run may have met such tokens.
+        _sample_missing(model, requests, journal, sampling, interventions, batching)
+    found = _collect(run, len(given), requests, acting)
+    check_met(interventions, ((len(one.ids), one.prompt_tokens) for one in found.responses))
+    run.save_result("responses", found)
+    return found
+
+
+def _sample_missing(
+    model: HookedModel,
+    requests: Sequence[ResponseRequest],
+    journal: Journal,
+    sampling: Sampling,
+    interventions: Sequence[Intervention],
+    batching: Batching,
+) -> None:
+    """Make the responses that the journal lacks, group by group."""
     groups = [requests[start : start + GROUP] for start in range(0, len(requests), GROUP)]
-    with Journal(run.path / RESPONSES) as journal:
+    with ExitStack() as stack:
+        if any(request.key not in journal for request in requests):
+            # Once around all groups: positions that only long texts have may miss in one.
+            stack.enter_context(intervene(model, interventions))
         for group in track(groups, "sampling (responses)", sizes=map(len, groups)):
             if all(request.key in journal for request in group):
                 continue
-            batches = stream_responses(
-                model, group, sampling=sampling, interventions=interventions, batching=batching
-            )
-            for batch in batches:
+            for batch in stream_responses(model, group, sampling=sampling, batching=batching):
                 new = [response for response in batch if response.key not in journal]
                 journal.append({"id": one.key, **dataclasses.asdict(one)} for one in new)
-    return _collect(run, len(chats), requests, acting)
 
 
 def _collect(
     run: RunFolder, n_prompts: int, requests: Sequence[ResponseRequest], acting: Sequence[Any]
 ) -> SampledResponses:
     rows = {row.pop("id"): row for row in read_journal(run.path / RESPONSES)}
-    found = SampledResponses(
+    return SampledResponses(
         run=str(run.path),
         n_prompts=n_prompts,
         interventions=tuple(json.dumps(one, sort_keys=True) for one in acting),
@@ -116,5 +142,3 @@ def _collect(
             for request in requests
         ),
     )
-    run.save_result("responses", found)
-    return found

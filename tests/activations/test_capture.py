@@ -11,13 +11,15 @@ import torch
 from emlens.activations import ActivationShards, capture_activations, stream_activations
 from emlens.data import Batching
 from emlens.encoding import ArtifactError
+from emlens.interventions import Ablate, Intervention, intervene
 from emlens.models import load_adapter, load_pair
 from emlens.models.views import lay_views
 from emlens.runs import PlanChangedError
 from emlens.sites import SiteError
 from tests.activations.chats import make_chats, token_ids
+from tests.interventions.vectors import draw
 from tests.models.adapters import make_peft
-from tests.models.tiny import make_tiny, make_tokenizer
+from tests.models.tiny import make_ids, make_tiny, make_tokenizer
 
 SITES = ["resid_post.0", "post.1"]
 SMALL = Batching(tokens=40)
@@ -166,13 +168,66 @@ def test_another_plan_is_refused_naming_what_differs(tmp_path, changed, named):
         capture(tmp_path / "run", **changed)
 
 
-def test_an_intervened_capture_is_not_taken_for_a_plain_one(tmp_path):
+def test_a_hooked_capture_is_not_taken_for_a_plain_one(tmp_path):
     capture(tmp_path / "run")
+    with pytest.raises(PlanChangedError, match=r"hooked was False, now True"):
+        capture(tmp_path / "run", model=hooked())
+
+
+def ablated(out, vector, *, times=1):
+    """A capture while something is taken out after the first block, so many times over."""
+    model = tiny()
+    acting = Intervention("resid_post.0", Ablate(vector))
+    with intervene(model, [acting] * times):
+        model(make_ids(1, 3))  # so that the context has acted where nothing is left to capture
+        return capture(out, model=model)
+
+
+def test_captures_under_two_interventions_are_kept_apart(tmp_path):
+    one, other = draw(24), draw(24, seed=1)
+    shards = ablated(tmp_path / "run", one)
+    along = shards.read(SITES[0], slice(None)).double() @ one
+    assert float(along.abs().max()) < 1e-3
+    for vector, times in ((other, 1), (one, 2)):
+        with pytest.raises(PlanChangedError, match=r"models.model.interventions was"):
+            ablated(tmp_path / "run", vector, times=times)
+    with pytest.raises(PlanChangedError, match=r"interventions was \[{.*, now \[\]"):
+        capture(tmp_path / "run")
+    whole = [shards.shard_path(shard).read_bytes() for shard in range(shards.n_shards)]
+    shards.shard_path(1).unlink()
+    again = ablated(tmp_path / "run", one)
+    assert [again.shard_path(shard).read_bytes() for shard in range(again.n_shards)] == whole
+
+
+def test_what_acts_on_either_model_of_a_pair_is_in_the_plan(tmp_path):
+    pair = load_pair(tiny(), load_adapter(make_peft("llama")))
+    capture(tmp_path / "run", model=pair)
+    for stream in ("base", "tuned"):
+        acting = [Intervention("resid_post.0", Ablate(draw(24)))]
+        with (
+            pytest.raises(PlanChangedError, match=rf"models.{stream}.interventions was \[\]"),
+            intervene(getattr(pair, stream), acting),
+        ):
+            capture(tmp_path / "run", model=pair)
+
+
+def hooked():
     model = tiny()
     point: Any = model.hook_dict["blocks.0.hook_resid_post"]
     point.register_forward_hook(lambda module, given, x: x + 1)
-    with pytest.raises(PlanChangedError, match=r"hooked was False, now True"):
-        capture(tmp_path / "run", model=model)
+    return model
+
+
+def test_under_hooks_of_unknown_effect_a_capture_is_made_in_one_go_or_not_at_all(tmp_path):
+    shards = capture(tmp_path / "run", model=hooked())
+    plain = capture(tmp_path / "plain")
+    assert not torch.equal(plain.read(SITES[0], [0]), shards.read(SITES[0], [0]))
+    # The hooks may be the same ones or others: nobody can tell.
+    with pytest.raises(PlanChangedError, match=r"blocks.0.hook_resid_post: .* cannot be told"):
+        capture(tmp_path / "run", model=hooked())
+    for shard in range(shards.n_shards):
+        shards.shard_path(shard).unlink()
+    assert len(capture(tmp_path / "run", model=hooked())) == len(shards)
 
 
 def test_another_folder_is_not_taken_for_a_capture(tmp_path):

@@ -1,5 +1,6 @@
 """Directions to interventions: units, places, models; and what is written down of them."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -24,11 +25,13 @@ from emlens.interventions import (
     intervene,
 )
 from emlens.interventions.active import hash_tensor
+from emlens.models.tokenizer_hash import fingerprint_tokenizer
+from emlens.models.views import lay_views
 from emlens.numerics.validation import NonFiniteError, WidthError, ZeroVectorError
 from emlens.sites import SiteError, parse_site
 from emlens.vectors import Direction, Directions, Provenance
 from tests.interventions.vectors import D_MODEL, draw, load_tiny, make_direction, per_layer
-from tests.models.tiny import make_ids
+from tests.models.tiny import make_ids, make_tiny, make_tokenizer
 
 
 def shift(direction, **settings):
@@ -153,6 +156,74 @@ def test_a_direction_is_for_the_models_it_was_made_from_unless_transfer_is_meant
         ):
             with intervene(wrong, build):
                 wrong(ids)
+
+
+def retemplated(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "<end> <end>")
+    return tokenizer
+
+
+def made_with(**made):
+    """A direction of the tiny model's weights."""
+    own = make_direction(load_tiny())
+    return dataclasses.replace(own, provenance=dataclasses.replace(own.provenance, **made))
+
+
+def refused(model, direction):
+    """What is said of a direction that a model is not to be changed by."""
+    with pytest.raises(OtherModelError) as error:
+        intervene(model, ablate_direction(direction, at="site")).__enter__()
+    with intervene(model, ablate_direction(direction, at="site", allow_other_model=True)):
+        model(make_ids(1, 4))
+    return str(error.value)
+
+
+def test_a_direction_is_for_the_tokenizer_it_was_made_with_unless_transfer_is_meant():
+    model, ids = load_tiny(), make_ids(1, 4)
+    own = fingerprint_tokenizer(model.tokenizer)
+    other = fingerprint_tokenizer(retemplated(make_tokenizer()))
+    said = refused(model, made_with(tokenizer_fingerprint=other))
+    assert f"with tokenizer {other}, not {own}" in said
+    assert "allow_other_model=True" in said
+    assert "weights" not in said
+    # What one of the two sides does not know is not compared.
+    bare = lay_views(make_tiny("llama"), None)
+    for one, known in ((model, own), (model, ""), (bare, other)):
+        direction = made_with(tokenizer_fingerprint=known)
+        with intervene(one, ablate_direction(direction, at="site")):
+            one(ids)
+
+
+def test_a_tokenizer_that_changes_under_way_is_another():
+    model = lay_views(make_tiny("llama"), make_tokenizer())
+    direction = made_with(tokenizer_fingerprint=fingerprint_tokenizer(model.tokenizer))
+    with intervene(model, ablate_direction(direction, at="site")):
+        model(make_ids(1, 4))
+    retemplated(model.tokenizer)
+    assert "chat template" in refused(model, direction)
+
+
+def test_a_direction_of_processed_weights_is_for_processed_weights_unless_transfer_is_meant():
+    model = load_tiny()
+    said = refused(model, made_with(processing="norms folded"))
+    assert "'norms folded', not 'unprocessed'" in said
+    with intervene(model, ablate_direction(made_with(processing=""), at="site")):
+        model(make_ids(1, 4))
+
+
+def test_all_that_differs_is_named_at_once():
+    made = {"base_fingerprint": "b", "tokenizer_fingerprint": "t", "processing": "centred"}
+    said = refused(load_tiny(), made_with(**made))
+    assert all(part in said for part in ("weights b,", "tokenizer t,", "'centred'"))
+
+
+def test_directions_of_several_layers_must_agree_in_all_of_it():
+    model = load_tiny()
+    first, *rest = per_layer(model)
+    for made in ({"tokenizer_fingerprint": "t"}, {"processing": "centred"}):
+        odd = dataclasses.replace(first, provenance=dataclasses.replace(first.provenance, **made))
+        with pytest.raises(ValueError, match="made from different models"):
+            ablate_direction(Directions(directions=(odd, *rest)), at="writes")
 
 
 def test_a_description_is_json_and_tells_interventions_apart():

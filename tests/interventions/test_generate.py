@@ -14,6 +14,7 @@ from emlens.data import (
     BatchError,
     Batching,
     Chat,
+    ChatError,
     Message,
     TokenizedChat,
     tokenize_chat,
@@ -121,6 +122,33 @@ def test_single_requests_get_the_responses_of_the_whole_run(model):
     assert found["b"].ids == whole.responses[2].ids
     assert found["b"].prompt_index == 7
     assert found["b"].prompt_id == "q0"
+
+
+def test_a_prompt_that_comes_again_gets_other_responses_and_the_first_keeps_its_own(model):
+    alone = generate_responses(model, CHATS, sampling=SAMPLING)
+    answered = Chat((*CHATS[0].messages, Message("assistant", "Ho")), id="again")
+    chats = [CHATS[0], CHATS[1], answered, QUESTIONS[0], CHATS[2]]
+    for tokens in (1, 16384):
+        found = generate_responses(
+            model, chats, sampling=SAMPLING, batching=Batching(tokens=tokens)
+        )
+        by_chat = [texts(found)[3 * chat : 3 * chat + 3] for chat in range(5)]
+        assert by_chat[0] + by_chat[1] + by_chat[4] == texts(alone)
+        # Five chats, three prompts, fifteen streams.
+        assert len(set(texts(found))) == len({one.key for one in found.responses}) == 15
+    assert [one.prompt_id for one in found.responses[::3]] == ["q0", "q1", "again", None, "q2"]
+    # The third time is the third time, whatever stands between.
+    close_by = generate_responses(model, [CHATS[0]] * 3, sampling=SAMPLING)
+    assert texts(close_by) == by_chat[0] + by_chat[2] + by_chat[3]
+    request = ResponseRequest(CHATS[0], sample=1, repeat=2)
+    ((single,),) = stream_responses(model, [request], sampling=SAMPLING)
+    assert single.ids == by_chat[3][1]
+
+
+def test_a_text_is_a_chat_of_one_user_turn(model):
+    found = generate_responses(model, list(QUESTIONS), sampling=SAMPLING)
+    assert texts(found) == texts(generate_responses(model, CHATS, sampling=SAMPLING))
+    assert found.responses[0].prompt == QUESTIONS[0]
 
 
 def test_a_response_at_the_end_of_a_chat_is_left_out_and_a_system_turn_is_kept(model):
@@ -274,9 +302,13 @@ def test_requests_that_cannot_be_met_are_named_at_the_call(model, tmp_path: Path
     requests = [ResponseRequest(CHATS[0])]
     with pytest.raises(BatchError, match="more than 20"):
         stream_responses(model, requests, sampling=SAMPLING, batching=Batching(max_length=20))
-    with pytest.raises(BatchError, match="no rows"):
+    with pytest.raises(ChatError, match="empty sequence"):
         generate_responses(model, [], sampling=SAMPLING)
-    bare = lay_views(make_tiny_chat_model(), None)
+    with pytest.raises(BatchError, match="no rows"):
+        stream_responses(model, [], sampling=SAMPLING)
+    bare: Any = lay_views(make_tiny_chat_model(), None)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        generate_responses(bare, CHATS, sampling=SAMPLING)
     with pytest.raises(ValueError, match="no tokenizer"):
         stream_responses(bare, requests, sampling=SAMPLING)
 

@@ -1,5 +1,7 @@
 """What interventions do to the values at a site: against the host's own hooks."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from emlens.interventions import (
     Intervention,
     Replace,
     ablate_direction,
+    fold_into_weights,
     intervene,
     write_sites,
 )
@@ -199,6 +202,97 @@ def test_an_intervention_sees_an_attached_adapters_update(name, at):
         assert close(attached(ids), expected, 1e-4)
     for x in seen.values():
         assert bool(((x @ direction.direction.float()).abs() <= 1e-5 * x.norm(dim=-1)).all())
+
+
+def give_component(v, mean):
+    """A hook function of the host: x - u (u . (x - mean)) in float64, u the unit vector of v."""
+    u = v / v.norm()
+
+    def hook(x, hook=None):
+        wide = x.double()
+        return (wide - ((wide - mean) @ u)[..., None] * u).to(x.dtype)
+
+    return hook
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("at", ["resid_post.1", "writes"])
+def test_an_ablation_toward_a_mean_gives_every_token_the_means_component(name, at):
+    model, ids = load_tiny(name), make_ids(2, 9)
+    v, mean = 3 * draw(D_MODEL), draw(D_MODEL, seed=7)
+    sites = write_sites(model) if at == "writes" else (parse_site(at),)
+    expected = run_hooked(model, ids, dict.fromkeys(sites, give_component(v, mean)))
+    seen = {}
+    with (
+        intervene(model, [Intervention(at, Ablate(v, toward=mean))]),
+        watch_sites(model, sites, lambda site, x: seen.update({site: x.double()})),
+    ):
+        logits = model(ids)
+    assert close(logits, expected)
+    wanted = float(v @ mean / v.norm())
+    assert abs(wanted) > 0.1
+    for site, x in seen.items():
+        off = (x @ v / v.norm() - wanted).abs()
+        assert bool((off <= 1e-5 * (1 + x.norm(dim=-1))).all()), site
+    # As made of a direction, of any norm; and not what taking it out altogether gives.
+    direction = make_direction(model, scale=5.0)
+    expected = run_hooked(model, ids, dict.fromkeys(sites, give_component(direction.vector, mean)))
+    with intervene(model, ablate_direction(direction, at=at, toward=mean)):
+        assert close(model(ids), expected)
+    with intervene(model, ablate_direction(direction, at=at)):
+        assert not close(model(ids), expected, 1e-2)
+
+
+def test_an_ablation_toward_a_mean_beside_a_plain_one_keeps_both():
+    model, ids = load_tiny(), make_ids(2, 9)
+    v, w, mean = draw(D_MODEL), draw(D_MODEL, seed=1), draw(D_MODEL, seed=7)
+    w = w - v * (v @ w) / (v @ v)  # orthogonal: then one after the other is both at once
+    site, seen = parse_site("resid_mid.1"), []
+    with watch_sites(model, [site], lambda _, x: seen.append(x.double())):
+        model(ids)
+    with (
+        intervene(model, [Intervention(site, Ablate(w)), Intervention(site, Ablate(v, mean))]),
+        watch_sites(model, [site], lambda _, x: seen.append(x.double())),
+    ):
+        model(ids)
+    assert close(seen[1], give_component(v, mean)(project_out(w)(seen[0])))
+
+
+@pytest.mark.parametrize("attach", [attach_adapter, merge_adapter])
+def test_a_rank_one_fine_tune_without_what_it_writes_is_the_base_without_it(attach):
+    peft_model = make_peft(
+        "llama",
+        dtype=torch.float64,
+        r=1,
+        target_modules=["down_proj"],
+        layers_to_transform=[1],
+    )
+    base, adapter, ids = load_base(peft_model), load_adapter(peft_model), make_ids(2, 9)
+    (module,) = adapter.modules.values()
+    written = module.B[:, 0].double()
+    chosen = [Intervention("mlp_out.1", Ablate(written))]
+    tuned = attach(base, adapter)
+    assert not close(tuned(ids), base(ids), 1e-3)
+    expected = run_hooked(base, ids, {"mlp_out.1": project_out(written)})
+    for model in (base, tuned):
+        with intervene(model, chosen):
+            assert close(model(ids), expected, 1e-9)
+        assert close(fold_into_weights(model, chosen)(ids), expected, 1e-9)
+        assert not close(model(ids), expected, 1e-3)
+    # In peft's own model as well, whose norms are in float32 throughout.
+    theirs: Any = peft_model.get_base_model()
+    handle = theirs.model.layers[1].mlp.register_forward_hook(
+        lambda _m, _a, x: project_out(written)(x)
+    )
+    assert close(peft_model(ids).logits, expected, 1e-6)
+    handle.remove()
+    # Another direction out of the module's output leaves the two apart.
+    other = [Intervention("mlp_out.1", Ablate(draw(D_MODEL)))]
+    got = []
+    for model in (base, tuned):
+        with intervene(model, other):
+            got.append(model(ids))
+    assert not close(got[1], got[0], 1e-3)
 
 
 def test_one_value_can_replace_every_tokens():

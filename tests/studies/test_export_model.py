@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from emlens.data import Chat, ChatError, Message
 from emlens.interventions import FoldError, ablate_direction, add_direction, intervene
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
@@ -46,3 +47,17 @@ def test_what_no_weights_can_stand_for_is_refused_and_nothing_is_written(tmp_pat
     with pytest.raises(FoldError):
         export_model(model, tmp_path / "out", interventions=changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_probes_are_texts_or_chats_and_there_must_be_one(tmp_path):
+    model = lay_views(make_tiny("llama"), make_tokenizer())
+    texts = ["w5 w6 w7", "w40"]
+    by_text = export_model(model, tmp_path / "texts", probes=texts)
+    chats = [Chat((Message("user", text),)) for text in texts]
+    by_chat = export_model(model, tmp_path / "chats", probes=chats)
+    assert by_text.largest_logit == by_chat.largest_logit > 0
+    assert by_text.largest_logit != export_model(model, tmp_path / "other").largest_logit
+    # Nothing compared is not the same as nothing different.
+    with pytest.raises(ChatError, match="empty sequence"):
+        export_model(model, tmp_path / "none", probes=[])
+    assert not (tmp_path / "none").exists()

@@ -1,11 +1,15 @@
 """Responses in a run folder: the same whether sampled in one go or after a kill."""
 
+import re
+
 import pytest
 import torch
 
 from emlens.artifacts import Result
-from emlens.interventions import ablate_direction
+from emlens.interventions import ablate_direction, add_direction
+from emlens.interventions.generate import generate_responses
 from emlens.models.generate import Sampling
+from emlens.models.hooks import HookNeverFiredError
 from emlens.models.views import lay_views, origin_of
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
@@ -66,3 +70,61 @@ def test_another_plan_is_refused_by_what_differs(model, tmp_path):
     changed = ablate_direction(make_direction(model), at="writes")
     with pytest.raises(PlanChangedError, match="interventions"):
         sample_responses(model, chats, sampling=few, out=tmp_path, interventions=changed)
+
+
+SHORT, LONG = "w5 w6", "w5 w6 w7 w8 w9 w10 w11 w12 w13"
+BRIEF = Sampling(n=GROUP, temperature=1.0, max_new_tokens=2, seed=3)
+
+
+def steer(model, positions):
+    direction = make_direction(model)
+    return add_direction(direction, coefficient=40.0, units="raw", positions=positions)
+
+
+def test_interventions_act_on_every_group_and_need_to_find_their_tokens_in_one(model, tmp_path):
+    chats = [SHORT, LONG]  # a group each
+    acts = steer(model, "prompt[6:]")
+    found = sample_responses(model, chats, sampling=BRIEF, out=tmp_path / "run", interventions=acts)
+    plain = sample_responses(model, chats, sampling=BRIEF, out=tmp_path / "plain")
+    ids = [[one.ids for one in run.responses] for run in (found, plain)]
+    assert ids[0][:GROUP] == ids[1][:GROUP]
+    assert ids[0][GROUP:] != ids[1][GROUP:]
+    whole = generate_responses(model, chats, sampling=BRIEF, interventions=acts)
+    assert ids[0] == [one.ids for one in whole.responses]
+
+
+def test_a_run_goes_on_where_only_responses_are_left_that_the_positions_miss(model, tmp_path):
+    acts = steer(model, "prompt[6:]")
+    given = {"sampling": BRIEF, "out": tmp_path, "interventions": acts}
+    whole = sample_responses(model, [LONG, SHORT], **given)
+    journal = tmp_path / RESPONSES
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:GROUP]))
+    assert sample_responses(model, [LONG, SHORT], **given).responses == whole.responses
+
+
+@pytest.mark.parametrize("positions", ["prompt[40:]", "response[1:]"])
+def test_positions_that_no_response_of_the_run_has_are_an_error_however_often_it_is_called(
+    model, tmp_path, positions
+):
+    # Of two new tokens the second is chosen and never run.
+    for _ in range(2):
+        with pytest.raises(HookNeverFiredError, match=re.escape(positions)):
+            sample_responses(
+                model,
+                [SHORT, LONG],
+                sampling=BRIEF,
+                out=tmp_path,
+                interventions=steer(model, positions),
+            )
+
+
+def test_texts_are_chats_and_one_that_comes_again_gets_other_responses(model, tmp_path):
+    few = Sampling(n=40, temperature=1.0, max_new_tokens=4, seed=0)
+    # 160 rows are three groups: the count goes on from one to the next.
+    found = sample_responses(model, [SHORT, LONG, SHORT, SHORT], sampling=few, out=tmp_path)
+    ids = [one.ids for one in found.responses]
+    whole = generate_responses(model, [SHORT, LONG, SHORT, SHORT], sampling=few)
+    assert ids == [one.ids for one in whole.responses]
+    assert ids[:40] != ids[80:120] != ids[120:] != ids[:40]
+    assert found.n_prompts == 4
