@@ -39,7 +39,7 @@ class ActivationDiff(Result):
     top_shares: Float[Tensor, "site position k"]
     """Share of the difference's variance in each of them."""
     first_differing_site: str | None
-    """The earliest site at which any activation differs, or None."""
+    """The earliest site at which activations differ by more than rounding, or None."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each site and position."""

@@ -173,6 +173,16 @@ def test_a_small_change_is_found_in_half_precision_too():
     assert diff.first_differing_site == "resid_post.1"
 
 
+def test_a_change_below_single_precision_is_found_in_double():
+    base = tiny_base(dtype=torch.float64)
+    adapter, _ = planted(base, size=1e-9)
+    diff = compare_activations(load_pair(base, adapter), make_chats())
+    assert 1e-12 < float(diff.relative_rms[1, 0]) < 1e-7
+    assert diff.first_differing_site == "resid_post.1"
+    same = compare_activations(load_pair(base, scale_adapter(adapter, 0.0)), make_chats())
+    assert same.first_differing_site is None
+
+
 def test_nothing_is_found_when_nothing_is_planted():
     base = tiny_base()
     adapter, _ = planted(base)
