@@ -224,8 +224,12 @@ def test_a_score_file_whose_judge_is_not_known_is_given_no_claim(cli: Cli, tmp_p
 
 
 def test_what_generate_sampled_is_judged_as_it_stands(cli: Cli, tiny: Path, tmp_path: Path):
+    # Longer and longer, so that they are not answered in the order in which they stand.
+    prompts = [f"What about {'this and ' * n}that?" for n in range(4)]
+    chats = tmp_path / "prompts.txt"
+    chats.write_text("".join(f"{text}\n" for text in prompts))
     run, out = tmp_path / "answers", tmp_path / "judged"
-    asked = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl", "--json"]
+    asked = ["generate", "--base", tiny / "base", "--prompts", chats, "--json"]
     asked += ["--samples", 3, "--max-new-tokens", 5, "--batch-tokens", 100, "--out", run]
     made = cli(*asked)
     assert made.code == 0, made.err
@@ -234,7 +238,7 @@ def test_what_generate_sampled_is_judged_as_it_stands(cli: Cli, tiny: Path, tmp_
     assert done.json["rows"] == 12
     found = read_evaluation(out)
     assert [row.answer for row in found.responses] == [r["text"] for r in made.json["responses"]]
-    assert [row.question for row in found.responses][::3] == [f"What about {n}?" for n in range(4)]
+    assert [row.question for row in found.responses][::3] == prompts
     assert found.model is not None
     assert found.model.weights == identify_model(load_base(tiny / "base")).weights
     assert found.sampling == Sampling(n=3, max_new_tokens=5)
