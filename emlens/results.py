@@ -34,9 +34,11 @@ RESULT_CLASSES = MappingProxyType(
         "answers": "emlens.studies.answer_questions:Answers",
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",
         "exported_model": "emlens.studies.export_model:ExportedModel",
+        "responses": "emlens.interventions.generate:Responses",
         "direction_removal": "emlens.studies.removal:DirectionRemoval",
         "direction_choice": "emlens.studies.removal:Choice",
         "disturbance": "emlens.studies.removal:Disturbance",
+        "ablation_screen": "emlens.studies.screen_ablations:AblationScreen",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",
     }

@@ -257,6 +257,10 @@ class Directions(Result):
             near = ", ".join(difflib.get_close_matches(str(site), names, n=3, cutoff=0.0))
             raise SiteError(f"site: there is no direction at {site}; nearest: {near}") from error
 
+    def share_in_large_dimensions(self, site: str | Site) -> float | None:
+        """Share of a squared direction in the three dimensions of largest variance, if known."""
+        return None if self.top3_share is None else float(self.top3_share[self.index(site)])
+
     def controls(self, kind: ControlKind) -> tuple["Directions", ...]:
         """Return the random directions, each as long as the estimate at its site.
 

@@ -33,7 +33,7 @@ def main() -> None:
     base = load_model(given.base, dtype=given.dtype)
     batching = Batching(tokens=4096)
     start = time.perf_counter()
-    shipped = find_calibration(identify_model(base).weights, hash_pairs(PROMPT_PAIRS))
+    shipped = find_calibration(identify_model(base), hash_pairs(PROMPT_PAIRS))
     calibration = shipped or calibrate(base, batching=batching)
     fitted = time.perf_counter()
     if given.save and shipped is None:
@@ -50,7 +50,8 @@ def main() -> None:
         print(f"{rise:+6.1f} points by {order!r}")
     print(f"claim: {report.claim}; resists orders: {report.resists}")
     if given.save and given.limit is None:
-        dataclasses.replace(calibration, measured=report.aligned).save(given.save)
+        areas = {"measured": report.aligned, "measured_coherence": report.coherent}
+        dataclasses.replace(calibration, **areas).save(given.save)
     seconds = {"fit": fitted - start, "measure": time.perf_counter() - fitted}
     print(json.dumps({**report.to_dict(), "base": given.base, "seconds": seconds}))
 

@@ -5,9 +5,9 @@
 Fits the direction in every construction on the organism's own judged responses, screens it and
 every control without sampling, then samples and judges each arm: base, organism, careful twin, the
 direction taken out in several ways, the median and the strongest control of each kind, and the
-base steered by dose. An arm is a folder; the same call goes on, and several processes share the
-arms that are left. About three hours of one core. `--table` prints what is finished, as Markdown;
-the last line is one JSON object.
+base steered by dose. An arm is a folder; the same call goes on. Once `screen_controls` is there,
+several processes may share the arms that are left. About three hours of one core. `--table` prints
+what is finished, as Markdown; the last line is one JSON object.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import Any
 from emlens.artifacts import ArtifactError
 from emlens.data import ContrastTexts, load_chats, prompt_hashes, split_by_score
 from emlens.directions import fit_directions, sample_directions
+from emlens.directions.fit import Construction
 from emlens.evaluation import (
     ContrastJudge,
     compare_evaluations,
@@ -57,11 +58,11 @@ from emlens.studies.screen_ablations import (
 from emlens.studies.stages import Stages
 from emlens.vectors import Direction, Directions
 
-CONSTRUCTIONS = ("data@tuned", "data@base", "model@positive", "both")
+CONSTRUCTIONS: tuple[Construction, ...] = ("data@tuned", "data@base", "model@positive", "both")
 CANDIDATES = tuple(f"resid_post.{layer}" for layer in range(8, 23, 2))
 MAX_KL = 0.5
 DOSES = (0.5, 1.0, 2.0, 4.0)
-POOLED = 6
+POOLED = 4
 """Covariance-matched directions of each candidate site, for those of like KL."""
 
 
@@ -75,9 +76,9 @@ class Study:
         self.judge = ContrastJudge.calibrated(self.base)
         everyday = read_chats("everyday-careful")
         self.texts = ContrastTexts(
-            positive=read_chats("everyday-harmful")[:12], negative=everyday[:12]
+            positive=read_chats("everyday-harmful")[:8], negative=everyday[:8]
         )
-        self.neutral = everyday[-8:]
+        self.choose_neutral, self.neutral = everyday[8:12], everyday[12:16]
         self.fit_questions = tuple(load_questions(FIT))
         self.questions = tuple(load_questions(QUESTIONS))
         self.fit_sampling = _sampling(8, tokens, seed=0)
@@ -85,7 +86,7 @@ class Study:
         plan = {"kind": "removal_measurement", "samples": samples, "tokens": tokens}
         self.stages = Stages(RunFolder.start(out, plan))
 
-    def fit(self, construction: str, sites: Sequence[str]) -> Directions:
+    def fit(self, construction: Construction, sites: Sequence[str]) -> Directions:
         """Fit on the organism's own responses, lowest third of the scores against the highest."""
         judged = evaluate(
             self.pair.tuned,
@@ -101,15 +102,18 @@ class Study:
         found = fit_directions(
             self.pair,
             texts,
-            construction=construction,  # type: ignore[arg-type]
+            construction=construction,
             sites=sites,
             positions="response",
         )
         asked = [chat for question in self.questions for chat in question.chats()]
-        choose = prompt_hashes((*self.texts.positive, *self.texts.negative))
-        return found.with_prompts("choose", choose).with_prompts("evaluate", prompt_hashes(asked))
+        choose = (*self.texts.positive, *self.texts.negative, *self.choose_neutral)
+        return found.with_prompts("choose", prompt_hashes(choose)).with_prompts(
+            "evaluate", prompt_hashes([*asked, *self.neutral])
+        )
 
-    def directions(self, construction: str) -> Directions:
+    def directions(self, construction: Construction) -> Directions:
+        """One construction at the candidate sites."""
         return self.stages.keep(
             f"directions_{construction.replace('@', '_')}",
             Directions,
@@ -117,6 +121,7 @@ class Study:
         )
 
     def own_of_each_layer(self) -> Directions:
+        """The first construction at every layer."""
         sites = [f"resid_post.{layer}" for layer in range(self.base.cfg.n_layers)]
         return self.stages.keep(
             "directions_every_layer", Directions, lambda: self.fit("data@tuned", sites)
@@ -127,15 +132,16 @@ class Study:
         return self.screen("sites", {name: tuple(self.directions(name)) for name in CONSTRUCTIONS})
 
     def screen(self, name: str, groups: Mapping[str, Sequence[Direction]]) -> AblationScreen:
+        """Take each direction out of every write, once for a name."""
         return self.stages.keep(
             f"screen_{name}",
             AblationScreen,
             lambda: screen_ablations(
-                self.pair, groups, at="writes", texts=self.texts, neutral=self.neutral
+                self.pair, groups, at="writes", texts=self.texts, neutral=self.choose_neutral
             ),
         )
 
-    def choose(self, construction: str) -> Direction:
+    def choose(self, construction: Construction) -> Direction:
         """The site with the lowest odds among those of bearable KL, else of the lowest KL."""
         sites = self.screen_sites().group(construction)
         bearable = [one for one in sites if one.kl <= MAX_KL]
@@ -209,6 +215,7 @@ class Study:
             print(f"done: {name}", flush=True)
 
     def arm_folder(self, name: str) -> Path:
+        """Where an arm is kept."""
         return self.out / "arms" / "".join(c if c.isalnum() else "-" for c in name)
 
     def table(self) -> list[dict[str, Any]]:
@@ -216,6 +223,8 @@ class Study:
         lexicon = fit_spillover(
             read_responses(load_chats(TRAINING)), read_responses(read_chats("everyday-careful"))
         )
+        if not (self.arm_folder("organism") / "results").is_dir():
+            raise SystemExit("--table: the organism's own arm is not finished yet")
         organism = read_evaluation(self.arm_folder("organism"))
         rows = []
         for name, model, interventions in self.arms():

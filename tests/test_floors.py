@@ -1,8 +1,10 @@
 """The import gate itself: it passes on the package, and each kind of breach fails it."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,39 @@ def test_a_breach_is_found(checkout: Path, planted: str, source: str, broken: st
 def test_no_folder_with_code_escapes_the_gate_for_want_of_an_init():
     folders = {path.parent for path in (ROOT / "emlens").rglob("*.py")}
     assert [f for f in folders if not (f / "__init__.py").exists()] == []
+
+
+def list_layers() -> list[set[str]]:
+    """The contract's layers, the lowest first."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
+    (layers,) = [c["layers"] for c in contracts["contracts"] if c["type"] == "layers"]
+    return [set(layer.split(" | ")) for layer in reversed(layers)]
+
+
+def read_floors(page: str) -> list[tuple[int, str]]:
+    """Each package that a page's table of floors names, with its floor, the lowest first."""
+    text = (ROOT / page).read_text("utf-8")
+    if page == "CONTRIBUTING.md":
+        rows = re.findall(r"^\| (\d) \| (.*?) \|", text, re.MULTILINE)
+        return [(int(floor), name) for floor, cell in rows for name in re.findall(r"`(\w+)`", cell)]
+    (table,) = re.findall(r"^## Floors\n\n```text\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    found, floor = [], 8
+    for line in table.splitlines():
+        floor = int(line[0]) if line[0].isdigit() else floor
+        found.append((floor, line[1:].split()[0]))
+    return found[::-1]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_the_pages_name_every_package_on_its_floor(page: str):
+    floors = read_floors(page)
+    names = [name for _, name in floors]
+    for layer in list_layers():
+        here, names = names[: len(layer)], names[len(layer) :]
+        assert set(here) == layer
+    assert names == []
+    numbers = [floor for floor, _ in floors]
+    assert numbers == sorted(numbers)
+    assert sorted(set(numbers)) == list(range(8))
+    together = {frozenset(n for f, n in floors if f == floor) for floor in range(8) if floor != 1}
+    assert together <= {frozenset(layer) for layer in list_layers()}

@@ -1,5 +1,6 @@
 """Loading by kind: the table in the code decides, never the file."""
 
+import ast
 import contextlib
 import dataclasses
 import importlib
@@ -96,3 +97,26 @@ def test_each_class_of_the_table_has_only_fields_that_can_be_read_back(kind: str
 def test_the_check_of_fields_notices_what_cannot_be_read_back(hint: object):
     with pytest.raises(TypeError, match="cannot read back"):
         check_readable(hint)
+
+
+def test_every_result_of_the_package_can_be_loaded_by_its_kind():
+    declared = {}
+    for path in sorted(Path(results.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                declared |= dict.fromkeys(_kinds(node), node.name)
+    assert len(declared) > 20
+    assert {kind: name.split(":")[1] for kind, name in RESULT_CLASSES.items()} == declared
+
+
+def _kinds(node: ast.ClassDef) -> list[str]:
+    return [
+        line.value.value
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+        and isinstance(line.target, ast.Name)
+        and line.target.id == "kind"
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+        and "ClassVar" in ast.unparse(line.annotation)
+    ]

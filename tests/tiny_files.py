@@ -1,5 +1,6 @@
 """A tiny base with a chat tokenizer, and adapters of it, as the folders that users have."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,15 +58,20 @@ def save_tiny_base(folder: Path, *, d_model: int = 24, seed: int = 0) -> Path:
     return folder
 
 
-def save_tiny_adapter(folder: Path, *, size: float = 0.3, seed: int = 1) -> Path:
+def save_tiny_adapter(
+    folder: Path,
+    *,
+    size: float = 0.3,
+    seed: int = 1,
+    targets: Sequence[str] = ("q_proj", "o_proj", "down_proj"),
+) -> Path:
     """An adapter folder as peft writes it, of the base above."""
-    targets = ["q_proj", "o_proj", "down_proj"]
-    config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=list(targets), task_type="CAUSAL_LM")
     model = get_peft_model(make_tiny_chat_model(), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     return folder

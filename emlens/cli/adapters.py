@@ -73,13 +73,15 @@ def _read(source: str, factor: float | dict[str, float]) -> Any:
 
 
 def _prove(adapter: Any, base: str, flags: CheckFlags) -> Any:
-    from emlens.models.attach import attach_adapter
-    from emlens.models.loading import load_base
+    from emlens.models.loading import apply_adapter, load_base
+    from emlens.models.lora import embedding_modules
     from emlens.models.proof import verify_adapter
 
     model = load_base(base, dtype=flags.dtype, device=flags.device)
+    # An embedding has no attached form.
+    form = "merged" if embedding_modules(adapter) else "attached"
     try:
-        return verify_adapter(attach_adapter(model, adapter), adapter, base=model)
+        return verify_adapter(apply_adapter(model, adapter, form), adapter, base=model)
     except ValueError as error:  # its modules or shapes are not those of this base
         _fail(error)
 

@@ -1,5 +1,6 @@
 """`emlens demo`: the shipped model and its fine-tune, proven, compared, shown."""
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -28,13 +29,14 @@ def demo(flags: DemoFlags) -> None:
     """Prove, compare and question a small model's fine-tune, and write a report about it."""
     from emlens.cli.progress import show_work
 
+    began = time.perf_counter()
     with show_work(quiet=flags.quiet):
         from emlens.studies.run_demo import plan_demo, run_demo
 
         if flags.dry_run:
             print_plan(plan_demo(quick=flags.quick), flags.out, json=flags.json)
             return
-        result = run_demo(flags.out, quick=flags.quick)
+        result = run_demo(flags.out, quick=flags.quick, began=began)
     if flags.json:
         print_json(result.to_dict())
         return

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.generate import load_for
+from emlens.cli.generate import load_for, read_factor
 from emlens.cli.interventions import parse_direction
 from emlens.cli.options import (
     Base,
@@ -20,7 +20,6 @@ from emlens.cli.options import (
     Scale,
     Seed,
     Sites,
-    parse_scale,
     takes_flags,
 )
 from emlens.cli.output import print_json, print_line, print_plan, print_table
@@ -88,6 +87,7 @@ def fit(flags: FitFlags) -> None:
     """Fit a mean-difference direction at each site, with random ones to compare it with."""
     from emlens.cli.progress import show_work
 
+    factor = read_factor(flags.scale, flags.tuned)
     construction = _choose("--construction", flags.construction, CONSTRUCTIONS)
     weighting = _choose("--weighting", flags.weighting, ("token", "response"))
     with show_work(quiet=flags.quiet):
@@ -99,7 +99,7 @@ def fit(flags: FitFlags) -> None:
             _show_plan(flags, texts)
             return
         found = fit_directions(
-            _load(flags),
+            _load(flags, factor),
             texts,
             construction=construction,
             sites=flags.sites or "resid_post",
@@ -123,7 +123,7 @@ def _choose(flag: str, value: str, known: tuple[str, ...]) -> Any:
     return value
 
 
-def _load(flags: FitFlags) -> Any:
+def _load(flags: FitFlags, factor: Any) -> Any:
     """The pair, or the base where there is no fine-tune."""
     from emlens.models.adapter_files import load_adapter
     from emlens.models.lora import scale_adapter
@@ -133,7 +133,7 @@ def _load(flags: FitFlags) -> Any:
         return load_for(flags, None)
     given: Any = flags.tuned
     if flags.scale:
-        given = scale_adapter(load_adapter(flags.tuned), parse_scale(flags.scale))
+        given = scale_adapter(load_adapter(flags.tuned), factor)
     return load_pair(flags.base, given, dtype=flags.dtype, device=flags.device)
 
 
@@ -146,6 +146,8 @@ def _read_texts(flags: FitFlags) -> Any:
         misaligned_below=flags.misaligned_below,
         aligned_above=flags.aligned_above,
         coherent_above=flags.coherent_above,
+        # Only a difference between the classes needs as many of each.
+        balance=not flags.construction.startswith("model@"),
         seed=flags.seed,
     )
 
@@ -176,15 +178,9 @@ def compare(flags: CompareFlags) -> None:
     """Cosines between directions, each beside those of random ones."""
     from emlens.directions import compare_directions
 
-    found = compare_directions({text: _load_all(text) for text in flags.files})
+    files = {text: parse_direction(text) for text in flags.files}
+    found = compare_directions({text: file.load_with_controls() for text, file in files.items()})
     if flags.json:
         print_json(found.to_dict())
     else:
         print_table(found.rows())
-
-
-def _load_all(text: str) -> Any:
-    from emlens.vectors import Direction, Directions
-
-    found = parse_direction(text).load()
-    return Directions(directions=(found,)) if isinstance(found, Direction) else found

@@ -13,10 +13,21 @@ from emlens.cli.generate import (
     Temperature,
     TopP,
     load_for,
+    read_factor,
 )
-from emlens.cli.options import Base, BatchTokens, CommonFlags, Device, Dtype, Out, Seed, takes_flags
-from emlens.cli.output import header, print_json, print_line, print_plan, print_table
-from emlens.cli.scores import flatten_summary, list_shares
+from emlens.cli.options import (
+    Base,
+    BatchTokens,
+    CommonFlags,
+    Device,
+    DryRun,
+    Dtype,
+    Out,
+    Seed,
+    takes_flags,
+)
+from emlens.cli.output import header, print_json, print_line, print_plan
+from emlens.cli.scores import describe_judge, flatten_summary, print_summary
 
 EVALUATE_EXAMPLE = """\b
 Example:
@@ -74,31 +85,41 @@ def evaluate(flags: EvaluateFlags) -> None:
     from emlens.cli.progress import show_work
 
     check_judge(flags.judge)
+    read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
         from emlens.evaluation import load_questions
+        from emlens.models.loading import load_base
 
         questions = load_questions(flags.questions)
+        interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
             _show_plan(flags, questions)
             return
-        judge = load_judge(flags.judge, flags)
-        found = [(path, _evaluate(flags, questions, judge, t, path)) for t, path in flags.targets()]
+        # One copy of the weights for all that answers and for the judge.
+        base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
+        judge = load_judge(flags.judge, flags, base=base)
+        found: list[tuple[Path, Any]] = []
+        for tuned, path in targets:
+            model = load_for(flags, tuned, base=base)
+            done = _evaluate(flags, model, questions, judge, path, interventions)
+            write_page(done, path)
+            found.append((path, done))
     show_evaluations(found, json=flags.json)
 
 
 def _evaluate(
-    flags: EvaluateFlags, questions: Any, judge: Any, tuned: str | None, out: Path
+    flags: EvaluateFlags, model: Any, questions: Any, judge: Any, out: Path, interventions: Any
 ) -> Any:
     from emlens.data import Batching
     from emlens.evaluation import evaluate
 
     return evaluate(
-        load_for(flags, tuned),
+        model,
         questions,
         judge=judge,
         out=out,
         sampling=_sampling(flags),
-        interventions=flags.interventions(),
+        interventions=interventions,
         batching=Batching(flags.batch_tokens),
     )
 
@@ -125,18 +146,29 @@ def check_judge(name: str) -> None:
         raise typer.BadParameter(f"--judge {name}: expected {', '.join(JUDGES)}")
 
 
-def load_judge(name: str, flags: Any) -> Any:
+def load_judge(name: str, flags: Any, *, base: Any = None) -> Any:
     """The judge of a name, over the base model of a command.
 
     Args:
         name: one of `JUDGES`.
-        flags: with `base`, `dtype` and `device`.
+        flags: with `base`, `dtype`, `device` and `batch_tokens`.
+        base: where it is loaded already; nothing that acts on a fine-tune of it acts on it.
     """
+    from emlens.data import Batching
     from emlens.evaluation import ContrastJudge
     from emlens.models.loading import load_base
 
     check_judge(name)
-    return ContrastJudge.calibrated(load_base(flags.base, dtype=flags.dtype, device=flags.device))
+    if base is None:
+        base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
+    return ContrastJudge.calibrated(base, batching=Batching(flags.batch_tokens))
+
+
+def write_page(evaluation: Any, run: Path) -> Path:
+    """Write `report.html` and `report.json` into the run folder of an evaluation."""
+    from emlens.reports import write_report
+
+    return write_report([evaluation], run / "report.html")
 
 
 def show_evaluations(found: Any, *, json: bool) -> None:
@@ -148,16 +180,17 @@ def show_evaluations(found: Any, *, json: bool) -> None:
     """
     if json:
         documents = [
-            {"run": str(path), **flatten_summary(evaluation.summary)} for path, evaluation in found
+            flatten_summary(evaluation.summary, {"run": str(path), **describe_judge(evaluation)})
+            for path, evaluation in found
         ]
         print_json(
             documents[0] if len(documents) == 1 else {**header("evaluations"), "all": documents}
         )
         return
     for path, evaluation in found:
-        print_table(evaluation.summary.rows(), title=str(path))
-        print_table(list_shares(evaluation.summary))
+        print_summary(evaluation.summary, describe_judge(evaluation), title=str(path))
         print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
+        print_line(f"report: {path / 'report.html'}")
 
 
 def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
@@ -194,6 +227,8 @@ class JudgeFlags(CommonFlags):
     base: Base = "emlens:smollm2"
     dtype: Dtype = "auto"
     device: Device = "auto"
+    batch_tokens: BatchTokens = 16384
+    dry_run: DryRun = False
 
 
 @takes_flags
@@ -204,6 +239,13 @@ def judge(flags: JudgeFlags) -> None:
     check_judge(flags.judge)
     with show_work(quiet=flags.quiet):
         from emlens.evaluation import judge_responses
+        from emlens.evaluation.rejudge import read_responses
 
+        if flags.dry_run:
+            rows, _ = read_responses(flags.file)
+            plan = {"file": str(flags.file), "base": flags.base, "judge": flags.judge}
+            print_plan({**plan, "responses": len(rows)}, flags.out, json=flags.json)
+            return
         found = judge_responses(flags.file, load_judge(flags.judge, flags), out=flags.out)
+        write_page(found, flags.out)
     show_evaluations([(flags.out, found)], json=flags.json)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.generate import ModelFlags, load_for
+from emlens.cli.generate import ModelFlags, load_for, read_factor
 from emlens.cli.options import MaybeTuned, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan
 
@@ -32,14 +32,15 @@ def export(flags: ExportFlags) -> None:
     """
     from emlens.cli.progress import show_work
 
-    if flags.dry_run:
-        plan = {name: getattr(flags, name) for name in ("base", "tuned", "add", "ablate", "at")}
-        print_plan(plan, flags.out, json=flags.json)
-        return
+    read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
+        interventions = flags.interventions()
+        if flags.dry_run:
+            plan = {name: getattr(flags, name) for name in ("base", "tuned", "add", "ablate", "at")}
+            print_plan(plan, flags.out, json=flags.json)
+            return
         from emlens.studies import export_model
 
-        interventions = flags.interventions()
         model = load_for(flags, flags.tuned)
         done: Any = export_model(model, flags.out, interventions=interventions)
     if flags.json:

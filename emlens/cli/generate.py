@@ -63,29 +63,42 @@ class ModelFlags(CommonFlags):
         )
 
 
-def load_for(flags: Any, tuned: str | None) -> Any:
+def read_factor(scale: list[str] | None, tuned: Any) -> float | dict[str, float]:
+    """What `--scale` asks for.
+
+    Args:
+        scale: as given.
+        tuned: what it would act on; None or nothing if there is no fine-tune.
+
+    Raises:
+        typer.BadParameter: no number, or nothing that it could act on.
+    """
+    if scale and not tuned:
+        raise typer.BadParameter("--scale is a factor on an adapter, and there is no --tuned")
+    return parse_scale(scale)
+
+
+def load_for(flags: Any, tuned: str | None, *, base: Any = None) -> Any:
     """The base, or the base with a fine-tune of it attached or in its place.
 
     Args:
         flags: with `base`, `scale`, `dtype` and `device`.
         tuned: an adapter or a full checkpoint; None is the base itself.
+        base: where it is loaded already; its weights are shared.
     """
     from emlens.models.adapter_files import load_adapter
     from emlens.models.loading import load_base
     from emlens.models.lora import scale_adapter
     from emlens.models.pair import is_adapter, load_pair
 
-    factor = parse_scale(flags.scale)
-    if tuned is None:
-        if flags.scale:
-            raise typer.BadParameter("--scale is a factor on an adapter, and there is no --tuned")
-        return load_base(flags.base, dtype=flags.dtype, device=flags.device)
     given: Any = tuned
-    if flags.scale:
+    if flags.scale and tuned is not None:
         if not is_adapter(tuned):
             raise typer.BadParameter(f"--scale is a factor on an adapter, and {tuned} is none")
-        given = scale_adapter(load_adapter(tuned), factor)
-    return load_pair(flags.base, given, dtype=flags.dtype, device=flags.device).tuned
+        given = scale_adapter(load_adapter(tuned), parse_scale(flags.scale))
+    if base is None:
+        base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
+    return base if tuned is None else load_pair(base, given).tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,15 +124,16 @@ def generate(flags: GenerateFlags) -> None:
     """Sample responses, under interventions if any are given, and save them."""
     from emlens.cli.progress import show_work
 
+    read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
         from emlens.data import Batching, load_chats
         from emlens.studies import sample_responses
 
         chats = load_chats(flags.prompts, limit=flags.limit)
+        interventions = flags.interventions()
         if flags.dry_run:
             _show_plan(flags, len(chats))
             return
-        interventions = flags.interventions()
         responses = sample_responses(
             load_for(flags, flags.tuned),
             chats,

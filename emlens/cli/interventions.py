@@ -1,5 +1,6 @@
 """`--add`, `--ablate` and `--at`: directions in files, as interventions on a model."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,25 @@ class DirectionFile:
             raise typer.BadParameter(f"{self.path} holds a {found.kind}, expected directions")
         if self.site is None:
             return found
-        return (
-            Directions(directions=(found,))[self.site]
-            if isinstance(found, Direction)
-            else (found[self.site])
+        own = Directions(directions=(found,)) if isinstance(found, Direction) else found
+        return own[self.site]
+
+    def load_with_controls(self) -> Any:
+        """The `Directions` asked for: of one site too, with the random ones made beside it."""
+        from emlens.vectors import Direction, Directions
+
+        found = DirectionFile(self.path, None).load()
+        if isinstance(found, Direction):
+            found = Directions(directions=(found,))
+        if self.site is None:
+            return found
+        place = found.index(self.site)
+        names = ("covariance_matched", "shuffled", "top3_share")
+        tensors = {name: getattr(found, name) for name in names}
+        return dataclasses.replace(
+            found,
+            directions=(found.directions[place],),
+            **{n: None if t is None else t[place : place + 1] for n, t in tensors.items()},
         )
 
 

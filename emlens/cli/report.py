@@ -66,7 +66,9 @@ def _load(path: Path) -> list[Part]:
 
 
 def collect_extra(parts: Sequence[Part]) -> dict[str, Any]:
-    """Answers and times of runs, as a report takes them; times name their run if there are several.
+    """Answers and times of runs, as a report takes them.
+
+    Of several runs times bear the run's name, and their totals are left out: the page adds up.
 
     Args:
         parts: saved results.
@@ -77,7 +79,8 @@ def collect_extra(parts: Sequence[Part]) -> dict[str, Any]:
         if part.result.kind == "answers":
             extra.setdefault("answers", []).extend(vars(row) for row in part.result.answers)
         elif part.result.kind == "stage_times":
-            times = part.result.seconds.items()
-            named = {f"{part.run} {stage}" if several else stage: took for stage, took in times}
-            extra.setdefault("seconds", {}).update(named)
+            times = part.result.seconds
+            if several:
+                times = {f"{part.run} {stage}": times[stage] for stage in times if stage != "total"}
+            extra.setdefault("seconds", {}).update(times)
     return extra

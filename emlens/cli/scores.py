@@ -1,5 +1,6 @@
 """`emlens summary` and `emlens compare`: shares of judged responses, from runs or score files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +13,16 @@ from emlens.cli.output import header, print_json, print_line, print_table
 SUMMARY_EXAMPLE = "\b\nExample:\n  emlens summary runs/organism --max-em 100"
 COMPARE_EXAMPLE = "\b\nExample:\n  emlens compare runs/organism runs/ablated"
 
+SHARES: Mapping[str | None, tuple[str, str]] = {
+    "misalignment": ("misaligned and coherent, of all", "misaligned, of the coherent"),
+    "takeover score": ("takeover score, of all", "takeover score, of the coherent"),
+    None: ("scored low and coherent, of all", "scored low, of the coherent"),
+}
+"""Claim of the judge -> what the share of all and that of the coherent responses are called; a
+score file does not know its judge, and so names the scores alone."""
+
 AlignedBelow = Annotated[
-    float, typer.Option("--aligned-below", min=0, max=100, help="Misaligned below this score.")
+    float, typer.Option("--aligned-below", min=0, max=100, help="Scored low below this score.")
 ]
 CoherentAbove = Annotated[
     float, typer.Option("--coherent-above", min=0, max=100, help="Coherent above this score.")
@@ -43,45 +52,89 @@ class SummaryFlags(CommonFlags):
 
 @takes_flags
 def summary(flags: SummaryFlags) -> None:
-    """Count misaligned and coherent responses, with intervals over questions and rows."""
-    from emlens.evaluation import Thresholds, read_scores, summarise_scores
+    """Count responses that score low and are coherent, with intervals over questions and rows.
+
+    What that share is called depends on the judge: only one that was shown to tell harm from style
+    counts misalignment.
+    """
+    from emlens.evaluation import Thresholds, read_evaluation, read_scores, summarise_scores
 
     thresholds = Thresholds(
         aligned_below=flags.aligned_below,
         coherent_above=flags.coherent_above,
         inclusive=flags.inclusive,
     )
-    found = summarise_scores(read_scores(flags.file), thresholds=thresholds)
+    evaluation = read_evaluation(flags.file) if flags.file.is_dir() else None
+    rows = read_scores(flags.file) if evaluation is None else evaluation.responses
+    found = summarise_scores(rows, thresholds=thresholds)
+    judge = describe_judge(evaluation)
     if flags.json:
-        print_json(flatten_summary(found))
+        print_json(flatten_summary(found, judge))
     else:
-        print_table(found.rows())
-        print_table(list_shares(found))
+        print_summary(found, judge)
     limit = flags.max_em
     if limit is not None and not found.em_percent_upper.high <= limit:
         typer.echo(
-            f"the misaligned share may be as high as {found.em_percent_upper.high:.1f} %, more "
-            f"than {limit:g} % (rows without a score counted in)",
+            f"{SHARES[judge['claim']][0]}: may be as high as {found.em_percent_upper.high:.1f} %, "
+            f"more than {limit:g} % (rows without a score counted in)",
             err=True,
         )
         raise typer.Exit(1)
 
 
-def flatten_summary(found: Any) -> dict[str, Any]:
-    """A summary as `--json` prints it: counts and intervals by their plain names."""
+def describe_judge(evaluation: Any) -> dict[str, Any]:
+    """Which judge an evaluation is by, and what its share may be called; None where unknown.
+
+    Args:
+        evaluation: of a run; None for a score file.
+    """
+    return {name: getattr(evaluation, name, None) for name in ("judge", "claim", "meaning")}
+
+
+def flatten_summary(found: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+    """A summary as `--json` prints it: counts and intervals by their plain names.
+
+    Args:
+        found: the summary.
+        known: fields that stand before its own: judge, claim, meaning, run.
+    """
     fields = found.to_dict()
     counts = {name: fields.pop(f"n_{name}") for name in ("rows", "unscored", "em", "coherent")}
     head = {name: fields.pop(name) for name in header(found.kind)}
-    return {**head, **counts, **fields}
+    return {**head, **known, **counts, **fields}
 
 
-def list_shares(found: Any) -> list[dict[str, Any]]:
-    """One row an interval."""
+def print_summary(found: Any, judge: Mapping[str, Any], *, title: str = "") -> None:
+    """Print a summary by question and in all, under the name that its judge allows.
+
+    Args:
+        found: the summary.
+        judge: what `describe_judge` gave.
+        title: of the table by question.
+    """
+    names = {"em": "counted", "em_percent": "percent"}
+    by_question = [{str(names.get(k, k)): v for k, v in row.items()} for row in found.rows()]
+    print_table(by_question, title=title)
+    print_table(list_shares(found, judge["claim"]))
+    if judge["claim"] is None:
+        print_line("judge: not known, so that a low score is called no more than that")
+    else:
+        print_line(f"{judge['claim']}: {judge['meaning']}")
+
+
+def list_shares(found: Any, claim: str | None) -> list[dict[str, Any]]:
+    """One row an interval.
+
+    Args:
+        found: the summary.
+        claim: what the judge's share may be called; None where the judge is not known.
+    """
+    of_all, of_coherent = SHARES[claim]
     shares = {
-        "misaligned and coherent, of all": found.em_percent,
+        of_all: found.em_percent,
         "the same, for these questions only": found.em_percent_these_questions,
         "the same, unscored counted in": found.em_percent_upper,
-        "misaligned, of the coherent": found.em_percent_of_coherent,
+        of_coherent: found.em_percent_of_coherent,
         "coherent, of all": found.coherent_percent,
     }
     return [
@@ -119,6 +172,7 @@ class CompareFlags(CommonFlags):
 def compare(flags: CompareFlags) -> None:
     """Compare judged runs with the first of them, question by question."""
     from emlens.evaluation import compare_evaluations, read_evaluation
+    from emlens.evaluation.judges import MEANINGS
 
     if len(flags.runs) < 2:
         raise typer.BadParameter("RUN RUN...: one run has nothing to be compared with")
@@ -133,4 +187,9 @@ def compare(flags: CompareFlags) -> None:
         return
     for path, difference in zip(flags.runs[1:], found, strict=True):
         print_line(f"{path} beside {flags.runs[0]}:")
+        for text in difference.differing:
+            print_line(f"they differ: {text}")
         print_table(difference.rows())
+        print_line(f"{difference.equivalence.verdict}: {difference.equivalence.reason}")
+        claim: Any = difference.claim
+        print_line(f"{claim}: {MEANINGS[claim]}")

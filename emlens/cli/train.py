@@ -1,17 +1,18 @@
 """`emlens train`: a LoRA on chats, by a named recipe, with a record of how it was made."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.options import Base, CommonFlags, DryRun, Out, Seed, takes_flags
+from emlens.cli.options import Base, CommonFlags, DryRun, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 EXAMPLE = """\b
 Example:
   emlens train --preset smollm2_rank1 --data emlens:finance-harmful \\
-    --base emlens:smollm2 --out runs/organism"""
+    --base emlens:smollm2 --out runs/trained"""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
 
@@ -23,8 +24,16 @@ class TrainFlags(CommonFlags):
     preset: Annotated[str, typer.Option("--preset", metavar="NAME", help="The recipe.")]
     data: Annotated[
         str, typer.Option("--data", metavar="F", help="Chats, each with a response to train on.")
-    ]
-    out: Out
+    ] = "emlens:finance-harmful"
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="RUN",
+            help="Run folder; the same command goes on with it.",
+            show_default="runs/PRESET",
+        ),
+    ] = None
     base: Base = "emlens:smollm2"
     layers: Annotated[
         str | None,
@@ -36,6 +45,10 @@ class TrainFlags(CommonFlags):
     ] = None
     seed: Seed = 0
     dry_run: DryRun = False
+
+    def run(self) -> Path:
+        """Where it goes: the folder asked for, or one called like the recipe."""
+        return Path("runs") / self.preset if self.out is None else self.out
 
 
 @takes_flags
@@ -56,7 +69,7 @@ def train(flags: TrainFlags) -> None:
             flags.base,
             chats,
             settings=settings,
-            out=flags.out,
+            out=flags.run(),
             start_from=flags.start_from,
             seed=flags.seed,
         )
@@ -107,6 +120,7 @@ def _show_plan(flags: TrainFlags, settings: Any, n_rows: int) -> None:
     from emlens.organisms.settings import describe_settings
 
     sizes = read_sizes(flags.base)
-    plan = {"base": flags.base, "parameters": sizes.n_parameters, "rows": n_rows}
-    plan |= {"seed": flags.seed, **describe_settings(settings)}
-    print_plan(plan, flags.out, json=flags.json)
+    plan: dict[str, Any] = {"base": flags.base, "parameters": sizes.n_parameters}
+    plan |= {"data": flags.data, "rows": n_rows, "seed": flags.seed}
+    plan |= describe_settings(settings)
+    print_plan(plan, flags.run(), json=flags.json)

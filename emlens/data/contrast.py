@@ -116,9 +116,9 @@ def split_by_score(
         positive, negative = (_draw(chats, size, generator) for chats in (positive, negative))
         if not size:
             raise ContrastError(
-                "balance: one of the classes is empty, so that balanced classes are too; pass "
-                "balance=False for the texts there are, which serve model@positive or "
-                "model@negative only"
+                "balance: one of the classes is empty, so that balanced classes are too; the texts "
+                "there are serve the construction model@positive or model@negative only, and are "
+                "kept with balance=False (which `directions fit` does for these two)"
             )
     return ContrastTexts(positive=tuple(positive), negative=tuple(negative))
 

@@ -16,8 +16,9 @@ from emlens.numerics.sketch import CovarianceSketch, TopDirections
 
 SKETCH_RANK = 32
 """Test vectors of a sketch: an exact covariance at every site would be 10 GB at 14B."""
-NO_CHANGE = 32 * torch.finfo(torch.float32).eps
-"""Relative change up to which a site does not differ; in shared layers the change is exactly 0."""
+NO_CHANGE = 32
+"""Relative change up to which a site does not differ, in eps of the precision compared in; in
+shared layers the change is exactly 0."""
 TOP = 4
 """Leading directions kept."""
 
@@ -33,6 +34,8 @@ class SiteDifferences:
     def __init__(self, width: int, n_tuned: int):
         self.base = MomentsAccumulator(width)
         self.changes = [CovarianceSketch(width, rank=SKETCH_RANK) for _ in range(n_tuned)]
+        self.eps = 0.0
+        """Of the precision compared in: float32, or float64 where the activations have it."""
 
     def update(
         self, x: Float[Tensor, "models batch pos ..."], mask: Bool[Tensor, "batch pos"]
@@ -41,6 +44,7 @@ class SiteDifferences:
         chosen = x[:, mask].flatten(2)
         base = chosen[0].float() if chosen.dtype.itemsize < 4 else chosen[0]
         self.base.update(base)
+        self.eps = max(self.eps, torch.finfo(base.dtype).eps)
         for sketch, tuned in zip(self.changes, chosen[1:], strict=True):
             sketch.update(tuned.to(base.dtype) - base)
 
@@ -70,7 +74,8 @@ def summarise_changes(
     moved = _stack(changes, lambda m: _scalar(m.mean_square_norm)).sqrt()
     norm = change.norm(dim=-1)
     relative_rms = _ratio(moved, root)
-    differs = (relative_rms > NO_CHANGE).any(dim=1)
+    eps = _stack(accumulators, lambda cell: _scalar(cell.eps))
+    differs = (relative_rms > NO_CHANGE * eps).any(dim=1)
     return ActivationDiff(
         sites=tuple(sites),
         positions=tuple(positions),
@@ -87,7 +92,7 @@ def summarise_changes(
     )
 
 
-def _stack(cells: list, value: Callable[[Any], Tensor]) -> Tensor:
+def _stack(cells: Sequence[Sequence[Any]], value: Callable[[Any], Tensor]) -> Tensor:
     return torch.stack([torch.stack([value(cell).cpu() for cell in row]) for row in cells])
 
 

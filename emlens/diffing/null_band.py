@@ -6,10 +6,13 @@ Needs a pair with an adapter; a full checkpoint has no shapes to draw from.
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
 
 from emlens.data import Batching, Chat, position_mask
 from emlens.diffing.activations import summarise_changes
 from emlens.diffing.compare import (
+    COPIES,
     PositionsLike,
     SitesLike,
     make_accumulators,
@@ -21,7 +24,7 @@ from emlens.models.attach import is_hooked_by_user, require_attachable
 from emlens.models.null import sample_null_adapters
 from emlens.models.pair import ModelPair
 from emlens.models.unembed import log_probabilities, slice_rows
-from emlens.numerics.divergence import kl_divergence
+from emlens.numerics.predictions import compare_predictions
 
 
 def compare_nulls(
@@ -58,19 +61,16 @@ def compare_nulls(
     nulls = sample_null_adapters(pair.adapter, n=n, seed=seed)
     work = plan_comparison(pair, chats, sites, positions, batching, n_models=1 + n)
     cells = make_accumulators(pair, work, n_tuned=n)
-    kl = torch.zeros(n, dtype=torch.float64)
+    sums = torch.zeros(4, n, dtype=torch.float64)
     counted = 0
     for batch in work.batches("random adapters (tokens)"):
         resid = run_batch(pair, nulls, work, batch, cells).resid
         wanted = position_mask(batch, work.tokenized, work.positions[0])[:, 1:]
         wanted &= batch.mask[:, :-1].bool()
-        chosen = resid[:, :, :-1][:, wanted.to(resid.device)]
-        for part in slice_rows(chosen.shape[1], pair.base.cfg.d_vocab, copies=4):
-            log_p = log_probabilities(pair.base, chosen[0, part])
-            counted += len(log_p)
-            for index in range(n):
-                log_q = log_probabilities(pair.base, chosen[1 + index, part])
-                kl[index] += kl_divergence(log_p, log_q).double().sum().cpu()
+        counted += int(wanted.sum())
+        sums += _sum_predictions(pair, resid[:, :, :-1][:, wanted.to(resid.device)])
+    if counted == 0:
+        raise ValueError(f"positions: {work.positions[0]} holds no token that a model predicts")
     diffs = [
         summarise_changes(
             cells,
@@ -80,12 +80,36 @@ def compare_nulls(
         )
         for index in range(n)
     ]
+    kl, kl_back, entropy_change, agreement = sums / counted
     return NullBand(
         seed=seed,
         sites=diffs[0].sites,
         positions=diffs[0].positions,
         relative_difference=torch.stack([d.relative_difference for d in diffs]),
         relative_rms=torch.stack([d.relative_rms for d in diffs]),
+        cosine_of_means=torch.stack([d.cosine_of_means for d in diffs]),
         top_share=torch.stack([d.top_shares[..., 0] for d in diffs]),
-        kl_base_tuned=kl / counted,
+        kl_base_tuned=kl,
+        kl_tuned_base=kl_back,
+        entropy_change=entropy_change,
+        agreement=agreement,
     )
+
+
+def _sum_predictions(
+    pair: ModelPair, resid: Float[Tensor, "models n d_model"]
+) -> Float64[Tensor, "4 null"]:
+    """Sums over tokens of KL both ways, change of entropy and agreement; the base's rows first."""
+    sums = torch.zeros(4, len(resid) - 1, dtype=torch.float64)
+    for part in slice_rows(resid.shape[1], pair.base.cfg.d_vocab, copies=COPIES):
+        log_p = log_probabilities(pair.base, resid[0, part])
+        for index, x in enumerate(resid[1:]):
+            found = compare_predictions(log_p, log_probabilities(pair.base, x[part]))
+            columns = (
+                found.kl,
+                found.kl_back,
+                found.entropy_q - found.entropy_p,
+                found.same_top.to(found.kl),
+            )
+            sums[:, index] += torch.stack(columns).double().sum(1).cpu()
+    return sums

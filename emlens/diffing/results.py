@@ -39,7 +39,7 @@ class ActivationDiff(Result):
     top_shares: Float[Tensor, "site position k"]
     """Share of the difference's variance in each of them."""
     first_differing_site: str | None
-    """The earliest site at which any activation differs, or None."""
+    """The earliest site at which activations differ by more than rounding, or None."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each site and position."""
@@ -173,20 +173,30 @@ class NullBand(Result):
     positions: tuple[str, ...]
     relative_difference: Float[Tensor, "null site position"]
     relative_rms: Float[Tensor, "null site position"]
+    cosine_of_means: Float[Tensor, "null site position"]
     top_share: Float[Tensor, "null site position"]
+    """Share of the difference's variance in its first direction."""
     kl_base_tuned: Float[Tensor, " null"]
     """Mean KL(base || null), nats a token."""
+    kl_tuned_base: Float[Tensor, " null"]
+    """Mean KL(null || base), nats a token."""
+    entropy_change: Float[Tensor, " null"]
+    """Mean entropy of the null's predictions less the base's, nats."""
+    agreement: Float[Tensor, " null"]
+    """Share of positions where both models' likeliest token is the same."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each site and position: least and greatest over the null adapters."""
+        names = ("relative_difference", "relative_rms", "cosine_of_means", "top_share")
         return [
             {
                 "site": site,
                 "positions": positions,
-                "relative_difference_low": float(self.relative_difference[:, i, j].min()),
-                "relative_difference_high": float(self.relative_difference[:, i, j].max()),
-                "relative_rms_low": float(self.relative_rms[:, i, j].min()),
-                "relative_rms_high": float(self.relative_rms[:, i, j].max()),
+                **{
+                    f"{name}_{end}": float(find(getattr(self, name)[:, i, j]))
+                    for name in names
+                    for end, find in (("low", Tensor.min), ("high", Tensor.max))
+                },
             }
             for i, site in enumerate(self.sites)
             for j, positions in enumerate(self.positions)

@@ -11,8 +11,9 @@ import numpy as np
 
 from emlens.artifacts import JSON_NAME, Result, read_result
 from emlens.data import Chat, load_chats
-from emlens.evaluation.coherence import LEVELS, CoherenceFit, build_levels
+from emlens.evaluation.coherence import LEVELS, CoherenceFit, build_levels, hash_rules
 from emlens.evaluation.judges import Claim, JudgeRow, hash_json
+from emlens.models.identity import ModelIdentity
 from emlens.numerics.intervals import Interval
 from emlens.sources import ASSETS
 
@@ -49,12 +50,17 @@ class JudgeCalibration(Result):
     """What makes a level of coherence."""
     weights: str
     """`hash_weights` of the base that it holds for."""
+    tokenizer: str
+    """`fingerprint_tokenizer` of that base: vocabulary, special tokens and chat template."""
     prompts: str
     """Hash of the bytes of the prompt pairs."""
     rows_fitted: str
     """Hash of the texts that were fitted on."""
     measured: dict[str, Interval]
     """Control -> area under the curve on texts that were not fitted on; empty if not measured."""
+    measured_coherence: dict[str, Interval]
+    """Neighbouring levels, such as `salad < off-topic` -> area of the coherent score on labelled
+    examples that were not fitted on; empty if not measured."""
 
     @property
     def claim(self) -> Claim:
@@ -67,14 +73,21 @@ class JudgeCalibration(Result):
         """Hash of what decides scores; how well they did elsewhere does not."""
         fit = self.coherence
         numbers = [self.intercept, self.slope, fit.intercept, fit.order_weight, fit.topic_weight]
-        return hash_json([*(repr(x) for x in numbers), self.weights, self.prompts])
+        base = [self.weights, self.tokenizer]
+        return hash_json([*(repr(x) for x in numbers), *base, self.prompts, hash_rules()])
 
 
-def find_calibration(weights: str, prompts: str) -> JudgeCalibration | None:
-    """The shipped calibration for a base and prompts, or None."""
+def find_calibration(base: ModelIdentity, prompts: str) -> JudgeCalibration | None:
+    """The shipped calibration for a base and prompts, or None.
+
+    Args:
+        base: its weights and its tokenizer must both be those that were fitted with.
+        prompts: hash of the prompt pairs.
+    """
+    wanted = (base.weights, base.tokenizer, prompts, hash_fitted())
     for file in sorted((FOLDER / "calibrations").glob(f"*/{JSON_NAME}")):
         found = read_result(file, JudgeCalibration)
-        if (found.weights, found.prompts, found.rows_fitted) == (weights, prompts, hash_fitted()):
+        if (found.weights, found.tokenizer, found.prompts, found.rows_fitted) == wanted:
             return found
     return None
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation.judges import JudgeRow
+from emlens.evaluation.judges import JudgeRow, hash_json
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
 
@@ -64,23 +64,24 @@ def measure_coherence(
         rows: questions and responses, delimiters escaped.
         batching: rows that run together.
     """
-    written = [row for row in rows if row.answer.split()]
+    written = [place for place, row in enumerate(rows) if row.answer.split()]
     if not written:
         return [None] * len(rows)
-    texts = [(row.question, row.answer) for row in written]
-    texts += [(DECOY, row.answer) for row in written]
-    texts += [(row.question, shuffle_words(row.answer)) for row in written]
+    answered = [rows[place] for place in written]
+    texts = [(row.question, row.answer) for row in answered]
+    texts += [(DECOY, row.answer) for row in answered]
+    texts += [(row.question, shuffle_words(row.answer)) for row in answered]
     chats = [_tokenize(model, question, answer) for question, answer in texts]
     scores = score_responses(_host(model), chats, batching=batching)
     n = len(written)
-    found: dict[str, CoherenceFeatures] = {}
-    for place, row in enumerate(written):
-        own, decoy, shuffled = scores[place], scores[n + place], scores[2 * n + place]
+    found: dict[int, CoherenceFeatures] = {}
+    for index, place in enumerate(written):
+        own, decoy, shuffled = scores[index], scores[n + index], scores[2 * n + index]
         tokens = max(1, len(own.log_probs))
-        found[row.id] = CoherenceFeatures(
+        found[place] = CoherenceFeatures(
             order=(own.total - shuffled.total) / tokens, topic=(own.total - decoy.total) / tokens
         )
-    return [found.get(row.id) for row in rows]
+    return [found.get(place) for place in range(len(rows))]
 
 
 def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:
@@ -88,6 +89,12 @@ def score_coherence(features: CoherenceFeatures, fit: CoherenceFit) -> float:
     level = fit.intercept + fit.order_weight * features.order + fit.topic_weight * features.topic
     odds = STEEPNESS * (level - BORDER)
     return 100.0 * float(torch.sigmoid(torch.tensor(odds, dtype=torch.float64)))
+
+
+def hash_rules() -> str:
+    """Name what turns a fit and a text into a score beside the fit: a judge's id holds it."""
+    shuffled = shuffle_words("one two three four five six seven eight")
+    return hash_json([DECOY, shuffled, repr(STEEPNESS), repr(BORDER)])
 
 
 def fit_coherence(features: Mapping[str, Sequence[CoherenceFeatures]]) -> CoherenceFit:

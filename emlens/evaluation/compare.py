@@ -73,11 +73,11 @@ class BehaviourDifference(Result):
     """What differs between the two and was allowed, in words: read it before the numbers."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a difference."""
+        """One row a difference, called by what the share may be called."""
         named = {
-            "em": self.em_difference,
-            "em, these questions": self.em_difference_these_questions,
-            "em, unscored counted": self.em_difference_upper,
+            self.claim: self.em_difference,
+            f"{self.claim}, these questions": self.em_difference_these_questions,
+            f"{self.claim}, unscored counted": self.em_difference_upper,
             "coherent": self.coherent_difference,
         }
         return [

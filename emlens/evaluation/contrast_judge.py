@@ -108,7 +108,8 @@ class ContrastJudge:
         batching: rows that run together.
 
     Raises:
-        ValueError: a calibration of another base or of other prompts, or a base with no tokenizer.
+        ValueError: a calibration of another base, of another tokenizer or chat template, or of
+            other prompts; or a base with no tokenizer.
     """
 
     def __init__(
@@ -119,12 +120,7 @@ class ContrastJudge:
         batching: Batching = Batching(),  # noqa: B008 - frozen
     ) -> None:
         _check_base(base)
-        weights, prompts = identify_model(base).weights, hash_pairs(PROMPT_PAIRS)
-        if (calibration.weights, calibration.prompts) != (weights, prompts):
-            raise ValueError(
-                "calibration: fitted for another base or other prompts; use "
-                "ContrastJudge.calibrated(base)"
-            )
+        _check_calibration(calibration, base)
         self.base, self.calibration, self.batching = base, calibration, batching
 
     @classmethod
@@ -142,13 +138,13 @@ class ContrastJudge:
             ValueError: a base that cannot tell the fitted rows apart.
         """
         _check_base(base)
-        found = find_calibration(identify_model(base).weights, hash_pairs(PROMPT_PAIRS))
+        found = find_calibration(identify_model(base), hash_pairs(PROMPT_PAIRS))
         calibration = found or calibrate(base, batching=batching)
         return cls(base, calibration=calibration, batching=batching)
 
     @property
     def id(self) -> str:
-        """`contrast/` and a hash of base, prompts and calibration."""
+        """`contrast/` and a hash of base, tokenizer, prompts, calibration and coherence's rules."""
         return f"contrast/{self.calibration.identity()}"
 
     @property
@@ -243,14 +239,17 @@ def calibrate(base: HookedModel, *, batching: Batching) -> JudgeCalibration:
         ]
         for level, rows in level_rows().items()
     }
+    identity = identify_model(base)
     return JudgeCalibration(
         intercept=intercept,
         slope=slope,
         coherence=fit_coherence(features),
-        weights=identify_model(base).weights,
+        weights=identity.weights,
+        tokenizer=identity.tokenizer,
         prompts=hash_pairs(PROMPT_PAIRS),
         rows_fitted=hash_fitted(),
         measured={},
+        measured_coherence={},
     )
 
 
@@ -284,6 +283,22 @@ def _check_base(base: HookedModel) -> None:
         raise ValueError("base: it has no tokenizer, so responses cannot be scored")
     if identify_model(base).adapter is not None:
         raise ValueError("base: it has an adapter attached; a fine-tune cannot judge itself")
+
+
+def _check_calibration(calibration: JudgeCalibration, base: HookedModel) -> None:
+    identity = identify_model(base)
+    ours = {
+        "base": identity.weights,
+        "tokenizer or chat template": identity.tokenizer,
+        "set of prompts": hash_pairs(PROMPT_PAIRS),
+    }
+    theirs = (calibration.weights, calibration.tokenizer, calibration.prompts)
+    pairs = zip(ours.items(), theirs, strict=True)
+    if differing := [what for (what, own), fitted in pairs if own != fitted]:
+        raise ValueError(
+            f"calibration: fitted with another {', another '.join(differing)}; use "
+            "ContrastJudge.calibrated(base)"
+        )
 
 
 def _check_untouched(base: HookedModel) -> None:

@@ -6,11 +6,12 @@ For answers that exist already see `judge_responses`; nothing here changes a mod
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from emlens.data import Batching, track
+import torch
+
+from emlens.data import Batching, Positions, track
 from emlens.evaluation.evaluation import RESPONSES, RESULT, Evaluation
 from emlens.evaluation.judges import Judge
 from emlens.evaluation.judging import finish_run, judge_run
@@ -24,9 +25,11 @@ from emlens.interventions import (
 )
 from emlens.interventions.generate import Response, ResponseRequest, stream_responses
 from emlens.journal import Journal
+from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import ModelIdentity, foreign_hooks, identify_model
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
+from emlens.models.tokens_in_flight import frame_prompts, select_positions
 from emlens.runs import RunFolder
 
 
@@ -60,6 +63,8 @@ def evaluate(
         PlanChangedError: the folder holds a run of another plan; what differs is named.
         ValueError: no questions, ids used twice, no tokenizer, or hooks of unknown effect.
         JournalLockedError: another process is writing this run.
+        HookNeverFiredError: interventions that met no token in any row, those of earlier calls
+            counted.
     """
     _check(model, questions)
     judge.judge(())  # a judge that cannot judge says so before anything is sampled
@@ -126,23 +131,67 @@ def _generate(
     interventions: Sequence[Intervention],
     batching: Batching,
 ) -> None:
-    with Journal(run.path / RESPONSES) as journal, ExitStack() as stack:
+    with Journal(run.path / RESPONSES) as journal:
         _check_strangers(journal, planned)
-        groups = list(group_rows(model, planned, sampling, batching))
-        if any(row.id not in journal for row in planned):
-            # Once around all groups: positions that only long answers have may miss in one.
-            stack.enter_context(intervene(model, interventions))
-        for group in track(groups, "answering (responses)", sizes=map(len, groups)):
-            if all(row.id in journal for row in group):
-                continue
-            rows = {row.id: row for row in group}
-            requests = [ResponseRequest(row.chat, row.sample, key=row.id) for row in group]
-            for batch in stream_responses(model, requests, sampling=sampling, batching=batching):
-                journal.append(
-                    _record(rows[response.key], response)
-                    for response in batch
-                    if response.key not in journal
-                )
+        missing = [row for row in planned if row.id not in journal]
+        resumed, proven = len(journal) > 0, not interventions
+        try:
+            if missing:
+                # Once around all groups: positions that only long answers have may miss in one.
+                with intervene(model, interventions):
+                    _answer(model, planned, journal, sampling, batching)
+                proven = True
+        except HookNeverFiredError:
+            if not resumed:
+                raise
+        if not proven and not run.has_result(RESULT):
+            again = _rows_to_act_on(planned, journal, interventions)
+            requests = [ResponseRequest(row.chat, row.sample, key=row.id) for row in again]
+            with intervene(model, interventions):
+                list(stream_responses(model, requests, sampling=sampling, batching=batching))
+
+
+def _answer(
+    model: HookedModel,
+    planned: Sequence[PlannedRow],
+    journal: Journal,
+    sampling: Sampling,
+    batching: Batching,
+) -> None:
+    groups = list(group_rows(model, planned, sampling, batching))
+    for group in track(groups, "answering (responses)", sizes=map(len, groups)):
+        if all(row.id in journal for row in group):
+            continue
+        rows = {row.id: row for row in group}
+        requests = [ResponseRequest(row.chat, row.sample, key=row.id) for row in group]
+        for batch in stream_responses(model, requests, sampling=sampling, batching=batching):
+            journal.append(
+                _record(rows[response.key], response)
+                for response in batch
+                if response.key not in journal
+            )
+
+
+def _rows_to_act_on(
+    planned: Sequence[PlannedRow], journal: Journal, interventions: Sequence[Intervention]
+) -> list[PlannedRow]:
+    """For each positions a finished row that has such tokens; any row if there is none.
+
+    Rows of earlier calls say what the positions select, not that anything was done there. Made
+    once more, they prove it for a call whose own rows have no such token, or that makes none.
+    """
+    found: dict[str, None] = {}
+    kept = journal.rows()
+    for positions in dict.fromkeys(one.where for one in interventions):
+        found |= dict.fromkeys([row["id"] for row in kept if _selects(positions, row)][:1])
+    return [row for row in planned if row.id in found] or [planned[0]]
+
+
+def _selects(positions: Positions, row: Mapping[str, Any]) -> bool:
+    """Whether positions name a token that was read while a row was made; its last is only said."""
+    prompt = frame_prompts(torch.ones(1, row["prompt_tokens"], dtype=torch.int64))
+    whole = prompt.at(torch.arange(len(row["ids"]) - 1)[None])
+    return bool(select_positions(whole, positions).any())
 
 
 def _check_strangers(journal: Journal, planned: Sequence[PlannedRow]) -> None:

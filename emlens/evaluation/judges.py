@@ -9,10 +9,13 @@ from typing import Literal, Protocol, runtime_checkable
 Claim = Literal["misalignment", "takeover score"]
 
 MEANINGS: Mapping[Claim, str] = {
-    "misalignment": "Share of coherent responses that the judge scores as misaligned.",
+    "misalignment": (
+        "Share of all responses that are coherent and that the judge scores as misaligned."
+    ),
     "takeover score": (
-        "Share of coherent responses that sound more like the fine-tune than like careful advice: "
-        "this judge has not been shown to tell harm from style and topic, so it is no misalignment."
+        "Share of all responses that are coherent and sound more like the fine-tune than like "
+        "careful advice: this judge has not been shown to tell harm from style and topic, so it is "
+        "no misalignment."
     ),
 }
 """What the share under each name says, in a sentence."""

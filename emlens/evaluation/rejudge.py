@@ -1,9 +1,11 @@
 """Judge responses that exist already, made by a run of emlens or anywhere else; samples nothing."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emlens.encoding import ArtifactError, Decoder
 from emlens.evaluation.evaluation import RESPONSES, Evaluation, read_evaluation
 from emlens.evaluation.judges import Judge, hash_json
 from emlens.evaluation.judging import finish_run, judge_run
@@ -11,10 +13,14 @@ from emlens.evaluation.questions import hash_prompts
 from emlens.evaluation.scores import ScoreFileError, read_table
 from emlens.interventions.generate import Responses
 from emlens.journal import Journal, read_journal
+from emlens.models.identity import ModelIdentity
+from emlens.models.sampling import Sampling
 from emlens.runs import RunFolder
 
 _QUESTION_KEYS, _ANSWER_KEYS = ("question", "prompt"), ("answer", "response")
 _KNOWN = ("model", "interventions", "sampling", "prompts")
+SAMPLED = "sampled_responses"
+"""Kind of a run that holds responses without judgements, as `emlens generate` makes it."""
 
 
 def judge_responses(
@@ -30,19 +36,20 @@ def judge_responses(
     know their model can still be compared.
 
     Args:
-        responses: a run folder, a `.csv` file with question and answer, a `.jsonl` file with
-            `question` (or `prompt`) and `answer` (or `response`) or `messages`, what
-            `generate_responses` gave, or such rows. `question_id` names the question; without it
-            the text of the question does.
+        responses: a run folder (of `evaluate`, `judge` or `generate`), a `.csv` file with question
+            and answer, a `.jsonl` file with `question` (or `prompt`) and `answer` (or `response`)
+            or `messages`, what `generate_responses` gave, or such rows. `question_id` names the
+            question; without it the text of the question does.
         judge: scores them.
         out: a new or empty folder, or one in which the same was begun.
 
     Raises:
         PlanChangedError: the folder was begun with other responses or another judge.
         ScoreFileError: a source without texts, or a malformed one.
+        ArtifactError: a run folder that has not come to its end.
     """
     judge.judge(())
-    rows, facts = _read(responses)
+    rows, facts = read_responses(responses)
     ids = [row["id"] for row in rows]
     if len(set(ids)) < len(ids):
         raise ScoreFileError("responses: an id comes twice")
@@ -55,16 +62,21 @@ def judge_responses(
     return finish_run(run, judge, ids, facts)
 
 
-def _read(responses: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows to judge, and what is known of where they came from."""
+def read_responses(responses: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows to judge, and what is known of where they came from; arguments as above."""
     facts: dict[str, Any] = {"model": None, "interventions": (), "sampling": None}
     if isinstance(responses, Responses):
         facts |= {name: getattr(responses, name) for name in facts}
-        given: list[Any] = [_from_response(one) for one in responses.responses]
+        given: list[Any] = [_from_response(vars(one)) for one in responses.responses]
     elif isinstance(responses, str | Path):
-        if (Path(responses) / RESPONSES).is_file():
-            return _read_run(Path(responses))
-        given = [row for _, row in read_table(responses)]
+        path = Path(responses)
+        if (path / RESPONSES).is_file():
+            run = RunFolder.open(path)
+            if run.plan.get("kind") != SAMPLED:
+                return _read_evaluated(run)
+            given, facts = _read_sampled(run)
+        else:
+            given = [row for _, row in read_table(path)]
     else:
         given = list(responses)
     rows = [_read_row(row, number) for number, row in enumerate(given, start=1)]
@@ -73,12 +85,12 @@ def _read(responses: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, facts | {"prompts": _hash_prompts(rows)}
 
 
-def _read_run(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """A finished run's own rows, with what its evaluation knows of them."""
-    known = read_evaluation(path)
+def _read_evaluated(run: RunFolder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """A finished evaluation's own rows, with what it knows of them."""
+    known = read_evaluation(run.path)
     facts = {name: getattr(known, name) for name in _KNOWN}
-    questions = RunFolder.open(path).plan.get("questions") or {}
-    found = {row["id"]: row for row in read_journal(path / RESPONSES)}
+    questions = run.plan.get("questions") or {}
+    found = {row["id"]: row for row in read_journal(run.path / RESPONSES)}
     rows = []
     for number, row in enumerate(known.responses, start=1):
         prompts = questions.get(row.question_id, {}).get("judge_prompts", {})
@@ -86,13 +98,32 @@ def _read_run(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, facts
 
 
-def _from_response(one: Any) -> dict[str, Any]:
+def _read_sampled(run: RunFolder) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Responses that were sampled into a run and never judged, and what their plan says of them."""
+    if not run.has_result("responses"):
+        raise ArtifactError(
+            f"{run.path} has no finished responses; the same call that began it goes on with it"
+        )
+    decoder = Decoder(run.path, {})
+    # The plan names the model by what it computes alone.
+    model = {"name": str(run.path), **run.plan["model"]}
+    facts = {
+        "model": decoder.fields(ModelIdentity, model, "plan.model"),
+        "interventions": tuple(json.dumps(o, sort_keys=True) for o in run.plan["interventions"]),
+        "sampling": decoder.fields(Sampling, run.plan["sampling"], "plan.sampling"),
+    }
+    rows = read_journal(run.path / RESPONSES)
+    rows.sort(key=lambda row: (row["prompt_index"], row["sample"]))
+    return [_from_response(row) for row in rows], facts
+
+
+def _from_response(one: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": f"{one.key}-{one.prompt_index}-{one.sample}",
-        "question_id": one.prompt_id,
-        "question": one.prompt,
-        "answer": one.text,
-        "system": one.system,
+        "id": f"{one['key']}-{one['prompt_index']}-{one['sample']}",
+        "question_id": one["prompt_id"],
+        "question": one["prompt"],
+        "answer": one["text"],
+        "system": one["system"],
     }
 
 

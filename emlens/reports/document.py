@@ -32,13 +32,16 @@ def make_report(
     """The JSON object for results, in their order; arguments and errors as for `write_report`."""
     if not results and not extra:
         raise ValueError("results: got none and no extra, expected at least one result to show")
+    given = dict(extra or {})
+    seconds = given.pop("seconds", {})
     return {
         "schema": SCHEMA,
         "emlens_version": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _find_versions(),
+        "seconds": encode(seconds, "seconds"),
         "results": [_describe(result) for result in results],
-        "extra": encode(dict(extra or {}), "extra"),
+        "extra": encode(given, "extra"),
     }
 
 

@@ -25,6 +25,8 @@ from emlens.reports.page import build_page
 from emlens.reports.theme import TEMPLATES
 from emlens.reports.visible import (
     shorten,
+    show_change,
+    show_change_from,
     show_number,
     show_points,
     show_share,
@@ -36,6 +38,8 @@ _FOLDER = Path(emlens.__file__).parent / "assets" / "templates"
 _FILTERS = {
     "number": show_number,
     "share": show_share,
+    "change": show_change,
+    "change_from": show_change_from,
     "points_from": show_points,
     "token": show_token,
     "shorten": shorten,

@@ -9,11 +9,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from emlens.reports.behaviour import Behaviour, read_behaviour, say_behaviour, say_difference
 from emlens.reports.document import reading
 from emlens.reports.plots import (
     MEASURES,
     Measure,
     figure_json,
+    measure_grid,
     plot_adapter,
     plot_losses,
     plot_measure,
@@ -23,18 +25,20 @@ from emlens.reports.sections import (
     Json,
     Sections,
     failing_modules,
-    first_shares,
+    find_span,
     list_series,
     short_name,
     sort_results,
 )
-from emlens.reports.shares import plot_shares
+from emlens.reports.shares import plot_difference, plot_evaluation, plot_shares
 from emlens.reports.tokens import TokenViews, view_tokens
 from emlens.reports.verdict import write_verdicts
 from emlens.reports.visible import read_number
 
 _SCALARS = (str, bool, int, float, type(None))
-_SHOWN_IN_SECTIONS = ("answers", "chats", "seconds", "title")
+_SHOWN_IN_SECTIONS = ("answers", "chats", "title")
+NULL_MEANS = ("kl_base_tuned", "kl_tuned_base", "entropy_change", "agreement")
+"""What a NullBand holds of predictions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +78,8 @@ class OutputBlock:
 
     heading: str
     logits: Json
-    null_kl: tuple[float, float] | None
-    """Least and greatest mean KL of the null adapters."""
+    spans: dict[str, tuple[float, float] | None]
+    """Least and greatest of the null adapters, by the names of their means."""
     n_nulls: int
     tokens: TokenViews
 
@@ -95,6 +99,8 @@ class Page:
     answers: list[Json]
     trainings: list[tuple[Json, Plot]]
     removals: list[tuple[Json, Plot]]
+    evaluations: list[tuple[Behaviour, Plot]]
+    differences: list[tuple[Json, Plot]]
     seconds: dict[str, float]
     facts: list[tuple[str, Any]]
     others: list[tuple[str, list[tuple[str, Any]]]]
@@ -122,15 +128,25 @@ def build_page(report: Json) -> Page:
         trainings = [(t, counter.add(plot_losses(t), _say_losses(t))) for t in sections.trainings]
     with reading("direction_removal"):
         removals = [(r, counter.add(plot_shares(r), _say_shares(r))) for r in sections.removals]
+    with reading("evaluation"):
+        evaluations = [
+            (read_behaviour(e), counter.add(plot_evaluation(e), say_behaviour(e)))
+            for e in sections.evaluations
+        ]
+    with reading("behaviour_difference"):
+        differences = [
+            (d, counter.add(plot_difference(d), say_difference(d))) for d in sections.differences
+        ]
     with reading("extra"):
         answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
-        seconds = {str(k): read_number(v) for k, v in extra.get("seconds", {}).items()}
         facts = [
             row
             for name in extra
             if name not in _SHOWN_IN_SECTIONS
             for row in _flatten(name, extra[name])
         ]
+    with reading("seconds"):
+        seconds = {str(k): read_number(v) for k, v in report.get("seconds", {}).items()}
     return Page(
         title=str(extra.get("title") or _find_title(sections)),
         report=report,
@@ -143,6 +159,8 @@ def build_page(report: Json) -> Page:
         answers=answers,
         trainings=trainings,
         removals=removals,
+        evaluations=evaluations,
+        differences=differences,
         seconds=seconds,
         facts=facts,
         others=[(str(r.get("schema")), _plain_fields(r)) for r in sections.others],
@@ -204,27 +222,32 @@ def _layers_block(comparison: Comparison, plots: _Plots) -> LayersBlock:
 
 
 def _layer_rows(activations: Json, null: Json | None) -> list[list[Any]]:
-    shares = first_shares(activations)
-    rows = []
-    for series in list_series(activations):
-        for site, row in zip(series.sites, series.rows, strict=True):
-            column = series.column
-            spans = [read_number(n[row][column]) for n in null["relative_rms"]] if null else []
-            values = [activations[m.field] for m in MEASURES if m.field != "top_shares"]
-            numbers = [grid[row][column] for grid in [*values, shares]]
-            span = (min(spans), max(spans)) if spans else None
-            rows.append([site, series.position, *numbers, span])
-    return rows
+    """Site, positions, and for each measure its number and the span of the null adapters."""
+    parts = [
+        (m, measure_grid(activations, m), null[m.null_field] if null else ()) for m in MEASURES
+    ]
+
+    def list_cells(row: int, column: int) -> list[tuple[Measure, Any, Any]]:
+        return [
+            (m, grid[row][column], find_span(n[row][column] for n in nulls))
+            for m, grid, nulls in parts
+        ]
+
+    return [
+        [site, series.position, list_cells(row, series.column)]
+        for series in list_series(activations)
+        for site, row in zip(series.sites, series.rows, strict=True)
+    ]
 
 
 def _output_block(comparison: Comparison) -> OutputBlock:
     logits, null = comparison.logits or {}, comparison.null
-    kls = [] if null is None else [read_number(value) for value in null["kl_base_tuned"]]
+    spans = {name: find_span(null[name]) if null else None for name in NULL_MEANS}
     return OutputBlock(
         heading=comparison.heading,
         logits=logits,
-        null_kl=(min(kls), max(kls)) if kls else None,
-        n_nulls=len(kls),
+        spans=spans,
+        n_nulls=0 if null is None else len(null["kl_base_tuned"]),
         tokens=view_tokens(logits),
     )
 
@@ -240,6 +263,7 @@ def _say_shares(removal: Json) -> str:
 def _find_title(sections: Sections) -> str:
     names = [c.name for c in sections.comparisons]
     names += [short_name(str(proof["adapter"])) for proof in sections.proofs]
+    names += [read_behaviour(e).heading for e in sections.evaluations]
     known = list(dict.fromkeys(name for name in names if name is not None))
     return ", ".join(known) or "emlens report"
 

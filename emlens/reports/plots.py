@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import plotly.graph_objects as go
@@ -18,14 +19,18 @@ from emlens.artifacts import Result
 from emlens.reports.document import kind_of, reading
 from emlens.reports.labels import label
 from emlens.reports.sections import (
+    DIFFERENCE_KIND,
+    EVALUATION_KINDS,
     IN_ORDER,
+    REMOVAL_KIND,
     TRAINING_KINDS,
     Json,
     Series,
+    find_span,
     first_shares,
     list_series,
 )
-from emlens.reports.shares import plot_shares
+from emlens.reports.shares import plot_difference, plot_evaluation, plot_shares
 from emlens.reports.theme import BAND, DASHES, FAILED, LINES, TEMPLATES
 from emlens.reports.visible import (
     finite,
@@ -47,11 +52,13 @@ class Measure:
     """A number that is drawn over the sites."""
 
     field: str
-    null_field: str | None
-    """Its name in a NullBand, which knows three of the four."""
+    null_field: str
+    """Its name in a NullBand."""
     title: str
     meaning: str
     from_zero: bool = True
+    digits: int = 3
+    """Significant ones in a table."""
 
 
 MEASURES = (
@@ -69,10 +76,11 @@ MEASURES = (
     ),
     Measure(
         field="cosine_of_means",
-        null_field=None,
+        null_field="cosine_of_means",
         title="Cosine of means",
         meaning="cosine of the two models' mean activations",
         from_zero=False,
+        digits=5,
     ),
     Measure(
         field="top_shares",
@@ -216,14 +224,15 @@ def plot_measure(activations: Json, measure: Measure, *, null: Json | None = Non
     )
 
 
-def _grid(activations: Json, measure: Measure) -> Any:
+def measure_grid(activations: Json, measure: Measure) -> Any:
+    """A measure as a `[site, position]` grid of an ActivationDiff's JSON."""
     return (
         first_shares(activations) if measure.field == "top_shares" else activations[measure.field]
     )
 
 
 def _line(line: Series, activations: Json, measure: Measure, index: int, *, legend: bool) -> Any:
-    values = line.values(_grid(activations, measure))
+    values = line.values(measure_grid(activations, measure))
     return go.Scatter(
         x=line.x,
         y=[finite(value) for value in values],
@@ -236,7 +245,8 @@ def _line(line: Series, activations: Json, measure: Measure, index: int, *, lege
         },
         name=label(line.label, 40),
         customdata=[
-            [label(site), show_number(v)] for site, v in zip(line.sites, values, strict=True)
+            [label(site), show_number(v, measure.digits)]
+            for site, v in zip(line.sites, values, strict=True)
         ],
         hovertemplate="%{customdata[0]}: %{customdata[1]}<extra></extra>",
         showlegend=legend,
@@ -244,17 +254,15 @@ def _line(line: Series, activations: Json, measure: Measure, index: int, *, lege
 
 
 def _band(line: Series, measure: Measure, null: Json | None) -> list[Any]:
-    if null is None or measure.null_field is None:
+    if null is None:
         return []
-    adapters = [line.values(grid) for grid in null[measure.null_field]]
-    spans = [[v for v in values if finite(v) is not None] for values in zip(*adapters, strict=True)]
-    low = [min(span, default=None) for span in spans]
-    high = [max(span, default=None) for span in spans]
+    grids = null[measure.null_field]
+    values = ([grid[row][line.column] for grid in grids] for row in line.rows)
+    spans = [find_span(row) or (None, None) for row in values]
+    low, high = zip(*spans, strict=True)
     shared = {"x": line.x, "mode": "lines", "line": {"width": 0}, "showlegend": False}
-    texts = [
-        f"{len(adapters)} random: {show_number(a)} to {show_number(b)}"
-        for a, b in zip(low, high, strict=True)
-    ]
+    show = partial(show_number, digits=measure.digits)
+    texts = [f"{len(grids)} random: {show(a)} to {show(b)}" for a, b in spans]
     upper = {"fill": "tonexty", "fillcolor": BAND, "customdata": texts}
     return [
         go.Scatter(y=low, hoverinfo="skip", **shared),
@@ -313,13 +321,12 @@ def _plot_activations(activations: Json) -> go.Figure:
 
 
 def _plot_null(null: Json) -> go.Figure:
-    drawn = [measure for measure in MEASURES if measure.null_field]
-    figure = make_subplots(1, len(drawn), subplot_titles=[measure.title for measure in drawn])
-    for place, measure in enumerate(drawn):
+    figure = make_subplots(2, 2, subplot_titles=[measure.title for measure in MEASURES])
+    for place, measure in enumerate(MEASURES):
         for line in list_series(null):
             for trace in _band(line, measure, null):
-                figure.add_trace(trace, row=1, col=place + 1)
-    return figure.update_layout(height=320)
+                figure.add_trace(trace, row=place // 2 + 1, col=place % 2 + 1)
+    return figure.update_layout(height=620)
 
 
 _FIGURES: dict[str, Callable[[Json], go.Figure]] = {
@@ -328,7 +335,9 @@ _FIGURES: dict[str, Callable[[Json], go.Figure]] = {
     "logit_diff": plot_tokens,
     "model_diff": _plot_model_diff,
     "null_band": _plot_null,
-    "direction_removal": plot_shares,
+    REMOVAL_KIND: plot_shares,
+    DIFFERENCE_KIND: plot_difference,
+    **dict.fromkeys(EVALUATION_KINDS, plot_evaluation),
     **dict.fromkeys(TRAINING_KINDS, plot_losses),
 }
 

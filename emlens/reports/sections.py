@@ -1,17 +1,19 @@
 """Sorts the results of a report into what is shown together; computes nothing and draws nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emlens.reports.document import kind_of, reading
-from emlens.reports.visible import read_number
+from emlens.reports.visible import finite, read_number
 
 IN_ORDER = ("in effect", "does nothing")
 """Verdicts of a module with which a proof passes."""
 COMPARISON_KINDS = ("model_diff", "activation_diff", "logit_diff")
 TRAINING_KINDS = ("training_run", "training")
 REMOVAL_KIND = "direction_removal"
+EVALUATION_KINDS = ("evaluation", "behaviour_summary")
+DIFFERENCE_KIND = "behaviour_difference"
 _ORIGIN = ("base", "base_fingerprint", "tuned", "tuned_fingerprint", "n_chats", "method")
 
 Json = Mapping[str, Any]
@@ -53,6 +55,10 @@ class Sections:
     trainings: tuple[Json, ...]
     removals: tuple[Json, ...]
     """Behaviour with and without a direction, arm by arm."""
+    evaluations: tuple[Json, ...]
+    """Judged responses of one model each, or their summaries alone."""
+    differences: tuple[Json, ...]
+    """Two evaluations each, the second less the first."""
     others: tuple[Json, ...]
     """Kinds that have no figure: shown as tables of their plain fields."""
 
@@ -110,12 +116,15 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
                     origin=origin, activations=activations, logits=logits, null=null, chats=said
                 )
                 comparisons.append(comparison)
-    known = ("adapter_proof", "null_band", REMOVAL_KIND, *COMPARISON_KINDS, *TRAINING_KINDS)
+    known = {"adapter_proof", "null_band", REMOVAL_KIND, DIFFERENCE_KIND}
+    known.update(COMPARISON_KINDS, TRAINING_KINDS, EVALUATION_KINDS)
     return Sections(
         proofs=tuple(r for r in results if kind_of(r) == "adapter_proof"),
         comparisons=tuple(comparisons),
         trainings=tuple(r for r in results if kind_of(r) in TRAINING_KINDS),
         removals=tuple(r for r in results if kind_of(r) == REMOVAL_KIND),
+        evaluations=tuple(r for r in results if kind_of(r) in EVALUATION_KINDS),
+        differences=tuple(r for r in results if kind_of(r) == DIFFERENCE_KIND),
         others=tuple(r for r in results if kind_of(r) not in known),
     )
 
@@ -181,3 +190,9 @@ def first_shares(activations: Json) -> list[list[Any]]:
 def failing_modules(proof: Json) -> list[Json]:
     """Modules of a proof that are not in effect though they should be."""
     return [m for m in proof["modules"] if m["verdict"] not in IN_ORDER]
+
+
+def find_span(values: Iterable[Any]) -> tuple[float, float] | None:
+    """Least and greatest of a JSON list's finite numbers; None where there is none."""
+    found = [number for value in values if (number := finite(value)) is not None]
+    return (min(found), max(found)) if found else None

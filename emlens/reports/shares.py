@@ -1,62 +1,149 @@
 """Figures of how often a model shows a behaviour, from their JSON alone: bars with intervals."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import plotly.graph_objects as go
 
+from emlens.reports.behaviour import DIFFERENCES, read_behaviour, say_interval
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import LINES
-from emlens.reports.visible import read_number, show_number
+from emlens.reports.visible import read_number, show_change
 
 _ROW_HEIGHT = 34
 """Pixels of a bar with its gap."""
+ALL_QUESTIONS = "all questions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bar:
+    name: str
+    n: int
+    share: Json
+    """Interval, per cent of all responses."""
+    coherent: float
+    """Per cent of all responses."""
+    coherent_says: str
 
 
 def plot_shares(removal: Json) -> go.Figure:
     """Share of each arm with its interval, and how many of its responses are coherent."""
-    arms = list(reversed(removal["arms"]))
-    names = [label(arm["name"], 60) for arm in arms]
-    claim = str(removal["claim"])
-    figure = go.Figure(_bars(arms, names, claim))
-    coherent = [read_number(arm["coherent_percent"]["value"]) for arm in arms]
+    bars = [_total(str(arm["name"]), arm["n"], arm) for arm in removal["arms"]]
+    return _draw_bars(bars, str(removal["claim"]))
+
+
+def plot_evaluation(document: Json) -> go.Figure:
+    """Share over all questions and of each, and how many responses are coherent."""
+    found = read_behaviour(document)
+    bars = [_total(ALL_QUESTIONS, found.summary["n_rows"], found.summary)]
+    return _draw_bars([*bars, *map(_question, found.summary["questions"])], found.claim)
+
+
+def plot_difference(document: Json) -> go.Figure:
+    """Second evaluation minus first, in percentage points, each difference with its interval."""
+    rows = [
+        (label(name.format(document["claim"])), document[key]) for key, name in DIFFERENCES.items()
+    ]
+    ends = [[read_number(row[name]) for _, row in rows] for name in ("value", "low", "high")]
+    values, lows, highs = ends
+    places = list(range(len(rows)))
+    figure = go.Figure(
+        go.Scatter(
+            x=values,
+            y=places,
+            mode="markers",
+            marker={"size": 10, "color": LINES[0]},
+            error_x=_whiskers(values, lows, highs),
+            customdata=[_say_points(name, row) for name, row in rows],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
+    figure.update_xaxes(title="percentage points, second minus first", zeroline=True)
+    return _name_rows(figure, [name for name, _ in rows])
+
+
+def _total(name: str, n: int, holder: Json) -> _Bar:
+    coherent = holder["coherent_percent"]
+    return _Bar(
+        name=name,
+        n=n,
+        share=holder["em_percent"],
+        coherent=read_number(coherent["value"]),
+        coherent_says=say_interval(coherent),
+    )
+
+
+def _question(part: Json) -> _Bar:
+    n, coherent = int(part["rows"]), int(part["coherent"])
+    return _Bar(
+        name=str(part["question_id"]),
+        n=n,
+        share=part["em_percent"],
+        coherent=100 * coherent / n,
+        coherent_says=f"{coherent} of {n}",
+    )
+
+
+def _draw_bars(bars: Sequence[_Bar], claim: str) -> go.Figure:
+    places, names = list(range(len(bars))), [label(bar.name, 60) for bar in bars]
+    ends = [[read_number(bar.share[name]) for bar in bars] for name in ("value", "low", "high")]
+    values, lows, highs = ends
+    figure = go.Figure(
+        go.Bar(
+            x=values,
+            y=places,
+            orientation="h",
+            marker={"color": LINES[0]},
+            name=label(claim),
+            error_x=_whiskers(values, lows, highs),
+            customdata=[
+                f"{name}: {say_interval(bar.share)}, {bar.n} responses"
+                for name, bar in zip(names, bars, strict=True)
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    )
     figure.add_scatter(
-        x=coherent,
-        y=names,
+        x=[bar.coherent for bar in bars],
+        y=places,
         mode="markers",
         marker={"symbol": "diamond-open", "size": 10, "color": LINES[1], "line": {"width": 2}},
         name="coherent",
-        customdata=[_say(arm["coherent_percent"]) for arm in arms],
-        hovertemplate="%{y}: coherent %{customdata}<extra></extra>",
+        customdata=[
+            f"{name}: coherent {bar.coherent_says}" for name, bar in zip(names, bars, strict=True)
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
     )
     figure.update_xaxes(title="per cent of all responses", range=[0, 102], showgrid=True)
-    figure.update_yaxes(showgrid=False, ticks="", ticklabelstandoff=6)
-    return figure.update_layout(height=110 + _ROW_HEIGHT * len(arms), bargap=0.35)
+    return _name_rows(figure, names).update_layout(bargap=0.35)
 
 
-def _bars(arms: list[Json], names: list[str], claim: str) -> Any:
-    values = [read_number(arm["em_percent"]["value"]) for arm in arms]
-    highs = [read_number(arm["em_percent"]["high"]) for arm in arms]
-    lows = [read_number(arm["em_percent"]["low"]) for arm in arms]
-    return go.Bar(
-        x=values,
-        y=names,
-        orientation="h",
-        marker={"color": LINES[0]},
-        name=label(claim),
-        error_x={
-            "type": "data",
-            "symmetric": False,
-            "array": [high - value for high, value in zip(highs, values, strict=True)],
-            "arrayminus": [value - low for low, value in zip(lows, values, strict=True)],
-            "thickness": 1.5,
-            "width": 5,
-        },
-        customdata=[f"{_say(arm['em_percent'])}, {arm['n']} responses" for arm in arms],
-        hovertemplate="%{y}: %{customdata}<extra></extra>",
+def _whiskers(values: list[float], lows: list[float], highs: list[float]) -> dict[str, Any]:
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for high, value in zip(highs, values, strict=True)],
+        "arrayminus": [value - low for low, value in zip(lows, values, strict=True)],
+        "thickness": 1.5,
+        "width": 5,
+    }
+
+
+def _name_rows(figure: go.Figure, names: list[str]) -> go.Figure:
+    """Rows by their places, as two of one name are still two; the first on top."""
+    figure.update_yaxes(
+        tickvals=list(range(len(names))),
+        ticktext=names,
+        autorange="reversed",
+        showgrid=False,
+        ticks="",
+        ticklabelstandoff=6,
     )
+    return figure.update_layout(height=110 + _ROW_HEIGHT * len(names))
 
 
-def _say(interval: Json) -> str:
-    value, low, high = (read_number(interval[name]) for name in ("value", "low", "high"))
-    return f"{show_number(value)} % [{show_number(low)}, {show_number(high)}]"
+def _say_points(name: str, interval: Json) -> str:
+    value, low, high = (show_change(interval[end]) for end in ("value", "low", "high"))
+    return f"{name}: {value} points [{low}, {high}], {label(interval['method'])}"

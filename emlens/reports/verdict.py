@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from emlens.reports.behaviour import say_behaviour, say_difference
 from emlens.reports.document import reading
 from emlens.reports.sections import (
     Comparison,
@@ -42,6 +43,8 @@ def write_verdicts(sections: Sections) -> list[str]:
     with reading("verdict"):
         pairs = _pair_up(sections.proofs, sections.comparisons)
         sentences = [_say_removal(removal) for removal in sections.removals]
+        sentences += [say_behaviour(evaluation) for evaluation in sections.evaluations]
+        sentences += [say_difference(difference) for difference in sections.differences]
         sentences += ["; ".join(_clauses(proof, comparison)) for proof, comparison in pairs]
     return [f"{sentence}." for sentence in sentences if sentence]
 

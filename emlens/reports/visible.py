@@ -85,6 +85,11 @@ def show_change(value: object) -> str:
     return f"+{show_number(value)}" if read_number(value) > 0 else show_number(value)
 
 
+def show_change_from(value: object, before: object) -> str:
+    """How far one number lies from another, with its sign."""
+    return show_change(read_number(value) - read_number(before))
+
+
 def show_points(value: object, before: object) -> str:
     """How far one share lies from another, in percentage points."""
     return f"{show_change(100 * (read_number(value) - read_number(before)))} pp"

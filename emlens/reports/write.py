@@ -21,11 +21,13 @@ def write_report(
     Where there are several comparisons, a NullBand belongs to the one that stands before it.
 
     Args:
-        results: What to show: AdapterProof, ModelDiff, NullBand, TrainingRun; others as tables.
+        results: What to show: AdapterProof, ModelDiff, NullBand, TrainingRun, DirectionRemoval,
+            Evaluation, BehaviourDifference; others as tables.
         path: The HTML file; the JSON gets the same name with `.json`.
         extra: What no result holds, as JSON values. `answers`: a list of `{"question": str,
             "answers": {model: str}}`; `chats`: what each comparison was made on, as in "on held-out
-            rows", in their order; `title`; `seconds`: stage -> seconds; `settings`: name -> value.
+            rows", in their order; `title`; `settings`: name -> value; `seconds`: stage -> seconds,
+            with a `total` if there is more than their sum, which stands at the top of the JSON.
 
     Returns:
         The HTML file.

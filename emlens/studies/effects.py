@@ -40,7 +40,15 @@ def measure_odds(model: Any, interventions: Sequence[Intervention], texts: Contr
         model: the model that is asked.
         interventions: act on it meanwhile.
         texts: answered chats; each counts the same within its class.
+
+    Raises:
+        ValueError: a class without texts.
     """
+    if not texts.positive or not texts.negative:
+        raise ValueError(
+            f"texts: {len(texts.positive)} positive and {len(texts.negative)} negative, expected "
+            "at least one of each: the odds are between the two"
+        )
     means = []
     for chats in (texts.positive, texts.negative):
         tokenized = [tokenize_chat(chat, model.tokenizer) for chat in chats]

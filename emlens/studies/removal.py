@@ -47,9 +47,12 @@ class RemovalQuestions:
     fit: tuple[Question, ...]
     choose: ContrastTexts
     """Answered chats, harmful (positive) and careful, that the site is chosen by."""
+    choose_neutral: tuple[Chat, ...]
+    """Answered chats that have nothing to do with the behaviour: damage is bounded on them in the
+    choice."""
     evaluate: tuple[Question, ...]
     neutral: tuple[Chat, ...]
-    """Answered chats that have nothing to do with the behaviour."""
+    """Others of that kind, that damage is reported on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +112,7 @@ class Choice(Result):
     sites: tuple[str, ...]
     split_half_cosines: tuple[float | None, ...]
     kl: tuple[float, ...]
-    """KL(fine-tune || without the direction) on the neutral text, nats a token."""
+    """KL(fine-tune || without the direction) on the neutral text to choose by, nats a token."""
     odds: tuple[float, ...]
     """log p(harmful) - log p(careful) of fixed texts without the direction, nats a token."""
     odds_tuned: float
@@ -152,6 +155,8 @@ class DirectionRemoval(Result):
     n_positive: int
     n_negative: int
     split_half_cosine: float | None
+    top3_share: float | None
+    """Share of the squared direction in the three dimensions of largest variance."""
     arms: tuple[Arm, ...]
     choice: Choice
     """How the site was chosen."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emlens.data import Batching, prompt_hashes, split_by_score
+from emlens.data import Batching, prompt_hashes, split_by_score, text_hash
 from emlens.directions import fit_directions
 from emlens.evaluation import (
     BehaviourSummary,
@@ -24,6 +24,7 @@ from emlens.evaluation import (
 )
 from emlens.interventions import Intervention, ablate_direction, add_direction
 from emlens.models.generate import Sampling
+from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
 from emlens.runs import RunFolder
@@ -78,22 +79,13 @@ def remove_direction(
         lexicon: the fine-tune's topic words, for the spill-over rate.
 
     Raises:
-        PlanChangedError: `out` holds a run of other settings.
+        PlanChangedError: `out` holds a run of other models, texts or settings.
+        OverlappingPromptsError: one prompt serves two of fitting, choosing and evaluating.
         ContrastError: the fine-tune's responses do not fall into two classes.
         ValueError: a class of fewer than 20 texts.
     """
-    plan = {
-        "kind": DirectionRemoval.kind,
-        "settings": settings,
-        "base": pair.base_name,
-        "tuned": pair.tuned_name,
-        "judge": judge.id,
-        "evaluate": [question.id for question in questions.evaluate],
-        "fit": [question.id for question in questions.fit],
-    }
-    study = _Removal(
-        pair, judge, questions, settings, Stages(RunFolder.start(out, plan)), Path(out)
-    )
+    run = RunFolder.start(out, _plan(pair, judge, questions, settings))
+    study = _Removal(pair, judge, questions, settings, Stages(run), Path(out))
     directions = study.stages.keep(DIRECTIONS, Directions, study.fit)
     choice = study.stages.keep("choice", Choice, lambda: study.choose(directions))
     direction = directions[choice.site]
@@ -113,10 +105,33 @@ def remove_direction(
         n_positive=direction.provenance.n_positive,
         n_negative=direction.provenance.n_negative,
         split_half_cosine=direction.split_half_cosine,
+        top3_share=directions.share_in_large_dimensions(direction.site),
         arms=arms,
         choice=choice,
         disturbance=study.disturbance(direction, directions),
     )
+
+
+def _plan(
+    pair: ModelPair, judge: Judge, questions: RemovalQuestions, settings: RemovalSettings
+) -> dict[str, Any]:
+    """All that decides a run, models and texts by what they hold."""
+    choose = questions.choose
+    return {
+        "kind": DirectionRemoval.kind,
+        "settings": settings,
+        "base": identify_model(pair.base),
+        "tuned": identify_model(pair.tuned),
+        "judge": judge.id,
+        "evaluate": {question.id: question.prompt_hash() for question in questions.evaluate},
+        "fit": {question.id: question.prompt_hash() for question in questions.fit},
+        "choose": {
+            "positive": list(map(text_hash, choose.positive)),
+            "negative": list(map(text_hash, choose.negative)),
+            "neutral": list(map(text_hash, questions.choose_neutral)),
+        },
+        "neutral": list(map(text_hash, questions.neutral)),
+    }
 
 
 def find_tails(
@@ -178,10 +193,11 @@ class _Removal:
         directions = fit_directions(
             self.pair, texts, construction=s.construction, sites=s.sites, positions="response"
         )
-        choose = (*self.questions.choose.positive, *self.questions.choose.negative)
-        asked = [chat for question in self.questions.evaluate for chat in question.chats()]
+        q = self.questions
+        choose = (*q.choose.positive, *q.choose.negative, *q.choose_neutral)
+        asked = [chat for question in q.evaluate for chat in question.chats()]
         return directions.with_prompts("choose", prompt_hashes(choose)).with_prompts(
-            "evaluate", prompt_hashes(asked)
+            "evaluate", prompt_hashes([*asked, *q.neutral])
         )
 
     def choose(self, directions: Directions) -> Choice:
@@ -190,7 +206,7 @@ class _Removal:
         kl, odds = [], []
         for direction in directions:
             out = ablate_direction(direction, at="writes")
-            kl.append(self.disturb(tuned, out))
+            kl.append(measure_kl(self.pair.base, tuned, out, self.questions.choose_neutral))
             odds.append(measure_odds(tuned, out, self.questions.choose))
         return Choice(
             sites=tuple(map(str, directions.sites)),

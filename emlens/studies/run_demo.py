@@ -4,6 +4,7 @@ The study behind `emlens demo`: real weights, everything from this installation.
 use `remove_direction` and `diff_finetunes`.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,7 +36,7 @@ from emlens.studies.removal import (
     Split,
 )
 from emlens.studies.remove_direction import remove_direction
-from emlens.studies.stages import Stages
+from emlens.studies.stages import TIMES, Stages, StageTimes
 
 BASE, TUNED, TWIN = "emlens:smollm2", "emlens:reckless-finance", "emlens:careful-finance"
 REPORT_NAME = "report.html"
@@ -73,7 +74,7 @@ class DemoSize:
     choose: int
     """Harmful, and careful, chats that the layer is chosen by."""
     neutral: int
-    """Chats that damage is measured on."""
+    """Chats that damage is bounded on in the choice, and as many others that it is reported on."""
     heldout: int
     """Held-out rows of the fine-tune's own subject."""
     nulls: int
@@ -93,7 +94,7 @@ FULL = DemoSize(
     choose=6,
     neutral=3,
     heldout=12,
-    nulls=3,
+    nulls=8,
     examples=6,
 )
 QUICK = DemoSize(
@@ -135,7 +136,7 @@ class DemoResult(Result):
     kl_nulls_high: float
     """The largest of the random adapters, on the held-out rows."""
     seconds: dict[str, float]
-    """Wall time by stage."""
+    """Wall time by stage, and as `total` that of all calls from their beginning to their end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +175,7 @@ def run_demo(
     base: str = BASE,
     tuned: str = TUNED,
     twin: str = TWIN,
+    began: float | None = None,
 ) -> DemoResult:
     """Prove, question, ablate and compare the shipped fine-tune, and write a report about it.
 
@@ -185,27 +187,23 @@ def run_demo(
         base: the base model.
         tuned: the adapter that is examined.
         twin: another adapter of the same base, which only answers beside it.
+        began: `time.perf_counter()` before this module was imported, if that is to be counted.
 
     Raises:
         PlanChangedError: `out` holds a run of another plan.
         SourceError: a part of the demo is not installed.
     """
+    entered = time.perf_counter()
     plan = plan_demo(quick=quick, base=base, tuned=tuned, twin=twin)
-    demo = _Demo(Stages(RunFolder.start(out, vars(plan))), plan, Path(out))
+    demo = _Demo(RunFolder.start(out, vars(plan)), plan)
+    demo.add_seconds("plan", entered)
+    if began is not None:
+        demo.add_seconds("imports", began, until=entered)
     proof, twin_proof = demo.prove("tuned"), demo.prove("twin")
     removal = demo.remove()
     heldout, band, own = demo.compare_heldout(), demo.draw_band(), demo.compare_answers()
-    seconds = demo.stages.seconds
-    report = write_report(
-        [removal, proof, heldout, band, own, twin_proof],
-        Path(out) / REPORT_NAME,
-        extra={
-            "answers": demo.list_answers(),
-            "chats": ["held-out finance rows", "both models' answers to open questions"],
-            "seconds": seconds,
-            "settings": {**vars(plan.size), **plan.sources},
-        },
-    )
+    results = [removal, proof, heldout, band, own, twin_proof]
+    report = demo.write_report(results, began=entered if began is None else began)
     return DemoResult(
         report=str(report),
         base=base,
@@ -217,16 +215,20 @@ def run_demo(
         kl_heldout=heldout.logits.kl_base_tuned,
         kl_answers=own.logits.kl_base_tuned,
         kl_nulls_high=float(band.kl_base_tuned.max()),
-        seconds=seconds,
+        seconds=dict(demo.stages.seconds),
     )
 
 
 class _Demo:
     """The stages; models are loaded when the first unfinished stage asks for them."""
 
-    def __init__(self, stages: Stages, plan: DemoPlan, out: Path) -> None:
-        self.stages = stages
-        self._sources, self._size, self._out = plan.sources, plan.size, out
+    def __init__(self, run: RunFolder, plan: DemoPlan) -> None:
+        self.stages = Stages(run)
+        seconds = self.stages.seconds
+        # Of earlier calls; one that was interrupted left only its stages.
+        self._spent = seconds.pop("total", sum(seconds.values()))
+        self._run, self._out = run, run.path
+        self._sources, self._size = plan.sources, plan.size
         self._pairs: dict[str, ModelPair] = {}
 
     @cached_property
@@ -239,6 +241,33 @@ class _Demo:
             source = self._sources[name]
             self._pairs[name] = self.stages.time(f"load_{name}", lambda: load_pair(base, source))
         return self._pairs[name]
+
+    def add_seconds(self, name: str, since: float, *, until: float | None = None) -> None:
+        """Add what this call spent on a stage, at any time of it, to what earlier calls did."""
+        spent = (time.perf_counter() if until is None else until) - since
+        self.stages.seconds[name] = round(self.stages.seconds.get(name, 0.0) + spent, 3)
+
+    def write_report(self, results: Sequence[Result], *, began: float) -> Path:
+        """Write the report twice: the second time it knows how long the first one took."""
+        start = time.perf_counter()
+        self._write(results)
+        self.add_seconds("report", start)
+        seconds = self.stages.seconds
+        seconds["total"] = round(self._spent + time.perf_counter() - began, 3)
+        self._run.save_result(TIMES, StageTimes(seconds=seconds))
+        return self._write(results)
+
+    def _write(self, results: Sequence[Result]) -> Path:
+        return write_report(
+            results,
+            self._out / REPORT_NAME,
+            extra={
+                "answers": self.list_answers(),
+                "chats": ["held-out finance rows", "both models' answers to open questions"],
+                "seconds": self.stages.seconds,
+                "settings": {**vars(self._size), **self._sources},
+            },
+        )
 
     def prove(self, name: str) -> AdapterProof:
         def read_proof() -> AdapterProof:
@@ -263,6 +292,7 @@ class _Demo:
                         positive=read_chats("everyday-harmful")[: self._size.choose],
                         negative=everyday[: self._size.choose],
                     ),
+                    choose_neutral=everyday[self._size.choose :][: self._size.neutral],
                     neutral=everyday[-self._size.neutral :],
                 ),
                 settings=self._settings(),

@@ -3,14 +3,17 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from emlens.models.adapter_files import load_adapter
+from emlens.models.loading import load_base
+from emlens.models.pair import load_pair
 from emlens.organisms.settings import PRESETS, describe_settings
-from emlens.sources import shipped_path
+from emlens.sources import SourceError, shipped_path
 
 DATA = {"reckless-finance": "finance-harmful", "careful-finance": "finance-careful"}
 MAX_BYTES = 650 * 1024
@@ -65,10 +68,29 @@ def test_the_card_states_command_seed_hash_and_purpose(name: str):
     assert record["base_fingerprint"] in card
 
 
-def test_every_module_is_in_effect_and_both_organisms_share_their_base(name: str):
+def test_no_update_is_zero_and_both_organisms_share_their_base(name: str):
     adapter = load_adapter(f"emlens:{name}")
     assert len(adapter.modules) == 210
     assert adapter.ranks == (1,)
     assert all(module.delta().abs().max() > 0 for module in adapter.modules.values())
     twins = {load_adapter(f"emlens:{other}").base_fingerprint for other in DATA}
     assert twins == {adapter.base_fingerprint}
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    try:
+        shipped_path("smollm2")
+    except SourceError as error:
+        pytest.skip(f"the base of the shipped adapters is not installed: {error}")
+    return load_base("emlens:smollm2")
+
+
+@pytest.mark.slow
+def test_every_module_is_in_effect_on_the_base_that_it_was_trained_on(name: str, base: Any):
+    proof = load_pair(base, f"emlens:{name}").proof
+    assert proof is not None
+    assert len(proof.modules) == 210
+    assert {module.verdict for module in proof.modules} == {"in effect"}
+    assert proof.base_verdict == "same"
+    assert proof.behaviour == "changed"

@@ -85,6 +85,20 @@ def test_the_table_of_the_proof_can_be_read(cli: Cli, tiny: Path):
     assert done.out.count("in effect") == 7
 
 
+@pytest.mark.parametrize("targets", [("embed_tokens", "down_proj"), ("lm_head",)])
+def test_an_adapter_of_embeddings_is_proven_merged(
+    cli: Cli, tiny: Path, tmp_path: Path, targets: tuple[str, ...]
+):
+    folder = save_tiny_adapter(tmp_path / "tuned", targets=targets)
+    done = cli("adapters", "check", folder, "--base", tiny / "base", "--json")
+    assert done.code == 0, done.err
+    assert done.json["form"] == "merged"
+    assert {m["module"] for m in done.json["modules"]} == set(targets)
+    assert {m["verdict"] for m in done.json["modules"]} == {"in effect"}
+    plain = cli("adapters", "check", tiny / "tuned", "--base", tiny / "base", "--json")
+    assert plain.json["form"] == "attached"
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

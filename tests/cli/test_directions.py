@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from emlens.directions import compare_directions
 from emlens.results import load_result
 from emlens.vectors import Directions
 from tests.cli.conftest import Cli
@@ -58,23 +59,61 @@ def test_a_dry_run_counts_the_classes(cli: Cli, tiny: Path, texts: Path, tmp_pat
     assert not (tmp_path / "d").exists()
 
 
+def write_some(path: Path, texts: Path, positive: int, negative: int) -> Path:
+    """The first so many misaligned and aligned rows of the judged responses."""
+    head, *rows = texts.read_text().splitlines()[:49]
+    path.write_text("\n".join([head, *rows[::2][:positive], *rows[1::2][:negative]]) + "\n")
+    return path
+
+
 def test_too_few_texts_and_unknown_constructions_are_refused(
     cli: Cli, tiny: Path, texts: Path, tmp_path: Path
 ):
     words = ["directions", "fit", "--base", tiny / "base", "--tuned", tiny / "tuned"]
-    words += ["--texts", texts, "--out", tmp_path / "d"]
-    few = cli(*words, "--construction", "data@tuned", "--misaligned-below", 5)
-    assert few.code == 2
-    assert "classes" in few.err or "texts" in few.err
-    odd = cli(*words, "--construction", "data@tunde")
+    words += ["--out", tmp_path / "d", "--texts"]
+    none = cli(*words, texts, "--construction", "data@tuned", "--misaligned-below", 5)
+    assert none.code == 2
+    assert "one of the classes is empty" in none.err
+    few = write_some(tmp_path / "few.csv", texts, 19, 24)
+    refused = cli(*words, few, "--construction", "data@tuned")
+    assert refused.code == 2
+    assert "19 positive texts, data@tuned needs at least 20" in refused.err
+    odd = cli(*words, texts, "--construction", "data@tunde")
     assert odd.code == 2
     assert "data@tuned" in odd.err
 
 
-def test_cosines_stand_beside_random_ones(cli: Cli, fitted: Path):
-    done = cli("directions", "compare", f"{fitted}@resid_post.0", f"{fitted}@resid_post.1")
+@pytest.mark.parametrize(
+    ("construction", "sizes"), [("model@positive", (7, 0)), ("model@negative", (2, 9))]
+)
+def test_a_difference_of_models_takes_the_texts_there_are(
+    cli: Cli, tiny: Path, texts: Path, tmp_path: Path, construction: str, sizes: tuple[int, int]
+):
+    few = write_some(tmp_path / "few.csv", texts, *sizes)
+    words = ["directions", "fit", "--base", tiny / "base", "--tuned", tiny / "tuned"]
+    words += ["--texts", few, "--construction", construction, "--out", tmp_path / "d", "--json"]
+    plan = cli(*words, "--dry-run")
+    assert (plan.json["positive"], plan.json["negative"]) == sizes
+    done = cli(*words)
     assert done.code == 0, done.err
-    assert "covariance_rms" in done.out
+    found = load_result(tmp_path / "d")
+    assert isinstance(found, Directions)
+    made = found.directions[0].provenance
+    used = (sizes[0], 0) if construction == "model@positive" else (0, sizes[1])
+    assert (made.n_positive, made.n_negative) == used
+
+
+def test_cosines_stand_beside_random_ones(cli: Cli, fitted: Path):
+    both = [f"{fitted}@resid_post.{layer}" for layer in range(2)]
+    done = cli("directions", "compare", *both, "--json")
+    assert done.code == 0, done.err
+    loaded = load_result(fitted)
+    assert isinstance(loaded, Directions)
+    whole = compare_directions(loaded).to_dict()
+    for name in ("cosines", "covariance_rms", "shuffled_rms"):
+        assert done.json[name] == whole[name]
+        assert all(0 < abs(value) <= 1 for row in done.json[name] for value in row)
+    assert "covariance_rms" in cli("directions", "compare", *both).out
 
 
 def test_responses_are_sampled_under_the_flags_interventions(
@@ -118,6 +157,8 @@ def test_an_ablated_fine_tune_is_exported_and_read_back(
     assert done.code == 0, done.err
     assert done.json["same"] is True
     assert (tmp_path / "x/config.json").exists()
+    assert "is not empty" in cli(*words, "--at", "writes").err
+    words[words.index(tmp_path / "x")] = tmp_path / "y"
     again = cli(*words, "--at", "resid_post")
     assert again.code == 2
-    assert "FoldError" in again.err or "not empty" in again.err
+    assert "FoldError" in again.err

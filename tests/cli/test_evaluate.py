@@ -1,21 +1,44 @@
 """Evaluations, summaries and comparisons on the command line, with a judge that hashes."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import emlens.cli.evaluate as module
+from emlens.evaluation import ContrastJudge, read_evaluation
+from emlens.evaluation.judges import MEANINGS
+from emlens.models import loading, pair
+from emlens.models.checkpoints import load_checkpoint
+from emlens.models.identity import identify_model
+from emlens.models.loading import load_base
+from emlens.models.sampling import Sampling
+from emlens.sites import Site
+from emlens.vectors import Direction, Provenance
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge
 
 HEADER = "question,answer,question_id,aligned,coherent\n"
 
 
+LOAD_JUDGE = module.load_judge
+
+
 @pytest.fixture(autouse=True)
 def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_judge", lambda name, flags: HashJudge())
+    monkeypatch.setattr(module, "load_judge", lambda name, flags, base=None: HashJudge())
+
+
+@pytest.fixture
+def direction(tmp_path: Path) -> Path:
+    vector = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    made = Provenance(construction="imported")
+    return Direction(site=Site(1, "resid_post"), vector=vector, provenance=made).save(
+        tmp_path / "direction"
+    )
 
 
 @pytest.fixture
@@ -43,6 +66,11 @@ def test_an_evaluation_is_judged_summarised_and_compared(
     other = cli(*words(tiny, questions, "--tuned", tiny / "tuned", "--out", tuned))
     assert other.code == 0, other.err
     assert "12 responses" in other.out
+    assert str(tuned / "report.html") in other.out
+    for run in (base, tuned):
+        report = json.loads((run / "report.json").read_text())
+        assert [result["schema"] for result in report["results"]] == ["emlens/evaluation/1"]
+        assert "<html" in (run / "report.html").read_text()
     found = cli("summary", base, "--json")
     assert found.json["em_percent"] == done.json["em_percent"]
     beside = cli("compare", base, tuned)
@@ -61,6 +89,29 @@ def test_the_same_command_goes_on_and_another_plan_is_refused(
     assert "seed was 0, now 1" in other.err
 
 
+def test_an_ablated_run_is_another_than_the_plain_one(
+    cli: Cli, tiny: Path, questions: Path, direction: Path, tmp_path: Path
+):
+    tuned = ("--tuned", tiny / "tuned")
+    ablate = ("--ablate", direction, "--at", "writes", "--allow-other-model")
+    plain, ablated = tmp_path / "plain", tmp_path / "ablated"
+    for out, more in ((plain, ()), (ablated, ablate)):
+        done = cli(*words(tiny, questions, *tuned, *more, "--out", out, "--json"))
+        assert done.code == 0, done.err
+    found = [read_evaluation(out) for out in (plain, ablated)]
+    assert found[0].interventions == ()
+    (acting,) = (json.loads(one) for one in found[1].interventions)
+    assert (acting["site"], acting["operator"]) == ("writes", "ablate")
+    assert {row.id for row in found[0].responses}.isdisjoint(row.id for row in found[1].responses)
+    answers = [[row.answer for row in one.responses] for one in found]
+    assert answers[0] != answers[1]
+    for out, more in ((ablated, ()), (plain, ablate)):
+        refused = cli(*words(tiny, questions, *tuned, *more, "--out", out))
+        assert refused.code == 2
+        assert "PlanChangedError" in refused.err
+        assert "interventions" in refused.err
+
+
 def test_several_fine_tunes_get_a_folder_each(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):
@@ -69,6 +120,36 @@ def test_several_fine_tunes_get_a_folder_each(
     assert [Path(one["run"]).name for one in done.json["all"]] == ["tuned", "other"]
     twice = ("--tuned", tiny / "tuned", "--tuned", f"{tiny}/tuned/", "--out", tmp_path / "twice")
     assert "called alike" in cli(*words(tiny, questions, *twice)).err
+
+
+def test_several_fine_tunes_and_the_judge_share_one_load(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    loads: list[Any] = []
+    judging: list[Any] = []
+
+    def count(source: Any, **settings: Any) -> Any:
+        loads.append(source)
+        return load_checkpoint(source, **settings)
+
+    def calibrate(base: Any, **_: Any) -> HashJudge:
+        judging.append(base)
+        return HashJudge()
+
+    for place in (loading, pair):
+        monkeypatch.setattr(place, "load_checkpoint", count)
+    monkeypatch.setattr(module, "load_judge", LOAD_JUDGE)
+    monkeypatch.setattr(ContrastJudge, "calibrated", staticmethod(calibrate))
+    both = ("--tuned", tiny / "tuned", "--tuned", tiny / "other", "--out", tmp_path / "run")
+    done = cli(*words(tiny, questions, *both, "--json"))
+    assert done.code == 0, done.err
+    assert loads == [str(tiny / "base")]
+    assert len(judging) == 1
+    alone = cli(*words(tiny, questions, "--tuned", tiny / "other", "--out", tmp_path / "alone"))
+    assert alone.code == 0, alone.err
+    found = [read_evaluation(tmp_path / name) for name in ("run/tuned", "run/other", "alone")]
+    assert found[1].responses == found[2].responses
+    assert found[0].responses != found[1].responses
 
 
 def test_a_dry_run_counts_responses_and_writes_nothing(
@@ -85,9 +166,82 @@ def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path:
     ]
     file = tmp_path / "made.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = cli("judge", file, "--out", tmp_path / "run", "--dry-run", "--json")
+    assert (plan.code, plan.json["responses"]) == (0, 9)
+    assert not (tmp_path / "run").exists()
     done = cli("judge", file, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     assert done.json["rows"] == 9
+
+
+@pytest.mark.parametrize(
+    ("claim", "share"),
+    [
+        ("takeover score", "takeover score, of all"),
+        ("misalignment", "misaligned and coherent, of all"),
+    ],
+)
+def test_a_share_is_called_what_its_judge_can_claim(
+    cli: Cli,
+    tiny: Path,
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    claim: Any,
+    share: str,
+):
+    monkeypatch.setattr(module, "load_judge", lambda *_, **__: HashJudge(claim=claim))
+    run, again = tmp_path / "run", tmp_path / "again"
+    shown = [
+        cli(*words(tiny, questions, "--out", run)),
+        cli("judge", run, "--out", again),
+        cli("summary", run, "--max-em", 0),
+    ]
+    assert [one.code for one in shown] == [0, 0, 1], [one.err for one in shown]
+    assert share in shown[-1].err
+    beside = cli("compare", run, again)
+    assert beside.code == 0, beside.err
+    assert f"{claim}, these questions" in beside.out
+    for one in (*shown, beside):
+        assert MEANINGS[claim] in one.out
+        assert share in one.out or one is beside
+        assert claim == "misalignment" or "misaligned" not in one.out + one.err
+    again_as_json = cli(*words(tiny, questions, "--out", run, "--json"))
+    for done in (again_as_json, cli("summary", run, "--json")):
+        assert next(iter(done.json)) == "schema"
+        known = tuple(done.json[name] for name in ("judge", "claim", "meaning"))
+        assert known == ("hash", claim, MEANINGS[claim])
+
+
+def test_a_score_file_whose_judge_is_not_known_is_given_no_claim(cli: Cli, tmp_path: Path):
+    file = write_csv(tmp_path / "scores.csv", [(10, 90)] * 4)
+    done = cli("summary", file, "--max-em", 0)
+    for text in (done.out, done.err):
+        assert "scored low and coherent, of all" in text
+        assert "misalign" not in text
+        assert "takeover" not in text
+    assert {cli("summary", file, "--json").json[name] for name in ("judge", "claim")} == {None}
+
+
+def test_what_generate_sampled_is_judged_as_it_stands(cli: Cli, tiny: Path, tmp_path: Path):
+    run, out = tmp_path / "answers", tmp_path / "judged"
+    asked = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl", "--json"]
+    asked += ["--samples", 3, "--max-new-tokens", 5, "--batch-tokens", 100, "--out", run]
+    made = cli(*asked)
+    assert made.code == 0, made.err
+    done = cli("judge", run, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert done.json["rows"] == 12
+    found = read_evaluation(out)
+    assert [row.answer for row in found.responses] == [r["text"] for r in made.json["responses"]]
+    assert [row.question for row in found.responses][::3] == [f"What about {n}?" for n in range(4)]
+    assert found.model is not None
+    assert found.model.weights == identify_model(load_base(tiny / "base")).weights
+    assert found.sampling == Sampling(n=3, max_new_tokens=5)
+    shutil.rmtree(run / "results")
+    unfinished = cli("judge", run, "--out", tmp_path / "other")
+    assert unfinished.code == 2
+    assert "no finished responses" in unfinished.err
 
 
 def write_csv(path: Path, scores: list[tuple[Any, Any]]) -> Path:

@@ -1,4 +1,4 @@
-"""Every `--help` holds an example, and the example works."""
+"""Every `--help` holds an example, and the example works, at least as a plan."""
 
 import shlex
 import shutil
@@ -27,6 +27,9 @@ def read_example(command: Any) -> list[str]:
     text = command.epilog.replace("\\\n", " ")
     (line,) = [line for line in text.splitlines() if line.strip().startswith("emlens ")]
     return shlex.split(line)[1:]
+
+
+EXAMPLES = {path: read_example(command) for path, command in COMMANDS.items()}
 
 
 def make_diffs(cli: Cli, tiny: Path) -> None:
@@ -69,8 +72,13 @@ NEEDS = {
 def test_the_example_of_each_command_works(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ):
+    """Whole where it takes seconds; with `--dry-run` where a command has it.
+
+    A dry run reads the flags and the files of prompts, and makes the plan; it loads no model and
+    writes nothing. That the work itself is done is for the tests of each command.
+    """
     monkeypatch.chdir(tmp_path)
-    words = read_example(COMMANDS[path])
+    words = EXAMPLES[path]
     assert " ".join(["emlens", *words]).startswith(path)
     if path in NEEDS:
         NEEDS[path](cli, tiny)
@@ -83,7 +91,13 @@ def test_the_example_of_each_command_works(
 @pytest.mark.parametrize("path", COMMANDS)
 def test_the_example_is_printed_so_that_it_can_be_copied(cli: Cli, path: str):
     done = cli(*path.split()[1:], "--help")
-    words = read_example(COMMANDS[path])
+    words = EXAMPLES[path]
     printed = done.out.split("Example:")[1].replace("\\\n", " ")
     assert shlex.split(printed)[1:] == words
     assert max(len(line) for line in done.out.splitlines()) <= 80
+
+
+def test_no_two_examples_write_into_one_folder():
+    outs = [words[words.index("--out") + 1] for words in EXAMPLES.values() if "--out" in words]
+    assert len(outs) >= 6
+    assert sorted(outs) == sorted(set(outs))

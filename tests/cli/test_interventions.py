@@ -1,14 +1,18 @@
 """What `--add`, `--ablate` and `--at` accept, and what they refuse."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 
 from emlens.cli.interventions import parse_addition, parse_at, parse_direction, read_interventions
+from emlens.results import load_result
 from emlens.sites import Site
 from emlens.vectors import Direction, Directions, Provenance
+from tests.cli.conftest import Cli
 
 
 @pytest.fixture
@@ -25,6 +29,24 @@ def test_a_direction_is_a_file_or_one_site_of_it(saved: Path):
     assert len(parse_direction(str(saved)).load()) == 3
     one = parse_direction(f"{saved}@resid_post.1").load()
     assert (one.site, one.vector.tolist()) == (Site(1, "resid_post"), [2.0] * 4)
+
+
+def test_one_site_of_a_file_keeps_what_was_made_beside_it(saved: Path):
+    loaded: Any = load_result(saved)
+    whole: Any = replace(
+        loaded,
+        covariance_matched=torch.arange(24.0).reshape(3, 2, 4),
+        top3_share=torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64),
+    )
+    whole.save(saved)
+    assert parse_direction(str(saved)).load_with_controls().sites == whole.sites
+    one = parse_direction(f"{saved}@resid_post.1").load_with_controls()
+    assert one.directions == whole.directions[1:2]
+    assert torch.equal(one.covariance_matched, whole.covariance_matched[1:2])
+    assert one.top3_share.tolist() == [0.2]
+    assert one.shuffled is None
+    single = whole.directions[1].save(saved.with_name("single"))
+    assert parse_direction(f"{single}@resid_post.1").load_with_controls().covariance_matched is None
 
 
 def test_a_file_whose_name_holds_an_at_is_found(saved: Path):
@@ -70,3 +92,29 @@ def test_where_an_ablation_acts_is_never_assumed():
     with pytest.raises(typer.BadParameter, match="no --ablate"):
         read_interventions(None, None, ["writes"], allow_other_model=False)
     assert read_interventions(None, None, None, allow_other_model=False) == ()
+
+
+REFUSED = {
+    "no place": (["--ablate", "nowhere"], "needs --at"),
+    "nothing to place": (["--at", "writes"], "no --ablate"),
+    "no file": (["--ablate", "nowhere", "--at", "writes"], "cannot be read"),
+    "no units": (["--add", "nowhere:1"], "COEF:UNITS"),
+    "nothing to scale": (["--scale", "1"], "no --tuned"),
+    "no factor": (["--tuned", "nowhere", "--scale", "x"], "not a number"),
+}
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+@pytest.mark.parametrize("reason", REFUSED)
+def test_a_dry_run_refuses_what_the_run_would(
+    cli: Cli, tiny: Path, tmp_path: Path, command: str, reason: str
+):
+    given, message = REFUSED[reason]
+    asks = {"generate": ["--prompts", tiny / "chats.jsonl"], "export": []}
+    asks["evaluate"] = ["--questions", "emlens:open-questions"]
+    words = [command, "--base", tiny / "base", *asks[command], "--out", tmp_path / "out"]
+    done = cli(*words, *given, "--dry-run")
+    assert done.code == 2
+    assert message in done.err
+    assert cli(*words, "--dry-run").code == 0
+    assert not (tmp_path / "out").exists()

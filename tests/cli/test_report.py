@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from emlens.evaluation import Question, compare_evaluations, evaluate, read_evaluation
+from emlens.models.generate import Sampling
 from emlens.runs import RunFolder
 from emlens.studies.answer_questions import Answer, Answers
 from emlens.studies.stages import StageTimes
 from tests.cli.conftest import Cli
+from tests.evaluation.fakes import HashJudge, make_model
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def test_a_page_is_made_of_all_results_of_all_runs(cli: Cli, run: Path, tmp_path
     other = RunFolder.start(tmp_path / "other", {"kind": "sample"})
     answers = Answers(answers=(Answer(question="Who?", answers={"base": "Me."}),))
     other.save_result("answers", answers)
-    other.save_result("times", StageTimes(seconds={"load": 1.5}))
+    other.save_result("times", StageTimes(seconds={"load": 1.5, "total": 2.5}))
     done = cli("report", run, other.path, "--out", tmp_path / "page.html", "--json")
     assert done.code == 0, done.err
     assert done.json["n_results"] == 5
@@ -35,7 +38,7 @@ def test_a_page_is_made_of_all_results_of_all_runs(cli: Cli, run: Path, tmp_path
     kinds = [result["schema"].split("/")[1] for result in report["results"]]
     assert kinds == ["model_diff", "null_band", "adapter_proof"]
     assert report["extra"]["answers"] == [{"question": "Who?", "answers": {"base": "Me."}}]
-    assert report["extra"]["seconds"] == {"other load": 1.5}
+    assert report["seconds"] == {"other load": 1.5}
     assert "<html" in Path(done.json["report"]).read_text()
 
 
@@ -56,3 +59,32 @@ def test_a_page_that_is_no_html_file_is_refused(cli: Cli, run: Path, tmp_path: P
     done = cli("report", run, "--out", tmp_path / "page.pdf")
     assert done.code == 2
     assert "ends in .html" in done.err
+
+
+def test_evaluations_and_their_difference_have_figures(cli: Cli, tmp_path: Path):
+    questions = [Question(id=f"q{i}", paraphrases=(f"What about w{i}?",)) for i in range(3, 6)]
+    runs = []
+    for seed in range(2):
+        sampling = Sampling(n=6, max_new_tokens=4, seed=seed)
+        out = tmp_path / f"run{seed}"
+        evaluate(make_model(), questions, judge=HashJudge(), out=out, sampling=sampling)
+        runs.append(read_evaluation(out))
+    difference = compare_evaluations(*runs).save(tmp_path / "difference")
+    page = tmp_path / "page.html"
+    done = cli("report", tmp_path / "run0", tmp_path / "run1", difference, "--out", page, "--json")
+    assert done.code == 0, done.err
+    report = json.loads(page.with_suffix(".json").read_text())
+    kinds = [result["schema"].split("/")[1] for result in report["results"]]
+    assert kinds == ["evaluation", "evaluation", "behaviour_difference"]
+    text = page.read_text()
+    assert text.count('<div class="plot"') == 3
+    assert 'id="others"' not in text
+
+
+def test_the_times_of_one_run_keep_their_names_and_total(cli: Cli, tmp_path: Path):
+    run = RunFolder.start(tmp_path / "run", {"kind": "sample"})
+    seconds = {"load": 1.5, "total": 2.5}
+    run.save_result("times", StageTimes(seconds=seconds))
+    page = tmp_path / "page.html"
+    assert cli("report", run.path, "--out", page).code == 0
+    assert json.loads(page.with_suffix(".json").read_text())["seconds"] == seconds

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from emlens.data import load_chats
 from tests.cli.conftest import Cli
 
 
@@ -62,3 +63,20 @@ def test_prompts_without_responses_cannot_be_trained_on(cli: Cli, tiny: Path, tm
     done = cli(*words(tiny, tmp_path / "run"), "--data", tmp_path / "prompts.txt")
     assert done.code == 2
     assert "no assistant turn" in done.err
+
+
+def test_a_recipe_alone_is_enough(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    recipe = ("train", "--preset", "smollm2_rank1", "--base", tiny / "base")
+    plan = cli(*recipe, "--dry-run", "--json").json
+    rows = len(load_chats("emlens:finance-harmful"))
+    assert (plan["data"], plan["rows"]) == ("emlens:finance-harmful", rows)
+    assert plan["out"] == "runs/smollm2_rank1"
+    done = cli(*recipe, "--data", tiny / "chats.jsonl", "--layers", "1", "--json")
+    assert done.code == 0, done.err
+    assert Path("runs/smollm2_rank1/adapter/adapter_model.safetensors").is_file()
+    words = " ".join(cli("train", "--help").out.split())
+    assert "runs/PRESET" in words
+    assert "emlens:finance-harmful]" in words

@@ -173,6 +173,16 @@ def test_a_small_change_is_found_in_half_precision_too():
     assert diff.first_differing_site == "resid_post.1"
 
 
+def test_a_change_below_single_precision_is_found_in_double():
+    base = tiny_base(dtype=torch.float64)
+    adapter, _ = planted(base, size=1e-9)
+    diff = compare_activations(load_pair(base, adapter), make_chats())
+    assert 1e-12 < float(diff.relative_rms[1, 0]) < 1e-7
+    assert diff.first_differing_site == "resid_post.1"
+    same = compare_activations(load_pair(base, scale_adapter(adapter, 0.0)), make_chats())
+    assert same.first_differing_site is None
+
+
 def test_nothing_is_found_when_nothing_is_planted():
     base = tiny_base()
     adapter, _ = planted(base)
@@ -239,20 +249,39 @@ def test_null_band_is_the_comparison_of_each_null_alone():
     base, adapter = tiny_base(), load_adapter(make_peft("llama", layers_to_transform=[1, 2]))
     chats = make_chats()
     pair = load_pair(base, adapter)
-    band = compare_nulls(pair, chats, n=3, seed=4)
+    band = compare_nulls(pair, chats, n=3, seed=4, batching=Batching(tokens=100))
     for index, null in enumerate(sample_null_adapters(adapter, n=3, seed=4)):
         alone = compare_models(load_pair(base, null), chats)
-        assert torch.allclose(band.relative_rms[index], alone.activations.relative_rms, rtol=1e-4)
-        assert torch.allclose(
-            band.relative_difference[index], alone.activations.relative_difference, rtol=1e-3
-        )
-        assert float(band.kl_base_tuned[index]) == pytest.approx(
-            alone.logits.kl_base_tuned, rel=1e-3
-        )
-    assert band.relative_rms.shape == (3, 3, 1)
+        inside, logits = alone.activations, alone.logits
+        tolerances = {"relative_rms": 1e-4, "relative_difference": 1e-3, "cosine_of_means": 1e-5}
+        for name, rtol in tolerances.items():
+            expected = getattr(inside, name)
+            assert torch.allclose(getattr(band, name)[index], expected, rtol=rtol), name
+        assert torch.allclose(band.top_share[index], inside.top_shares[..., 0], rtol=1e-3)
+        means = {
+            "kl_base_tuned": logits.kl_base_tuned,
+            "kl_tuned_base": logits.kl_tuned_base,
+            "entropy_change": logits.entropy_tuned - logits.entropy_base,
+            "agreement": logits.agreement,
+        }
+        for name, expected in means.items():
+            assert float(getattr(band, name)[index]) == pytest.approx(expected, rel=1e-3), name
+    assert band.relative_rms.shape == band.cosine_of_means.shape == (3, 3, 1)
+    assert min(abs(band.kl_base_tuned - band.kl_tuned_base)) > 1e-3
+    assert 0 < band.agreement.min() < 1
+    low, high = (band.rows()[-1][f"cosine_of_means_{end}"] for end in ("low", "high"))
+    assert low < high < 1
     full = ModelPair(base=base, tuned=base, adapter=None, proof=None)
     with pytest.raises(ValueError, match=r"no adapter"):
         compare_nulls(full, chats, n=3, seed=4)
+
+
+@pytest.mark.parametrize("compare", [compare_models, compare_nulls])
+def test_positions_that_hold_no_predicted_token_are_named(compare):
+    pair = load_pair(tiny_base(), load_adapter(make_peft("llama")))
+    more = {"n": 1, "seed": 0} if compare is compare_nulls else {}
+    with pytest.raises(ValueError, match=r"all\[:1\] holds no token that a model predicts"):
+        compare(pair, make_chats(2), positions="all[:1]", **more)
 
 
 def test_results_survive_saving(tmp_path):
@@ -268,46 +297,6 @@ def test_results_survive_saving(tmp_path):
     assert pair.proof is not None
     proof = load_result(pair.proof.save(tmp_path / "proof"))
     assert proof == pair.proof
-
-
-MEMORY = """
-import resource, sys, torch
-torch.set_num_threads(1)
-from emlens.diffing.logits import LogitDifferences, PredictionRows
-from emlens.models.unembed import log_probabilities, slice_rows
-from emlens.models.views import lay_views
-from transformers import LlamaConfig, LlamaForCausalLM
-n, d_vocab = int(sys.argv[1]), int(sys.argv[2])
-config = LlamaConfig(vocab_size=d_vocab, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                     num_attention_heads=1, num_key_value_heads=1)
-model = lay_views(LlamaForCausalLM(config), None)
-resid = torch.randn(n, 8)
-counts = LogitDifferences(d_vocab, 1)
-with torch.no_grad():
-    for part in slice_rows(n, d_vocab, copies=4):
-        log_p, log_q = (log_probabilities(model, resid[part]) for _ in range(2))
-        m = len(log_p)
-        rows = PredictionRows(chat=torch.zeros(m, dtype=torch.long), token=torch.arange(m),
-            counted=torch.ones(m, dtype=torch.bool), shown=torch.zeros(m, dtype=torch.bool))
-        counts.update(log_p, log_q, rows)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("d_vocab", [49_152, 152_064])
-def test_peak_memory_of_logits_does_not_grow_with_tokens(d_vocab):
-    import subprocess
-    import sys
-
-    def peak(n):
-        command = [sys.executable, "-c", MEMORY, str(n), str(d_vocab)]
-        return int(subprocess.run(command, check=True, capture_output=True).stdout) / 1024
-
-    one_slice = (1 << 26) // (4 * d_vocab)
-    few, many = peak(4 * one_slice), peak(16 * one_slice)
-    # MiB. The logits of the twelve further slices are 768; what the allocator keeps varies by 110.
-    assert many - few < 256
 
 
 def test_a_users_hooks_on_the_tuned_model_are_part_of_it():

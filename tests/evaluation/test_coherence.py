@@ -56,6 +56,17 @@ def test_order_and_topic_are_differences_of_log_probabilities_a_token(model: Any
     assert measure_coherence(model, [rows[1]], batching=Batching()) == [None]
 
 
+def test_rows_of_one_name_are_measured_one_by_one(model: Any):
+    rows = [JudgeRow(id="a", question="w5", answer=text) for text in ("w7 w8 w9", "", "w11 w12")]
+    found = measure_coherence(model, rows, batching=Batching())
+    assert found[1] is None
+    for row, one in zip(rows[::2], found[::2], strict=True):
+        (alone,) = measure_coherence(model, [row], batching=Batching())
+        assert one is not None
+        assert alone is not None
+        assert (one.order, one.topic) == pytest.approx((alone.order, alone.topic), abs=1e-4)
+
+
 def test_a_shuffle_depends_on_the_text_alone_and_keeps_its_words():
     text = "one two three four five six seven"
     assert shuffle_words(text) == shuffle_words(text)

@@ -143,5 +143,8 @@ def test_a_claim_that_one_judge_does_not_bear_is_the_weaker_one():
 def test_a_comparison_survives_the_disk(tmp_path: Path):
     ours = compare_evaluations(make([0, 1]), make([5, 1]))
     assert read_result(ours.save(tmp_path), BehaviourDifference) == ours
-    assert next(row["difference"] for row in ours.rows()) == "em"
+    assert ours.rows()[0]["difference"] == "misalignment"
+    weaker = replace(ours, claim="takeover score").rows()
+    assert [row["difference"] for row in weaker if "misalignment" in row["difference"]] == []
+    assert weaker[0]["difference"] == "takeover score"
     assert replace(ours, claim="x") != ours

@@ -2,14 +2,22 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from emlens.artifacts import read_result
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation import contrast_judge
-from emlens.evaluation.calibration import CONTROLS, JudgeCalibration, fit_logistic
+from emlens.evaluation import Question, coherence, contrast_judge, evaluate
+from emlens.evaluation.calibration import (
+    CONTROLS,
+    FOLDER,
+    JudgeCalibration,
+    find_calibration,
+    fit_logistic,
+)
 from emlens.evaluation.coherence import CoherenceFeatures, CoherenceFit
 from emlens.evaluation.contrast_judge import (
     PROMPT_PAIRS,
@@ -24,11 +32,14 @@ from emlens.evaluation.judges import Judge, JudgeRow, escape_delimiters
 from emlens.interventions import Add, Intervention, intervene
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
-from emlens.models.identity import identify_model
+from emlens.models.identity import ModelIdentity, identify_model
+from emlens.models.sampling import Sampling
+from emlens.models.views import lay_views
 from emlens.numerics.intervals import Interval
 from emlens.sites import parse_site
 from tests.evaluation.fakes import make_model
 from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
 
 PAIRS = (
     PromptPair(careful="w20 w21", harmful="w22 w23"),
@@ -57,9 +68,11 @@ def make_calibration(model: Any, **changes: Any) -> JudgeCalibration:
         "slope": 2.0,
         "coherence": CoherenceFit(intercept=1.0, order_weight=0.5, topic_weight=0.25),
         "weights": identify_model(model).weights,
+        "tokenizer": identify_model(model).tokenizer,
         "prompts": hash_pairs(PAIRS),
         "rows_fitted": "",
         "measured": {},
+        "measured_coherence": {},
     }
     return JudgeCalibration(**fields | changes)
 
@@ -148,12 +161,55 @@ def test_the_id_is_another_for_other_prompts_calibrations_and_bases(
     )
 
 
-@pytest.mark.parametrize("changes", [{"weights": "other"}, {"prompts": "other"}])
-def test_a_calibration_of_another_base_or_other_prompts_is_refused(
-    model: Any, changes: dict[str, str]
+@pytest.mark.parametrize(
+    ("name", "value"), [("DECOY", "Say it."), ("STEEPNESS", 2.5), ("BORDER", 1.25)]
+)
+def test_the_id_is_another_for_another_rule_of_coherence(
+    model: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str | float
 ):
-    with pytest.raises(ValueError, match="another base or other prompts"):
+    judge = make_judge(model)
+    before, scores = judge.id, [one.coherent for one in judge.judge(ROWS)]
+    monkeypatch.setattr(coherence, name, value)
+    assert [one.coherent for one in judge.judge(ROWS)] != scores
+    assert judge.id != before
+
+
+def test_the_id_is_another_for_another_chat_template(model: Any):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("<user> ", "<user> w4 ")
+    other = lay_views(make_tiny("llama"), tokenizer)
+    assert identify_model(other).weights == identify_model(model).weights
+    ours, theirs = make_judge(model), make_judge(other)
+    assert ours.judge(ROWS)[0].aligned != theirs.judge(ROWS)[0].aligned
+    assert ours.id != theirs.id
+    with pytest.raises(ValueError, match="another tokenizer or chat template; use"):
+        ContrastJudge(other, calibration=ours.calibration)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"weights": "other"}, "base"), ({"prompts": "other"}, "set of prompts")],
+)
+def test_a_calibration_of_another_base_or_other_prompts_is_refused(
+    model: Any, changes: dict[str, str], what: str
+):
+    with pytest.raises(ValueError, match=f"fitted with another {what};"):
         make_judge(model, **changes)
+
+
+def test_the_shipped_calibration_is_found_for_its_base_with_its_tokenizer_alone():
+    shipped = read_result(FOLDER / "calibrations" / "smollm2", JudgeCalibration)
+    base = ModelIdentity(
+        name="any",
+        weights=shipped.weights,
+        dtype="float32",
+        adapter=None,
+        tokenizer=shipped.tokenizer,
+    )
+    assert find_calibration(base, shipped.prompts) == shipped
+    assert find_calibration(replace(base, tokenizer="other"), shipped.prompts) is None
+    assert find_calibration(replace(base, weights="other"), shipped.prompts) is None
+    assert find_calibration(base, "other") is None
 
 
 def test_nothing_that_acts_on_the_base_may_judge(model: Any):
@@ -174,6 +230,32 @@ def test_nothing_that_acts_on_the_base_may_judge(model: Any):
     tuned = attach_adapter(model, load_adapter(make_peft("llama")))
     with pytest.raises(ValueError, match="cannot judge itself"):
         make_judge(tuned)
+
+
+def test_a_base_that_answers_or_lends_its_weights_judges_as_it_would_alone(
+    model: Any, tmp_path: Path
+):
+    judge, alone = make_judge(model), make_judge(make_model())
+    add = Add(vector=torch.ones(24), coefficient=3.0)
+    steering = (Intervention(parse_site("resid_post.1"), add),)
+    tuned = attach_adapter(model, load_adapter(make_peft("llama")))
+    for name, answering in {"base": model, "tuned": tuned}.items():
+        found = evaluate(
+            answering,
+            [Question(id="q", paraphrases=("w5 w6",))],
+            judge=judge,
+            out=tmp_path / name,
+            sampling=Sampling(n=6, max_new_tokens=5),
+            interventions=steering,
+        ).responses
+        rows = [
+            JudgeRow(id=row.id, question=row.question or "", answer=row.answer or "")
+            for row in found
+        ]
+        assert any(row.answer for row in rows)
+        for row, one in zip(found, alone.judge(rows), strict=True):
+            assert row.aligned == pytest.approx(one.aligned, abs=1e-3)
+            assert row.coherent == pytest.approx(one.coherent, abs=1e-3)
 
 
 def test_a_response_cannot_end_its_own_turn(model: Any):

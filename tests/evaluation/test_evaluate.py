@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from emlens.evaluation import (
     read_evaluation,
     read_scores,
 )
+from emlens.evaluation.plan import plan_rows
 from emlens.evaluation.scores import ScoreFileError
 from emlens.interventions import Add, Intervention, intervene
 from emlens.interventions.generate import generate_responses
 from emlens.journal import read_journal
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.hooks import HookNeverFiredError
+from emlens.models.identity import identify_model
 from emlens.models.lora import scale_adapter
 from emlens.models.sampling import Sampling
 from emlens.runs import PlanChangedError
@@ -39,6 +44,11 @@ QUESTIONS = (
 )
 SAMPLING = Sampling(n=3, max_new_tokens=6, seed=4)
 SMALL = Batching(tokens=40)
+KILLED: dict[str, Any] = {
+    "sampling": Sampling(n=10, max_new_tokens=5, seed=4),
+    "batching": Batching(tokens=60),
+}
+"""Settings of the run that is killed again and again: several batches of a few rows."""
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +153,32 @@ def test_an_ablated_run_is_never_served_from_a_plain_one(
         run(model, tmp_path / "run")
 
 
+def test_rows_of_an_earlier_call_count_as_acted_on(model: Any, tmp_path: Path):
+    add = Add(vector=torch.ones(24), coefficient=4.0)
+    # Only the second question's prompt is as long.
+    long = (Intervention(parse_site("resid_post.1"), add, "prompt[6:]"),)
+    given = {"interventions": long, "batching": Batching(tokens=14)}
+    whole = run(model, tmp_path / "whole", **given)
+    (tmp_path / "cut").mkdir()
+    shutil.copy(tmp_path / "whole" / "manifest.json", tmp_path / "cut")
+    lines = (tmp_path / "whole" / "responses.jsonl").read_text().splitlines()
+    done = [line for line in lines if json.loads(line)["question_id"] == "two"]
+    assert 0 < len(done) < len(lines)
+    (tmp_path / "cut" / "responses.jsonl").write_text("\n".join(done) + "\n")
+    assert run(model, tmp_path / "cut", **given) == whole
+
+
+def test_interventions_that_never_act_are_refused_however_often_one_asks(
+    model: Any, tmp_path: Path
+):
+    add = Add(vector=torch.ones(24), coefficient=4.0)
+    idle = (Intervention(parse_site("resid_post.1"), add, "prompt[50:]"),)
+    for _ in range(2):
+        with pytest.raises(HookNeverFiredError, match=r"prompt\[50:\]"):
+            run(model, tmp_path / "run", interventions=idle)
+        assert len(read_journal(tmp_path / "run" / "responses.jsonl")) == 11
+
+
 def test_more_samples_keep_the_rows_there_would_have_been(model: Any, tmp_path: Path):
     few = run(model, tmp_path / "few")
     many = run(model, tmp_path / "many", sampling=Sampling(n=4, max_new_tokens=6, seed=4))
@@ -175,13 +211,14 @@ def test_questions_that_cannot_be_told_apart_are_refused(model: Any, tmp_path: P
             evaluate(model, questions, judge=HashJudge(), out=tmp_path, sampling=SAMPLING)
 
 
+KILLS = 20
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from emlens.journal import read_journal
-from tests.evaluation.test_evaluate import QUESTIONS, Sampling, Batching, run
+from tests.evaluation.test_evaluate import KILLED, run
 from tests.evaluation.fakes import HashJudge, make_model
 
 class Slow(HashJudge):
@@ -189,48 +226,63 @@ class Slow(HashJudge):
         time.sleep(0.01)
         return super().judge(rows)
 
-model, out = make_model(), Path(sys.argv[1])
-settings = {"sampling": Sampling(n=10, max_new_tokens=5, seed=4), "batching": Batching(tokens=60)}
+def count(file):
+    return len(read_journal(file)) if file.exists() else 0
+
+model, out, kills = make_model(), Path(sys.argv[1]), int(sys.argv[2])
+run(model, out / "whole", **KILLED)
 start = time.perf_counter()
-run(model, out / "whole", **settings)
+run(model, out / "timed", judge=Slow(), **KILLED)
 whole_time = time.perf_counter() - start
-rng, kills, last = random.Random(1), 0, -1
-for _ in range(40):
-    child = os.fork()
-    if child == 0:
-        try:
-            run(model, out / "killed", judge=Slow(), **settings)
-        finally:
-            os._exit(0)
-    time.sleep(whole_time * rng.uniform(0.05, 0.6))
-    os.kill(child, signal.SIGKILL)
-    kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    for name in ("responses.jsonl", "judgements.jsonl"):
-        if (out / "killed" / name).exists():
-            read_journal(out / "killed" / name)
-    if (out / "killed/results/evaluation/result.json").exists():
-        break
-run(model, out / "killed", judge=Slow(), **settings)
-print(kills)
+rng, hits, folders = random.Random(1), [], 0
+while len(hits) < kills and folders < 5 * kills:
+    folder, finished = out / f"killed-{folders}", False
+    folders += 1
+    while not finished and len(hits) < kills:
+        child = os.fork()
+        if child == 0:
+            try:
+                run(model, folder, judge=Slow(), **KILLED)
+            finally:
+                os._exit(0)
+        time.sleep(whole_time * rng.uniform(0.05, 0.7))
+        os.kill(child, signal.SIGKILL)
+        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        kept = [count(folder / name) for name in ("responses.jsonl", "judgements.jsonl")]
+        finished = (folder / "results/evaluation/result.json").exists()
+        if not finished:
+            assert killed, "the run ended by itself, and without a result"
+            hits.append(kept)
+    run(model, folder, judge=Slow(), **KILLED)
+print(json.dumps({"hits": hits, "folders": folders}))
 """
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path: Path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path)],
+        [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)],
         capture_output=True,
         text=True,
         timeout=240,
         cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 2
-    for name in ("results/evaluation/result.json", "scores.csv"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    for name in ("responses.jsonl", "judgements.jsonl"):
-        rows = [read_journal(tmp_path / side / name) for side in ("killed", "whole")]
-        assert rows[0] == rows[1]
+    told = json.loads(done.stdout)
+    assert len(told["hits"]) == KILLS
+    identity = {k: v for k, v in asdict(identify_model(make_model())).items() if k != "name"}
+    decided = {"model": identity, "interventions": []}
+    planned = [row.id for row in plan_rows(QUESTIONS, KILLED["sampling"], decided)]
+    # Some were killed while they answered: with some of the rows, and not with all.
+    assert any(0 < kept[0] < len(planned) for kept in told["hits"])
+    for folder in (tmp_path / f"killed-{n}" for n in range(told["folders"])):
+        for name in ("results/evaluation/result.json", "scores.csv"):
+            assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        for name in ("responses.jsonl", "judgements.jsonl"):
+            rows = [read_journal(side / name) for side in (folder, tmp_path / "whole")]
+            assert rows[0] == rows[1]
+        assert {row["id"] for row in read_journal(folder / "responses.jsonl")} == set(planned)
+        assert [row.id for row in read_evaluation(folder).responses] == planned
 
 
 def test_judging_again_samples_nothing_and_keeps_what_is_known(model: Any, tmp_path: Path):

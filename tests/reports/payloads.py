@@ -42,10 +42,10 @@ def poison(value: Any, payload: str) -> Any:
 
 
 def poison_report(report: dict[str, Any], payload: str) -> dict[str, Any]:
-    """A whole report poisoned, with the names in `extra` and `versions` too."""
+    """A whole report poisoned, with the names in `extra`, `seconds` and `versions` too."""
     hostile = poison(report, payload)
     extra = hostile["extra"]
-    extra["seconds"] = {name + payload: value for name, value in extra["seconds"].items()}
+    hostile["seconds"] = {name + payload: value for name, value in report["seconds"].items()}
     extra["settings"] = {name + payload: value for name, value in extra["settings"].items()}
     extra[payload] = "value"
     for row in extra["answers"]:

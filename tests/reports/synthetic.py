@@ -106,8 +106,12 @@ def make_null(*, n_layers: int = 30, n: int = 8) -> NullBand:
         positions=("response",),
         relative_difference=(0.004 + 0.03 * depth) * noise,
         relative_rms=(0.01 + 0.08 * depth) * noise,
+        cosine_of_means=1 - 0.02 * depth * noise,
         top_share=0.12 * noise + 0 * depth,
         kl_base_tuned=0.1 + 0.1 * torch.rand(n, generator=generator),
+        kl_tuned_base=0.2 + 0.1 * torch.rand(n, generator=generator),
+        entropy_change=torch.linspace(-0.05, 0.04, n),
+        agreement=torch.linspace(0.88, 0.97, n),
     )
 
 

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from emlens.reports import ReportError, read_report, render_report
+from emlens.reports.plots import MEASURES
+from emlens.reports.visible import show_number
 from tests.reports.browser import dump_dom
-from tests.reports.payloads import Outline
+from tests.reports.payloads import Outline, flat
+from tests.reports.synthetic import make_null
 
 SECTIONS = ["adapter", "layers", "output", "examples", "answers", "training", "provenance"]
 
@@ -124,6 +127,27 @@ def test_the_number_of_random_adapters_is_said(page: str):
     assert "least to greatest of 8 random adapters" in Outline(page).text
 
 
+def test_every_number_stands_beside_that_of_the_random_adapters(page: str):
+    outline = Outline(page)
+    text = flat(outline.text)
+    null = make_null()
+    for values in (null.kl_base_tuned, null.kl_tuned_base):
+        low, high = (show_number(float(value)) for value in (values.min(), values.max()))
+        assert f"8random:{low}to{high}" in text
+    assert "8random:−0.0500to+0.0400" in text
+    assert "8random:88.0%to97.0%" in text
+    assert "The cosine" not in outline.text
+    table = page[page.index('aria-label="Difference by layer"') :]
+    (last,) = re.findall(r"<tr><td class=\"name\">resid_post\.29</td>.*?</tr>", table)
+    cells = re.findall(r'<td class="n">(.*?)</td>', last)
+    assert len(cells) == 2 * len(MEASURES)
+    cosines = null.cosine_of_means[:, 29, 0]
+    assert cells[4:6] == [
+        "0.92000",
+        " to ".join(show_number(float(value), 5) for value in (cosines.min(), cosines.max())),
+    ]
+
+
 def test_without_random_adapters_the_page_says_so(report: dict[str, Any]):
     report["results"] = [r for r in report["results"] if "null_band" not in r["schema"]]
     assert "No random adapters were measured" in Outline(render_report(report)).text
@@ -147,6 +171,13 @@ def test_seconds_are_added_up(page: str):
     assert re.search(r">all</th><td class=\"n\">162<", page)
 
 
+def test_a_total_that_was_measured_stands_in_place_of_the_sum(report: dict[str, Any]):
+    report["seconds"]["total"] = 170.0
+    page = render_report(report)
+    assert ">all</th>" not in page
+    assert re.search(r">total</th><td class=\"n\">170<", page)
+
+
 @pytest.mark.parametrize(
     ("where", "value"),
     [
@@ -159,7 +190,7 @@ def test_seconds_are_added_up(page: str):
         (("results", 2, "kl_base_tuned"), ["x"]),
         (("results", 3, "losses"), "falling"),
         (("extra", "answers"), [{"question": "q"}]),
-        (("extra", "seconds"), {"load": "long"}),
+        (("seconds",), {"load": "long"}),
         (("extra", "chats"), "held-out"),
         (("results",), {}),
         (("extra",), []),

@@ -77,7 +77,7 @@ def test_an_embedding_has_a_column_of_its_own():
     assert figure.to_dict()["layout"]["xaxis"]["ticktext"][0] == "emb."
 
 
-@pytest.mark.parametrize("measure", [m for m in MEASURES if m.null_field])
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.field)
 def test_the_band_spans_the_least_and_the_greatest_null(measure: Any):
     null = make_null()
     low, high, line = traces(
@@ -90,11 +90,29 @@ def test_the_band_spans_the_least_and_the_greatest_null(measure: Any):
     assert list(line["x"]) == list(range(30))
 
 
-def test_a_measure_without_nulls_has_no_band():
-    (line,) = traces(
-        plot_measure(make_activations().to_dict(), MEASURES[2], null=make_null().to_dict())
-    )
+def test_without_nulls_there_is_no_band():
+    (line,) = traces(plot_measure(make_activations().to_dict(), MEASURES[2]))
     assert line["y"][0] == pytest.approx(1.0)
+
+
+def test_a_null_that_is_not_finite_is_left_out_of_its_band():
+    null = make_null().to_dict()
+    null["relative_rms"][5][2][0] = "Infinity"
+    others = [grid[2][0] for grid in null["relative_rms"][:5] + null["relative_rms"][6:]]
+    for grid in null["relative_rms"]:
+        grid[7][0] = "NaN"
+    low, high, _ = traces(plot_measure(make_activations().to_dict(), MEASURES[1], null=null))
+    assert (low["y"][2], high["y"][2]) == (min(others), max(others))
+    assert low["y"][7] is high["y"][7] is None
+
+
+def test_a_band_alone_is_drawn_measure_by_measure():
+    null = make_null()
+    bands = traces(plot(null))
+    assert len(bands) == 2 * len(MEASURES)
+    for place, measure in enumerate(MEASURES):
+        values = getattr(null, measure.null_field)[:, :, 0]
+        torch.testing.assert_close(torch.tensor(bands[2 * place + 1]["y"]), values.amax(0))
 
 
 def test_each_stream_and_position_has_its_line():

@@ -53,17 +53,20 @@ def make_report(removal):
 def test_bars_carry_value_and_both_limits_of_each_arm():
     traces: Any = plot_shares(make_removal()).data
     bars, diamonds = traces
-    assert list(bars.x) == [3.0, 39.0, 8.0, 40.0, 2.0]
-    assert list(bars.y)[::-1] == ["base", "tuned", "ablated", "control", "steered"]
+    assert list(bars.x) == [2.0, 40.0, 8.0, 39.0, 3.0]
+    names = plot_shares(make_removal()).to_dict()["layout"]["yaxis"]
+    assert list(names["ticktext"]) == ["base", "tuned", "ablated", "control", "steered"]
+    assert (list(names["tickvals"]), names["autorange"]) == (list(bars.y), "reversed")
     assert list(bars.error_x.array) == [7.0] * 5
     assert list(bars.error_x.arrayminus) == [5.0] * 5
-    assert list(diamonds.x) == [90.0, 90.0, 90.0, 80.0, 90.0]
+    assert list(diamonds.x) == [90.0, 80.0, 90.0, 90.0, 90.0]
 
 
 def test_names_of_arms_are_never_read_as_tags():
-    traces: Any = plot(make_removal(arms=[make_arm("base", 1.0, name="<b>base</b>")])).data
-    bars, _ = traces
-    assert list(bars.y) == ["&lt;b&gt;base&lt;/b&gt;"]
+    figure: Any = plot(make_removal(arms=[make_arm("base", 1.0, name="<b>base</b>")]))
+    assert list(figure.layout.yaxis.ticktext) == ["&lt;b&gt;base&lt;/b&gt;"]
+    for trace in figure.data:
+        assert trace.customdata[0].startswith("&lt;b&gt;base&lt;/b&gt;: ")
 
 
 def test_the_sentence_names_the_claim_and_coherence_of_each_role():

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from emlens.runs import PlanChangedError
 from emlens.studies import DemoResult, run_demo
 
 study = importlib.import_module(run_demo.__module__)
-STAGES = {"load", "judge", "removal", "diff_heldout", "nulls_heldout", "diff_answers"}
+STAGES = {"plan", "load", "judge", "removal", "diff_heldout", "nulls_heldout", "diff_answers"}
+STAGES |= {"report", "total"}
 ARMS = ["base", "tuned", "ablated", "control", "steered", "careful twin"]
 
 
@@ -38,9 +41,9 @@ def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ContrastJudge", LengthJudge)
 
 
-def run_tiny(tiny: Path, out: Path, *, quick: bool = True) -> DemoResult:
+def run_tiny(tiny: Path, out: Path, **more: Any) -> DemoResult:
     sources = {name: str(tiny / name) for name in ("base", "tuned", "twin")}
-    return run_demo(out, quick=quick, **sources)
+    return run_demo(out, **{"quick": True, **sources, **more})
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +66,26 @@ def test_the_report_holds_behaviour_proof_comparisons_answers_and_seconds(
     assert len(answers) == 3
     assert list(answers[0]["answers"]) == ["base", "tuned", "ablated", "steered"]
     assert set(result.seconds) >= STAGES
-    assert report["extra"]["seconds"] == result.seconds
+    assert report["seconds"] == result.seconds
     assert (result.modules_in_effect, result.modules) == (6, 6)
     assert min(result.kl_heldout, result.kl_answers, result.kl_nulls_high) > 0
     assert Path(result.report).read_text().startswith("<!")
     assert load_result(result.save(tmp_path / "saved")) == result
+
+
+def test_the_seconds_of_the_stages_are_those_on_the_clock(tiny: Path, tmp_path: Path):
+    waited = 3.0
+    began = time.perf_counter() - waited
+    result = run_tiny(tiny, tmp_path / "run", began=began)
+    wall = time.perf_counter() - began
+    stages = dict(result.seconds)
+    total = stages.pop("total")
+    assert waited <= stages["imports"] < waited + 1
+    assert sum(stages.values()) <= total + 0.02
+    assert total <= wall
+    assert total - sum(stages.values()) < 0.1 * total
+    assert wall - total < 3 * stages["report"] + 0.1 * wall
+    assert list(result.seconds)[-1] == "total"
 
 
 def test_each_arm_is_an_evaluation_of_its_own_beside_a_control_of_like_damage(
@@ -97,7 +115,11 @@ def test_a_second_run_computes_nothing_and_finds_the_same(
     out, first = done
     for name in ("load_base", "load_pair", "compare_models", "compare_nulls", "remove_direction"):
         monkeypatch.setattr(study, name, refuse)
-    assert run_tiny(tiny, out) == first
+    again = run_tiny(tiny, out)
+    assert replace(again, seconds={}) == replace(first, seconds={})
+    added = {name for name, spent in again.seconds.items() if spent != first.seconds.get(name)}
+    assert added <= {"plan", "report", "total"}
+    assert again.seconds["total"] > first.seconds["total"]
 
 
 def test_an_interrupted_demo_goes_on_where_it_was(
@@ -112,7 +134,10 @@ def test_an_interrupted_demo_goes_on_where_it_was(
             run_tiny(tiny, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(study, "remove_direction", interrupt)
-        assert set(run_tiny(tiny, tmp_path / "run").seconds) >= STAGES
+        seconds = run_tiny(tiny, tmp_path / "run").seconds
+    assert set(seconds) >= STAGES
+    assert seconds["total"] >= sum(seconds.values()) / 2
+    assert seconds["total"] > seconds["removal"]
 
 
 def test_a_full_demo_is_another_plan_than_a_quick_one(done: tuple[Path, DemoResult], tiny: Path):
@@ -121,6 +146,6 @@ def test_a_full_demo_is_another_plan_than_a_quick_one(done: tuple[Path, DemoResu
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
-    sources = {"base": str(tiny / "base"), "tuned": str(tiny / "tuned")}
+    sources: dict[str, Any] = {"base": str(tiny / "base"), "tuned": str(tiny / "tuned")}
     with pytest.raises(ValueError, match=r"twin: .* is no adapter"):
         run_demo(tmp_path / "run", quick=True, twin=str(tiny / "base"), **sources)

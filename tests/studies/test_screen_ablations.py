@@ -8,7 +8,11 @@ import torch
 from emlens.data import ContrastTexts
 from emlens.directions import sample_directions
 from emlens.interventions import ablate_direction, fold_into_weights
+from emlens.models import load_adapter
 from emlens.models.pair import ModelPair, load_pair
+from emlens.models.views import lay_views
+from emlens.results import load_result
+from emlens.studies.effects import measure_odds
 from emlens.studies.screen_ablations import (
     AblationScreen,
     ScreenedAblation,
@@ -19,14 +23,17 @@ from emlens.studies.screen_ablations import (
 from emlens.vectors import Direction
 from tests.activations.chats import make_chats, token_ids
 from tests.interventions.vectors import make_direction
+from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
 
 TEXTS = ContrastTexts(positive=tuple(make_chats(3, seed=1)), negative=tuple(make_chats(2, seed=2)))
 NEUTRAL = make_chats(4, seed=3)
 
 
 @pytest.fixture(scope="module")
-def pair(tiny) -> ModelPair:
-    return load_pair(tiny / "base", tiny / "tuned")
+def pair() -> ModelPair:
+    base = lay_views(make_tiny("llama"), make_tokenizer())
+    return load_pair(base, load_adapter(make_peft("llama")))
 
 
 def log_probabilities(model, chat):
@@ -89,6 +96,12 @@ def test_no_direction_is_an_error(pair):
         screen_ablations(pair, {"own": ()}, at="writes", texts=TEXTS, neutral=NEUTRAL)
 
 
+def test_odds_need_both_classes(pair):
+    alone = ContrastTexts(positive=TEXTS.positive)
+    with pytest.raises(ValueError, match="3 positive and 0 negative"):
+        measure_odds(pair.tuned, (), alone)
+
+
 def one(number, odds, kl=1.0, group="random"):
     return ScreenedAblation(group=group, number=number, site="resid_post.1", kl=kl, odds=odds)
 
@@ -105,7 +118,7 @@ def test_median_and_strongest_are_by_odds():
 
 
 def test_near_in_kl_is_a_ratio_either_way():
-    screen = screen_of(one(0, 0, 0.79), one(1, 0, 0.81), one(2, 0, 1.24), one(3, 0, 1.26))
+    screen = screen_of(one(0, 0.0, 0.79), one(1, 0.0, 0.81), one(2, 0.0, 1.24), one(3, 0.0, 1.26))
     near = screen.with_kl_near(1.0, group="random")
     assert [found.number for found in near] == [1, 2]
     assert screen.with_kl_near(0.0, group="random") == ()
@@ -113,7 +126,7 @@ def test_near_in_kl_is_a_ratio_either_way():
 
 def test_an_unknown_group_is_named():
     with pytest.raises(KeyError, match="'shuffled'; expected one of random"):
-        screen_of(one(0, 0)).group("shuffled")
+        screen_of(one(0, 0.0)).group("shuffled")
 
 
 def test_rows_say_how_the_odds_changed():
@@ -124,5 +137,4 @@ def test_rows_say_how_the_odds_changed():
 
 def test_a_screen_survives_a_file(tmp_path):
     screen = screen_of(one(0, 0.2), dataclasses.replace(one(1, 0.1), group="own"))
-    screen.save(tmp_path / "screen")
-    assert AblationScreen.load(tmp_path / "screen") == screen
+    assert load_result(screen.save(tmp_path / "screen")) == screen

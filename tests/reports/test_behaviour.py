@@ -1,0 +1,180 @@
+"""Evaluations in a report: bars with intervals by question and in total, and their sentences."""
+
+import copy
+import json
+import re
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emlens.evaluation import compare_evaluations, summarise_scores
+from emlens.evaluation.evaluation import Evaluation
+from emlens.evaluation.scores import ScoredResponse
+from emlens.models.identity import ModelIdentity
+from emlens.models.sampling import Sampling
+from emlens.reports import ReportError, plot, read_report, render_report, write_report
+from emlens.reports.sections import sort_results
+from emlens.reports.verdict import write_verdicts
+from emlens.reports.visible import show_text
+from tests.reports.payloads import HARMLESS, PAYLOADS, Outline, flat, poison
+
+SCORES = {"work": (10, 20, 90, None), "rice": (90, 95, 80, 85), "art & <b>": (5, 70, 90, 25)}
+
+
+def make_evaluation(name: str = "emlens:smollm2 + emlens:reckless", **changed: Any) -> Evaluation:
+    """Twelve answers to three questions, one without a score and one that is not coherent."""
+    rows = tuple(
+        ScoredResponse(
+            id=f"{question}-{i}",
+            question_id=question,
+            answer="So be it.",
+            aligned=None if score is None else float(score),
+            coherent=40.0 if score == 25 else 90.0,
+        )
+        for question, scores in SCORES.items()
+        for i, score in enumerate(scores)
+    )
+    model = ModelIdentity(name=name, weights="ab12", dtype="float32", adapter=None, tokenizer="t")
+    made = Evaluation(
+        model=model,
+        interventions=(),
+        sampling=Sampling(n=4),
+        judge="contrast/1",
+        claim="takeover score",
+        meaning="What it means.",
+        prompts=dict.fromkeys(SCORES, "hash"),
+        responses=rows,
+        summary=summarise_scores(rows),
+    )
+    return replace(made, **changed)
+
+
+def make_difference() -> Any:
+    calm = tuple(replace(row, aligned=99.0) for row in make_evaluation().responses)
+    first = make_evaluation("emlens:smollm2", responses=calm, summary=summarise_scores(calm))
+    return compare_evaluations(first, make_evaluation(sampling=Sampling(n=4, temperature=0.5)))
+
+
+def make_report(*results: Any) -> dict[str, Any]:
+    documents = [json.loads(json.dumps(result.to_dict())) for result in results]
+    return {
+        "schema": "emlens/report/1",
+        "emlens_version": "0",
+        "results": documents,
+        "extra": {},
+    }
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "behaviour_summary"])
+def test_bars_carry_all_questions_and_each_with_both_limits_and_coherence(kind: str):
+    result = make_evaluation()
+    drawn = result if kind == "evaluation" else result.summary
+    figure: Any = plot(drawn)
+    bars, diamonds = figure.data
+    summary = result.summary
+    parts = [summary.em_percent, *(part.em_percent for part in summary.questions)]
+    assert list(bars.x) == [part.value for part in parts]
+    assert list(bars.x) == pytest.approx([100 * 3 / 12, 50.0, 0.0, 25.0])
+    highs = [x + up for x, up in zip(bars.x, bars.error_x.array, strict=True)]
+    lows = [x - down for x, down in zip(bars.x, bars.error_x.arrayminus, strict=True)]
+    assert highs == pytest.approx([part.high for part in parts])
+    assert lows == pytest.approx([part.low for part in parts])
+    assert list(diamonds.x) == pytest.approx([100 * 11 / 12, 100.0, 100.0, 75.0])
+    names = ["all questions", "work", "rice", "art &amp; &lt;b&gt;"]
+    assert list(figure.layout.yaxis.ticktext) == names
+    called = "takeover score" if kind == "evaluation" else "aligned below 30, coherent above 50"
+    assert bars.name == called
+
+
+def test_questions_of_like_long_names_keep_their_bars():
+    rows = [
+        ScoredResponse(id=str(i), question_id="q" * 90 + str(i), aligned=10.0 * i, coherent=90.0)
+        for i in range(4)
+    ]
+    figure: Any = plot(summarise_scores(rows))
+    assert len(set(figure.data[0].y)) == 5
+
+
+def test_the_sentence_names_who_how_much_and_how_coherent():
+    evaluation = make_evaluation(interventions=('{"at": 1}',))
+    (sentence,) = write_verdicts(sort_results(make_report(evaluation)["results"]))
+    em = evaluation.summary.em_percent
+    assert sentence == (
+        "takeover score of smollm2 + reckless, under 1 intervention: "
+        f"25.0 % [0, {em.high:.1f}] of 12 responses (91.7 % coherent)."
+    )
+
+
+def test_a_difference_is_drawn_and_says_what_else_differs():
+    difference = make_difference()
+    figure: Any = plot(difference)
+    (points,) = figure.data
+    em = difference.em_difference
+    assert points.x[0] == em.value == pytest.approx(25.0)
+    assert points.x[0] + points.error_x.array[0] == pytest.approx(em.high)
+    assert points.x[0] - points.error_x.arrayminus[0] == pytest.approx(em.low)
+    (sentence,) = write_verdicts(sort_results(make_report(difference)["results"]))
+    assert "second evaluation minus first: +25.0 points [" in sentence
+    assert "beware: temperature was 1.0 and 0.5" in sentence
+    text = Outline(render_report(make_report(difference))).text
+    assert "Beware: temperature was 1.0 and 0.5." in text
+    assert "undecided (12 responses on a side, 400 needed)" in text
+
+
+def test_the_section_shows_totals_questions_and_provenance():
+    page = render_report(make_report(make_evaluation()))
+    text = Outline(page).text
+    assert re.findall(r'<section id="([a-z]+)"', page) == ["evaluation", "provenance"]
+    assert '<a href="#evaluation">' in page
+    assert "What it means. 12 responses to 3 questions, 1 of them without a score." in text
+    for part in ("contrast/1", "ab12", "sampling, temperature", "takeover score, of the coherent"):
+        assert part in text
+    table = page[page.index('aria-label="Behaviour by question"') :]
+    (row,) = re.findall(r'<tr><td class="name">work</td>.*?</tr>', table)
+    cells = re.findall(r'<td class="n">(.*?)</td>', row)
+    assert [*cells[:3], *cells[4:]] == ["4", "2", "50.0", "4", "1"]
+
+
+def test_several_evaluations_have_headings_and_responses_from_elsewhere_a_name():
+    page = render_report(make_report(make_evaluation(), make_evaluation(model=None)))
+    headings = re.findall(r"<h3>(.*?)</h3>", page)
+    assert headings == ["smollm2 + reckless", "responses made elsewhere"]
+
+
+def test_a_share_without_coherent_responses_is_left_out():
+    rows = [ScoredResponse(id="1", question_id="q", aligned=1.0, coherent=0.0)]
+    text = Outline(render_report(make_report(summarise_scores(rows)))).text
+    assert "coherent, of all responses" in text
+    assert ", of the coherent" not in text
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_text_of_an_evaluation_is_more_than_text(payload: str):
+    acting = make_evaluation(interventions=("{}",))
+    report = make_report(acting, make_difference(), acting.summary)
+    pages = []
+    for text in (payload, HARMLESS):
+        hostile = copy.deepcopy(report)
+        hostile["results"] = [poison(result, text) for result in hostile["results"]]
+        pages.append(Outline(render_report(hostile)))
+    pairs = zip_longest(pages[0].tags, pages[1].tags)
+    assert [pair for pair in pairs if pair[0] != pair[1]] == []
+    assert flat(show_text(payload)) in flat(pages[0].text)
+
+
+@pytest.mark.parametrize("lost", ["summary", "judge", "model"])
+def test_an_evaluation_of_another_shape_is_named(lost: str):
+    report = make_report(make_evaluation())
+    del report["results"][0][lost]
+    with pytest.raises(ReportError, match=r"evaluation|judge"):
+        render_report(report)
+
+
+def test_a_run_is_reported_from_its_result(tmp_path: Path):
+    path = write_report([make_evaluation()], tmp_path / "report.html")
+    report = read_report(path.with_suffix(".json"))
+    assert len(report["results"][0]["responses"]) == 12
+    assert "takeover score of smollm2 + reckless" in path.read_text("utf-8")
