@@ -41,6 +41,7 @@ def make_removal(**changes):
         "n_positive": 30,
         "n_negative": 31,
         "split_half_cosine": 0.9,
+        "top3_share": 0.25,
         "arms": [*arms, make_arm("control", 39.0), make_arm("steered", 3.0)],
         **changes,
     }
@@ -82,6 +83,7 @@ def test_the_sentence_names_the_claim_and_coherence_of_each_role():
 def test_the_section_comes_first_and_says_what_the_numbers_mean():
     page = render_report(make_report(make_removal()))
     assert "What it means." in page
+    assert "0.25 of its square lies in the three dimensions" in page
     assert page.index('id="shares"') < page.index('id="provenance"')
     assert "misalign" not in page[page.index('id="shares"') : page.index('id="provenance"')]
 
