@@ -34,6 +34,7 @@ from emlens.models.protocol import HookedModel
 from emlens.runs import RunFolder
 
 RESPONSES = "responses.jsonl"
+RESULT = "responses"
 GROUP = 64
 """Responses that are made, killed and made again together."""
 
@@ -98,12 +99,13 @@ def sample_responses(
         "batching": batching,
     }
     run = RunFolder.start(out, plan)
+    unproven = bool(interventions) and not run.has_result(RESULT)
     with Journal(run.path / RESPONSES) as journal, suppress(PositionsNeverMetError):
         # Suppressed for what this call made: the rest of the run may have met such tokens.
-        _sample_missing(model, requests, journal, sampling, interventions, batching)
+        _sample_missing(model, requests, journal, sampling, interventions, batching, unproven)
     found = _collect(run, len(given), requests, acting)
     check_met(interventions, ((len(one.ids), one.prompt_tokens) for one in found.responses))
-    run.save_result("responses", found)
+    run.save_result(RESULT, found)
     return found
 
 
@@ -114,13 +116,18 @@ def _sample_missing(
     sampling: Sampling,
     interventions: Sequence[Intervention],
     batching: Batching,
+    unproven: bool,
 ) -> None:
     """Make the responses that the journal lacks, group by group."""
     groups = [requests[start : start + GROUP] for start in range(0, len(requests), GROUP)]
+    complete = all(request.key in journal for request in requests)
     with ExitStack() as stack:
-        if any(request.key not in journal for request in requests):
+        if unproven or not complete:
             # Once around all groups: positions that only long texts have may miss in one.
             stack.enter_context(intervene(model, interventions))
+        if unproven and complete:
+            # Killed before its end, or refused there? One response made again tells.
+            list(stream_responses(model, requests[:1], sampling=sampling, batching=batching))
         for group in track(groups, "sampling (responses)", sizes=map(len, groups)):
             if all(request.key in journal for request in group):
                 continue

@@ -1,12 +1,13 @@
 """Responses in a run folder: the same whether sampled in one go or after a kill."""
 
 import re
+import shutil
 
 import pytest
 import torch
 
 from emlens.artifacts import Result
-from emlens.interventions import ablate_direction, add_direction
+from emlens.interventions import Add, Intervention, ablate_direction, add_direction
 from emlens.interventions.generate import generate_responses
 from emlens.models.generate import Sampling
 from emlens.models.hooks import HookNeverFiredError
@@ -128,3 +129,21 @@ def test_texts_are_chats_and_one_that_comes_again_gets_other_responses(model, tm
     assert ids == [one.ids for one in whole.responses]
     assert ids[:40] != ids[80:120] != ids[120:] != ids[:40]
     assert found.n_prompts == 4
+
+
+def test_a_site_that_is_never_reached_is_an_error_however_often_it_is_called(model, tmp_path):
+    # The host makes the per-head results only when asked to.
+    width = model.cfg.n_heads * model.cfg.d_model
+    acts = [Intervention("result.0", Add(torch.ones(width)))]
+    few = Sampling(n=1, temperature=1.0, max_new_tokens=2, seed=0)
+    for _ in range(2):
+        with pytest.raises(HookNeverFiredError, match=r"result\.0"):
+            sample_responses(model, [SHORT], sampling=few, out=tmp_path, interventions=acts)
+
+
+def test_a_run_killed_after_its_last_response_goes_on(model, tmp_path):
+    few = Sampling(n=2, temperature=1.0, max_new_tokens=2, seed=0)
+    given = {"sampling": few, "out": tmp_path, "interventions": steer(model, "prompt[6:]")}
+    whole = sample_responses(model, [SHORT, LONG], **given)
+    shutil.rmtree(tmp_path / "results")
+    assert sample_responses(model, [SHORT, LONG], **given).responses == whole.responses
