@@ -83,7 +83,7 @@ def test_the_sentence_names_the_claim_and_coherence_of_each_role():
 def test_the_section_comes_first_and_says_what_the_numbers_mean():
     page = render_report(make_report(make_removal()))
     assert "What it means." in page
-    assert "0.25 of its square lies in the three dimensions" in page
+    assert "0.250 of its square lies in the three dimensions" in page
     assert page.index('id="shares"') < page.index('id="provenance"')
     assert "misalign" not in page[page.index('id="shares"') : page.index('id="provenance"')]
 
