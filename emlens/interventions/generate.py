@@ -31,6 +31,7 @@ from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import ModelIdentity, identify_model
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
+from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.numerics.counter import derive_key
 
 
@@ -195,8 +196,7 @@ class _Run:
         interventions: Sequence[Intervention],
         batching: Batching,
     ):
-        if model.tokenizer is None:
-            raise ValueError("model: it has no tokenizer, so chats cannot be turned into tokens")
+        require_tokenizer(model.tokenizer, "model: it")
         self.model: Any = model
         self.requests, self.sampling, self.interventions = requests, sampling, interventions
         self.prompts = _tokenize(requests, model.tokenizer)

@@ -30,6 +30,7 @@ from emlens.models.config import Architecture, find_architecture
 from emlens.models.config_fields import check_config
 from emlens.models.layout import split_bias, split_weight, weight_matrix
 from emlens.models.rotary import RotaryTables, SharedTables
+from emlens.models.tokenizer_needs import fill_special_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +254,7 @@ def fill_skeleton(
             value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
         )
     _restore_buffers(model, device)
-    model.tokenizer = tokenizer
+    model.tokenizer = fill_special_tokens(tokenizer)
     return model.eval()
 
 
