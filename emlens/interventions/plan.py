@@ -134,12 +134,13 @@ def check_model(model: Any, intervention: Intervention) -> None:
     Raises:
         OtherModelError: it was made for others.
     """
-    fingerprint = origin_of(model).fingerprint
-    if intervention.made_for and fingerprint not in intervention.made_for:
+    origin = origin_of(model)
+    # What was made on a model may act on what was merged or folded from it, as on what is attached.
+    if intervention.made_for and not set(origin.lineage) & set(intervention.made_for):
         made = ", ".join(known or "no model that is on record" for known in intervention.made_for)
         raise OtherModelError(
             f"interventions: the {intervention.label} vector at {intervention.site} was made from "
-            f"{made}, and {origin_of(model).name} is {fingerprint}. Pass allow_other_model=True "
+            f"{made}, and {origin.name} is {origin.fingerprint}. Pass allow_other_model=True "
             "where transfer is what you want to see"
         )
 

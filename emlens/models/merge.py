@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from emlens.models.adapter_files import fingerprint_modules
 from emlens.models.attach import attached_adapter
 from emlens.models.layout import from_matrix, iterate_parts, part_rows, to_matrix
 from emlens.models.lora import (
@@ -36,7 +37,13 @@ def merge_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTrans
         )
     replaced = dict(merged_parameters(model, find_targets(model, adapter)))
     replaced |= _merged_embeddings(model, adapter)
-    return share_model(model, replaced, name=f"{origin_of(model).name} + {adapter.name}")
+    return share_model(
+        model,
+        replaced,
+        name=f"{origin_of(model).name} + {adapter.name}",
+        # Of the factors as they act: the same on every device, and another at another scale.
+        edit=f"adapter {fingerprint_modules(adapter.modules)}",
+    )
 
 
 def merged_parameters(
