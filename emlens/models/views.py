@@ -182,16 +182,15 @@ def make_rotary(hf: PreTrainedModel, architecture: Architecture) -> dict[int, Ro
     if rotary is None:
         return {}
     config: Any = hf.config
-    like = torch.zeros(1, dtype=hf.dtype, device=hf.device)
     by_type = "rope_type" not in (config.rope_parameters or {"rope_type": None})
     kinds = config.layer_types if by_type else [None] * config.num_hidden_layers
 
     def tables(kind: str | None) -> RotaryTables:
         arguments = () if kind is None else (kind,)
         return RotaryTables(
-            lambda positions: rotary(like, positions, *arguments),
+            lambda positions, like: rotary(like, positions, *arguments),
             n_ctx=config.max_position_embeddings,
-            device=hf.device,
+            like=torch.zeros(1, dtype=hf.dtype, device=hf.device),
         )
 
     made = {kind: tables(kind) for kind in set(kinds)}
