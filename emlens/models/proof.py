@@ -134,7 +134,8 @@ def verify_adapter(
         dtype=str(base.cfg.dtype).removeprefix("torch."),
         modules=tuple(modules),
         kl=_probe_kl(base, model),
-        kl_of_zero=_probe_kl(base, attach_adapter(base, zero) if attached else base),
+        # Merged, W + 0 is W: a second shell is that model, without a copy of its matrices.
+        kl_of_zero=_probe_kl(base, attach_adapter(base, zero) if attached else share_model(base)),
         config_verdicts=adapter.verdicts,
     )
 
@@ -193,8 +194,6 @@ def _split_revision(name: str) -> tuple[str, str | None]:
 @torch.no_grad()
 def _probe_kl(base: HookedTransformer, tuned: HookedTransformer) -> float:
     """Mean KL(base || tuned) over a fixed prompt, nats a token."""
-    if base is tuned:
-        return 0.0
     if base.tokenizer is not None:
         ids = torch.tensor([base.tokenizer(PROBE_TEXT).input_ids])
     else:
