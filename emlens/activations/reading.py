@@ -25,6 +25,7 @@ from emlens.data import (
     track,
 )
 from emlens.models.reading import Readable, base_of, count_models, read_sites
+from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.models.tokens_in_flight import frame_batch
 from emlens.models.views import origin_of
 from emlens.sites import Site, check_sites, expand_sites
@@ -151,11 +152,7 @@ def plan_reading(
             chat that is too long.
     """
     base = base_of(model)
-    tokenizer: Any = base.tokenizer
-    if tokenizer is None:
-        raise ValueError(
-            f"{origin_of(base).name} has no tokenizer: chats cannot be turned into tokens"
-        )
+    tokenizer: Any = require_tokenizer(base.tokenizer, origin_of(base).name)
     chosen = expand_sites(sites, base.cfg)
     check_sites(chosen, base.hook_dict)
     for site in chosen:

@@ -29,6 +29,7 @@ from emlens.diffing.logits import LogitDifferences, PredictionRows
 from emlens.diffing.results import ActivationDiff, LogitDiff, ModelDiff
 from emlens.models.pair import ModelPair
 from emlens.models.paired import PairedForward, Tuned, forward_many, tuned_parts
+from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import log_probabilities, slice_rows
 from emlens.models.views import origin_of
@@ -167,8 +168,7 @@ def plan_comparison(
     Raises:
         ValueError: a model without a tokenizer, sites of several widths, positions missing.
     """
-    if pair.tokenizer is None:
-        raise ValueError(f"{pair.base_name} has no tokenizer: chats cannot be turned into tokens")
+    require_tokenizer(pair.tokenizer, pair.base_name)
     cfg = pair.base.cfg
     chosen = expand_sites(sites, cfg)
     widths = {site.width(cfg) for site in chosen}

@@ -31,6 +31,7 @@ from emlens.interventions import active_interventions
 from emlens.models.identity import foreign_hooks, identify_model
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
+from emlens.models.tokenizer_needs import require_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,8 +280,7 @@ def _tokenize(base: HookedModel, system: str, row: JudgeRow) -> Any:
 
 
 def _check_base(base: HookedModel) -> None:
-    if base.tokenizer is None:
-        raise ValueError("base: it has no tokenizer, so responses cannot be scored")
+    require_tokenizer(base.tokenizer, "base: it")
     if identify_model(base).adapter is not None:
         raise ValueError("base: it has an adapter attached; a fine-tune cannot judge itself")
 

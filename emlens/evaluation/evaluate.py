@@ -29,6 +29,7 @@ from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import ModelIdentity, foreign_hooks, identify_model
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
+from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.models.tokens_in_flight import frame_prompts, select_positions
 from emlens.runs import RunFolder
 
@@ -90,8 +91,7 @@ def _check(model: HookedModel, questions: Sequence[Question]) -> None:
     names = [question.id for question in questions]
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"questions: the ids {doubled[:3]} come twice")
-    if model.tokenizer is None:
-        raise ValueError("model: it has no tokenizer, so questions cannot be turned into tokens")
+    require_tokenizer(model.tokenizer, "model: it")
     if hooked := list(foreign_hooks(model)):
         raise ValueError(
             f"model has hooks that are no Interventions, at {', '.join(hooked[:3])}: rows could "

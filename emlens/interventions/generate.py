@@ -34,6 +34,7 @@ from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import ModelIdentity, identify_model
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
+from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.numerics.counter import derive_key
 
 
@@ -317,8 +318,7 @@ def _check_room(
 
 def _tokenize(chats: Sequence[Chat], model: HookedModel) -> list[TokenizedChat]:
     """Prompts of chats, each chat rendered once."""
-    if model.tokenizer is None:
-        raise ValueError("model: it has no tokenizer, so chats cannot be turned into tokens")
+    require_tokenizer(model.tokenizer, "model: it")
     done: dict[Chat, TokenizedChat] = {}
     for chat in chats:
         if chat not in done:

@@ -38,10 +38,11 @@ def check_model(model: Any, intervention: Intervention) -> None:
 
 def _list_differences(model: Any, made: MadeFor) -> list[str]:
     differs = []
-    weights = origin_of(model).fingerprint
-    if made.weights and weights not in made.weights:
+    origin = origin_of(model)
+    # What was made on a model may act on what was merged or folded from it, as on what is attached.
+    if made.weights and not set(origin.lineage) & set(made.weights):
         known = ", ".join(one or "no model that is on record" for one in made.weights)
-        differs.append(f"from weights {known}, not {weights}")
+        differs.append(f"from weights {known}, not {origin.fingerprint}")
     tokenizer = _fingerprint(model.tokenizer) if made.tokenizer else ""
     if tokenizer and tokenizer != made.tokenizer:
         differs.append(

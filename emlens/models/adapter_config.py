@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from emlens.models.lora import LoraModule
+from emlens.models.adapter_targets import is_literal
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_RANK = 4096
@@ -28,6 +28,7 @@ _INERT = frozenset(
         "runtime_config",
         "megatron_config",
         "megatron_core",
+        # The proof compares both with the base in use.
         "revision",
         "base_model_name_or_path",
         # Only read while an adapter is initialised, before training.
@@ -51,6 +52,8 @@ _HANDLED = frozenset(
 )
 _SAFE_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base alone; pissa, olora, corda, loftq and lora_ga change it."""
+_OFF: tuple[Any, ...] = (None, False, "", [], {})
+"""Values at which a field that nobody knows asks for nothing; any number asks for something."""
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes: not an adapter config")
     try:
         config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path}: expected an object, got {type(config).__name__}")
@@ -94,7 +97,7 @@ def judge_config(config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
             if value not in (None, {}, [], ""):
                 verdicts.append((name, json.dumps(value), "handled"))
             continue
-        if value == defaults.get(name, "") or value in (None, False, "", [], {}):
+        if _is_same(value, defaults.get(name)) or any(_is_same(value, off) for off in _OFF):
             continue
         known = "this field" if name in defaults else "this unknown field"
         raise ValueError(
@@ -104,6 +107,11 @@ def judge_config(config: Mapping[str, Any]) -> tuple[tuple[str, str, str], ...]:
     return tuple(verdicts)
 
 
+def _is_same(value: Any, other: Any) -> bool:
+    """Equal, and both truth values or neither: 0 is not False, and 1 is not True."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other
+
+
 def _judge_numbers(config: Mapping[str, Any]) -> None:
     rank = config.get("r")
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
@@ -111,10 +119,11 @@ def _judge_numbers(config: Mapping[str, Any]) -> None:
     alpha = config.get("lora_alpha")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ValueError(f"adapter_config.json: lora_alpha={alpha!r}, expected a finite number")
-    if config.get("init_lora_weights", True) not in _SAFE_INITS:
+    init = config.get("init_lora_weights", True)
+    if not any(_is_same(init, safe) for safe in _SAFE_INITS):
         raise ValueError(
-            f"adapter_config.json: init_lora_weights={config['init_lora_weights']!r} changes the "
-            f"base weights; supported: {', '.join(map(str, _SAFE_INITS))}"
+            f"adapter_config.json: init_lora_weights={init!r} changes the base weights; "
+            f"supported: {', '.join(map(str, _SAFE_INITS))}"
         )
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, Mapping):
@@ -130,7 +139,20 @@ def _judge_numbers(config: Mapping[str, Any]) -> None:
 
 
 def _default_config() -> dict[str, Any]:
-    return {f.name: getattr(LoraConfig(), f.name) for f in dataclasses.fields(LoraConfig)}
+    config = LoraConfig()
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+
+
+def read_text(fields: Mapping[str, Any], name: str) -> str | None:
+    """A text, or None where it is absent or empty.
+
+    Raises:
+        ValueError: another type.
+    """
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"adapter: {name}={value!r}, expected a text")
+    return value or None
 
 
 def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -142,7 +164,7 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     for pattern, value in patterns.items():
         literal = pattern.removeprefix("^").removesuffix("$").removeprefix(r".*\.")
         literal = literal.replace(r"\.", ".")
-        if not all(c.isalnum() or c in "._-" for c in literal):
+        if not is_literal(literal):
             raise ValueError(
                 f"adapter_config.json: pattern {pattern!r} is a regular expression; only module "
                 "names and suffixes are supported"
@@ -150,51 +172,3 @@ def match_pattern(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
         if name == literal or name.endswith("." + literal):
             return value
     return default
-
-
-def check_targets(modules: Mapping[str, LoraModule], config: Mapping[str, Any]) -> None:
-    """Compare the modules in the file with those the config targets; the file is the truth.
-
-    Raises:
-        ValueError: a target without tensors, or tensors that no target asks for.
-    """
-    targets = config.get("target_modules")
-    if not isinstance(targets, str):
-        targets = _read_names(config, "target_modules")
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            targets = None
-        elif not all(c.isalnum() or c in "._-" for c in targets):
-            targets = None  # a regular expression: never run, the tensors say what is adapted
-        else:
-            targets = [targets]
-    if targets:
-        for name in modules:
-            if not any(name == t or name.endswith("." + t) for t in targets):
-                raise ValueError(f"the file adapts {name}, which target_modules does not name")
-        for target in targets:
-            if not any(name == target or name.endswith("." + target) for name in modules):
-                raise ValueError(f"target_modules names {target!r}, but no tensor adapts it")
-    layers = config.get("layers_to_transform")
-    if layers is not None:
-        given = layers if isinstance(layers, list) else [layers]
-        if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in given):
-            raise ValueError(f"layers_to_transform={layers!r}, expected whole numbers")
-        wanted = set(given)
-        found = {int(p) for n in modules for p in n.split(".") if p.isdigit()}
-        if found != wanted:
-            raise ValueError(
-                f"layers_to_transform is {sorted(wanted)}, the file adapts layers {sorted(found)}"
-            )
-    excluded = config.get("exclude_modules")
-    for name in [excluded] if isinstance(excluded, str) else _read_names(config, "exclude_modules"):
-        if any(module == name or module.endswith("." + name) for module in modules):
-            raise ValueError(f"exclude_modules names {name!r}, but the file adapts it")
-
-
-def _read_names(config: Mapping[str, Any], field: str) -> list[str]:
-    """A list of module names; empty where the field is absent or null."""
-    names = config.get(field) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"adapter_config.json: {field}={names!r}, expected a list of module names")
-    return names

@@ -19,11 +19,12 @@ from torch import Tensor
 from emlens.artifacts import write_json_atomic, write_tensors_atomic
 from emlens.models.adapter_config import (
     MAX_CONFIG_BYTES,
-    check_targets,
     judge_config,
     match_pattern,
     read_adapter_config,
+    read_text,
 )
+from emlens.models.adapter_targets import check_targets
 from emlens.models.lora import EMBEDDINGS, LoraAdapter, LoraModule
 from emlens.sources import Source, locate_source, parse_source
 
@@ -50,15 +51,17 @@ def load_adapter(
     verdicts = judge_config(config)
     tensors = _read_tensors(folder)
     modules = _pair_factors(tensors, config)
-    check_targets(modules, config)
+    every_layer = check_targets(modules, config)
     recorded = _read_record(folder)
     adapter = LoraAdapter(
         modules=modules,
         name=str(source),
-        base_name=recorded.get("base") or config.get("base_model_name_or_path"),
-        base_fingerprint=recorded.get("base_fingerprint"),
+        base_name=read_text(recorded, "base") or read_text(config, "base_model_name_or_path"),
+        base_revision=read_text(config, "revision"),
+        base_fingerprint=read_text(recorded, "base_fingerprint"),
         fingerprint=fingerprint_modules(modules),
         verdicts=verdicts,
+        every_layer=every_layer,
     )
     return _checked(adapter, allow_noop=allow_noop)
 
@@ -155,7 +158,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return {}
     try:
         record = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     return record if isinstance(record, dict) else {}
 
@@ -190,6 +193,7 @@ def _read_live(model: PeftModel) -> LoraAdapter:
         modules=modules,
         name=f"live adapter {active[0]!r}",
         base_name=str(config.base_model_name_or_path),
+        base_revision=config.revision or None,
         fingerprint=fingerprint_modules(modules),
         verdicts=verdicts,
     )
@@ -237,6 +241,7 @@ def save_adapter(adapter: LoraAdapter, folder: str | Path) -> Path:
     fields = json.loads(json.dumps(config.to_dict(), default=_jsonable))
     fields |= {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
     fields["base_model_name_or_path"] = adapter.base_name
+    fields["revision"] = adapter.base_revision
     tensors: dict[str, Tensor] = {}
     for name, module in adapter.modules.items():
         embedding = name.rsplit(".", 1)[-1] in EMBEDDINGS and not name.endswith("lm_head")

@@ -103,18 +103,43 @@ def acts_on_rows(model: HookedTransformer) -> bool:
     return _ON_ROWS.get(model, 0) > 0
 
 
+def _follow(factor: Tensor, x: Tensor) -> Tensor:
+    """A factor where the activations are by now: ``model.to`` moves parameters, not hooks."""
+    if factor.dtype == x.dtype and factor.device == x.device:
+        return factor
+    with torch.inference_mode(False):  # kept for later passes, which may need gradients
+        return factor.to(x.device, x.dtype)
+
+
 @dataclass
 class _Reader:
-    """The stacked A of all modules that read one tensor, and what they read last."""
+    """The stacked A of all modules that read one tensor, and what was read in this pass."""
 
     A: Tensor
     rows: slice | None
-    read: Tensor | None = field(default=None)
+    writers: int = 0
+    """How many writers take what was read, each once a pass."""
+    _read: Tensor | None = field(default=None)
+    _taken: int = 0
 
     def __call__(self, x: Tensor) -> None:
         if self.rows is not None:
             x = x[self.rows]
-        self.read = torch.nn.functional.linear(x, self.A)
+        self.A = _follow(self.A, x)
+        self._read, self._taken = torch.nn.functional.linear(x, self.A), 0
+
+    def take(self) -> Tensor:
+        """What was read in this pass; the last writer leaves nothing behind."""
+        read = self._read
+        if read is None:
+            raise RuntimeError(
+                "an attached adapter was asked to write before it read; run whole blocks "
+                "(start_at_layer and stop_at_layer are fine, calling a submodule alone is not)"
+            )
+        self._taken += 1
+        if self._taken >= self.writers:
+            self._read = None
+        return read
 
     def before_module(self, _module: Any, args: tuple, kwargs: dict) -> None:
         """Read the module's input: the normed residual stream, weight included."""
@@ -152,12 +177,8 @@ class _Writer:
     rows: slice | None
 
     def __call__(self, output: Tensor) -> Tensor:
-        u = self.reader.read
-        if u is None:
-            raise RuntimeError(
-                "an attached adapter was asked to write before it read; run whole blocks "
-                "(start_at_layer and stop_at_layer are fine, calling a submodule alone is not)"
-            )
+        u = self.reader.take()
+        self.B = _follow(self.B, output)
         flat = u[..., self.columns].flatten(0, -2)
         if self.rows is not None:
             part = output[self.rows].view(-1, self.B.shape[0])
@@ -230,6 +251,7 @@ def _install_group(
         B = target.lora.scale * target.lora.B.to(torch.promote_types(dtype, torch.float32))
         for part, chosen in enumerate(part_rows(len(B), target.place, model.cfg.d_head)):
             writer = _Writer(reader, columns, B[chosen].to(device, dtype), rows)
+            reader.writers += 1
             point = write_point(block, target.place.writes[part], architecture)
             # First, so that interventions of whoever called see the value with the update.
             handles.append(point.register_forward_hook(writer.at_point, prepend=True))

@@ -208,7 +208,7 @@ def check_index(index: Path) -> None:
     """
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (json.JSONDecodeError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: not a weight index ({error})") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):

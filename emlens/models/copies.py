@@ -26,6 +26,6 @@ def copy_weights(model: HookedTransformer) -> HookedTransformer:
             owned[name] = copies[key]
         else:  # tied: another view of the same numbers
             owned[name] = copies[key].as_strided(value.shape, value.stride())
-    shell = share_model(model, owned)
+    shell = share_model(model, owned, edit="")
     adapter = attached_adapter(model)
     return shell if adapter is None else attach_adapter(shell, adapter)

@@ -18,6 +18,7 @@ from emlens.models.config import Architecture
 from emlens.models.layout import Place, join_parts, to_matrix
 from emlens.models.lora import architecture_of, read_parameter
 from emlens.models.merge import merge_adapter
+from emlens.models.tokenizer_needs import strip_filled_tokens
 from emlens.models.views import origin_of, share_model
 
 
@@ -45,7 +46,7 @@ def save_checkpoint(model: HookedTransformer, folder: str | Path) -> Path:
     try:
         _to_hugging_face(model).save_pretrained(draft)
         if model.tokenizer is not None:
-            model.tokenizer.save_pretrained(draft)
+            strip_filled_tokens(model.tokenizer).save_pretrained(draft)
         draft.chmod(0o755)  # a temporary folder is made for its owner alone
         if folder.exists():
             folder.rmdir()

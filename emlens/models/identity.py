@@ -4,21 +4,15 @@ It sees weights, dtype, an attached adapter and the tokenizer; what acts for a w
 is recorded by whoever applies it.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from emlens.models.adapter_files import fingerprint_modules
 from emlens.models.attach import attached_adapter
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
-
-_SAMPLES = 1024
-"""Values a tensor whose own bytes are hashed; the rest enters by the sum of all bit patterns."""
-_PATTERNS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+from emlens.models.views import origin_of
+from emlens.models.weight_hash import hash_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,7 @@ def identify_model(model: Any) -> ModelIdentity:
     """
     adapter = attached_adapter(model)
     return ModelIdentity(
-        name=str(model.cfg.model_name),
+        name=origin_of(model).name,
         weights=hash_weights(model),
         dtype=str(model.cfg.dtype).removeprefix("torch."),
         # Of the factors as they act: a rescaled adapter keeps the fingerprint of what it was.
@@ -54,27 +48,9 @@ def identify_model(model: Any) -> ModelIdentity:
     )
 
 
-@torch.no_grad()
 def hash_weights(model: Any) -> str:
-    """Hash names, shapes and dtypes of all weights, a sample of their bytes, and all bits' sum.
-
-    Any single changed value changes the sum, in the weights' own precision; two changes that cancel
-    in the sum and miss the sample would not be seen. 32 digits.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters(remove_duplicate=False)):
-        dense = weight.detach()
-        bits = dense.view(_PATTERNS[dense.element_size()])
-        flat = bits.reshape(-1) if bits.is_contiguous() else bits.flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].cpu().contiguous()
-        total = int(_sum(bits))
-        digest.update(f"{name} {tuple(dense.shape)} {dense.dtype} {total}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _sum(bits: Tensor) -> Tensor:
-    return bits.sum(dtype=torch.int64)
+    """Hash all weights of a model as they stand; see ``hash_tensors``."""
+    return hash_tensors(model.named_parameters(remove_duplicate=False))
 
 
 def foreign_hooks(model: Any) -> Iterator[str]:

@@ -10,7 +10,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
-from emlens.models.checkpoints import Checkpoint, load_checkpoint, read_device, read_dtype
+from emlens.models.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    load_tokenizer,
+    read_device,
+    read_dtype,
+)
 from emlens.models.lora import LoraAdapter
 from emlens.models.merge import merge_adapter
 from emlens.models.proof import require_proof, verify_adapter
@@ -96,21 +102,65 @@ def load_base(
         checkpoint = load_checkpoint(
             source, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-    return lay_views(checkpoint.model, checkpoint.tokenizer, name=checkpoint.name)
+    return lay_checkpoint(checkpoint)
+
+
+def lay_checkpoint(checkpoint: Checkpoint) -> HookedTransformer:
+    """Lay a HookedTransformer over a checkpoint in memory; see ``lay_views``."""
+    return lay_views(
+        checkpoint.model,
+        checkpoint.tokenizer,
+        name=checkpoint.name,
+        fingerprint=checkpoint.fingerprint or None,
+    )
 
 
 def _live_checkpoint(
     model: PreTrainedModel, dtype: str | torch.dtype, device: str | torch.device
 ) -> Checkpoint:
-    if dtype != "auto" and read_dtype(dtype) != model.dtype:
-        raise ValueError(f"dtype={dtype}: the live model is {model.dtype}; convert it beforehand")
-    if device != "auto" and read_device(device) != model.device:
-        raise ValueError(f"device={device}: the live model is on {model.device}; move it first")
-    name = str(model.config._name_or_path or type(model).__name__)
-    tokenizer = None
-    if Path(name).is_dir() and (Path(name) / "tokenizer_config.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    return Checkpoint(model=model, tokenizer=tokenizer, name=name, fingerprint="")
+    check_place("live model", dtype, device, model.dtype, model.device)
+    return Checkpoint(
+        model=model,
+        tokenizer=_find_tokenizer(model),
+        name=str(model.config._name_or_path or type(model).__name__),
+        fingerprint="",
+    )
+
+
+def check_place(
+    what: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    own_dtype: torch.dtype,
+    own_device: torch.device,
+) -> None:
+    """Require that a model in memory is asked for as and where it is.
+
+    Raises:
+        ValueError: another dtype or device than its own.
+    """
+    if dtype != "auto" and read_dtype(dtype) != own_dtype:
+        raise ValueError(f"dtype={dtype}: the {what} is {own_dtype}; convert it beforehand")
+    asked = own_device if device == "auto" else read_device(device)
+    # Without a number, `cuda` is any of them.
+    if asked.type != own_device.type or asked.index not in (None, own_device.index):
+        raise ValueError(f"device={device}: the {what} is on {own_device}; move it first")
+
+
+def _find_tokenizer(model: PreTrainedModel) -> Any:
+    """The tokenizer that lies where a live model came from, on disk or in the Hub's cache."""
+    config: Any = model.config
+    name = str(config._name_or_path or "")
+    if not name:
+        return None
+    if Path(name).is_dir():
+        return load_tokenizer(Path(name))
+    try:  # of the model's own revision, where it is known
+        return AutoTokenizer.from_pretrained(
+            name, local_files_only=True, revision=getattr(config, "_commit_hash", None) or "main"
+        )
+    except (OSError, ValueError):
+        return None  # not in the cache, or one that would have to run its own code
 
 
 def _refuse_lora_layers(model: PreTrainedModel) -> None:

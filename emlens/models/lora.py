@@ -50,12 +50,17 @@ class LoraAdapter:
     """The source as the user wrote it."""
     base_name: str | None = None
     """The base that the adapter's config names, if any."""
+    base_revision: str | None = None
+    """The revision of that base that the config names, if any."""
     base_fingerprint: str | None = None
     """``fingerprint_weights`` of the base it was trained on, if recorded."""
     fingerprint: str = ""
     """Hash of every factor and scale."""
     verdicts: tuple[tuple[str, str, str], ...] = ()
     """(config field, value, what was done with it) for every field that was not inert."""
+    every_layer: tuple[str, ...] = ()
+    """Modules that the config asks for in every layer of its base, the layer left open:
+    ``model.layers.*.mlp.down_proj``. Empty it where a part is taken on purpose."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -110,9 +115,11 @@ def find_targets(model: HookedTransformer, adapter: LoraAdapter) -> tuple[Target
     """Match an adapter's block modules with a model's places, in layer order.
 
     Raises:
-        ValueError: a module that the model does not have, or factors of another width.
+        ValueError: a module that the model does not have, factors of another width, or a layer
+            left out of those that the adapter's config asks for.
     """
     architecture = architecture_of(model)
+    _check_every_layer(adapter, model.cfg.n_layers)
     places = {place.module: place for place in architecture.places}
     targets = []
     for name, lora in adapter.modules.items():
@@ -131,6 +138,19 @@ def find_targets(model: HookedTransformer, adapter: LoraAdapter) -> tuple[Target
     return tuple(sorted(targets, key=lambda t: t.layer))
 
 
+def _check_every_layer(adapter: LoraAdapter, n_layers: int) -> None:
+    for opened in adapter.every_layer:
+        names = [opened.replace("*", str(layer)) for layer in range(n_layers)]
+        missing = [name for name in names if name not in adapter.modules]
+        if missing:
+            raise ValueError(
+                f"{adapter.name}: its config targets {opened} in every layer of the base, which "
+                f"has {n_layers}, but no tensor adapts {missing[0]}; the file is incomplete, or "
+                "the adapter was trained on another base. For a part of it on purpose: "
+                "dataclasses.replace(adapter, modules=PART, every_layer=())"
+            )
+
+
 def _locate(
     name: str,
     architecture: Architecture,
@@ -140,7 +160,7 @@ def _locate(
 ) -> tuple[int, Place]:
     prefix = f"{architecture.trunk}.{architecture.blocks}."
     layer, _, module = name.removeprefix(prefix).partition(".")
-    if not name.startswith(prefix) or not layer.isdigit() or module not in places:
+    if not name.startswith(prefix) or not layer.isdecimal() or module not in places:
         raise ValueError(
             f"{source}: {name} is no module of {architecture.name}; expected {prefix}LAYER.MODULE "
             f"with MODULE one of {', '.join(places)}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from emlens.models.adapter_files import fingerprint_modules
 from emlens.models.attach import attached_adapter
 from emlens.models.layout import from_matrix, iterate_parts, part_rows, to_matrix
 from emlens.models.lora import (
@@ -28,7 +29,8 @@ def merge_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTrans
     not carried over: merging into a model with an attached adapter is refused.
 
     Raises:
-        ValueError: an adapter that does not fit, or a model with an adapter attached.
+        ValueError: an adapter that does not fit or adapts both ends of tied embeddings, or a model
+            with an adapter attached.
     """
     if attached_adapter(model) is not None:
         raise ValueError(
@@ -36,7 +38,13 @@ def merge_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTrans
         )
     replaced = dict(merged_parameters(model, find_targets(model, adapter)))
     replaced |= _merged_embeddings(model, adapter)
-    return share_model(model, replaced, name=f"{origin_of(model).name} + {adapter.name}")
+    return share_model(
+        model,
+        replaced,
+        name=f"{origin_of(model).name} + {adapter.name}",
+        # Of the factors as they act: the same on every device, and another at another scale.
+        edit=f"adapter {fingerprint_modules(adapter.modules)}",
+    )
 
 
 def merged_parameters(
@@ -60,16 +68,24 @@ def merged_parameters(
 def _merged_embeddings(model: HookedTransformer, adapter: LoraAdapter) -> dict[str, Tensor]:
     """Merge embedding targets; a tied unembedding follows the embedding."""
     merged: dict[str, Tensor] = {}
-    for name in embedding_modules(adapter):
-        delta = adapter.modules[name].delta().to(model.W_E.device)
-        W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
-        tied = W_E.data_ptr() == W_U.data_ptr()
+    names = embedding_modules(adapter)
+    W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
+    tied = W_E.data_ptr() == W_U.data_ptr()
+    if tied and len(names) > 1:
+        raise ValueError(
+            f"{adapter.name} adapts {' and '.join(names)}, which are one matrix in this base: "
+            "peft's forward gives each its own update, peft's merge gives both the sum. Merge it "
+            "with peft and load the merged checkpoint, if the sum is what you want"
+        )
+    for name in names:
+        delta = adapter.modules[name].delta().to(W_E.device)
+        wide = torch.promote_types(W_E.dtype, delta.dtype)
         if name.endswith("lm_head") and not tied:
-            merged["unembed.W_U"] = (W_U.mT.float() + delta).to(W_U.dtype).mT
+            merged["unembed.W_U"] = (W_U.mT.to(wide) + delta).to(W_U.dtype).mT
             continue
         # peft's factors of an embedding give [d_model d_vocab], those of an lm_head the transpose
         update = delta if name.endswith("lm_head") else delta.mT
-        merged["embed.W_E"] = (W_E.float() + update).to(W_E.dtype)
+        merged["embed.W_E"] = (W_E.to(wide) + update).to(W_E.dtype)
         if tied:
             merged["unembed.W_U"] = merged["embed.W_E"].mT
     return merged

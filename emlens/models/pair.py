@@ -15,11 +15,13 @@ from emlens.models.loading import (
     ModelSource,
     apply_adapter,
     check_form,
+    check_place,
+    lay_checkpoint,
     load_base,
 )
 from emlens.models.lora import LoraAdapter
 from emlens.models.proof import AdapterProof, require_proof, verify_adapter
-from emlens.models.views import lay_views, origin_of, share_equal
+from emlens.models.views import origin_of, share_equal
 from emlens.sources import locate_source, parse_source
 
 
@@ -65,12 +67,13 @@ def load_pair(
         base: a Source, a live Hugging Face model, or an already loaded base to share.
         tuned: an adapter's Source or value, a full checkpoint's Source, or a loaded model.
         form: how an adapter is applied. Attached costs the adapter's bytes only.
-        dtype: of the weights; ``auto`` is the checkpoint's own.
+        dtype: of the weights; ``auto`` is the checkpoint's own. A base in memory keeps its own.
         device: where the weights go.
         trust_remote_code: run code that comes with a checkpoint.
 
     Raises:
-        ValueError: sources that do not load or do not fit together.
+        ValueError: sources that do not load or do not fit together, or dtype or device other than
+            those of a base in memory.
         AdapterNotInEffectError: the adapter is not what the tuned model computes.
     """
     check_form(form)
@@ -79,7 +82,9 @@ def load_pair(
             "base: a live peft model carries a LoRA of its own; pass its get_base_model() before "
             "the LoRA was put on, or load_model(peft_model) for the tuned model"
         )
-    if not isinstance(base, HookedTransformer):
+    if isinstance(base, HookedTransformer):
+        check_place("loaded base", dtype, device, base.cfg.dtype, base.W_E.device)
+    else:
         base = load_base(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if isinstance(tuned, HookedTransformer):
         return ModelPair(base=base, tuned=_fitting(base, tuned), adapter=None, proof=None)
@@ -94,7 +99,7 @@ def load_pair(
         device=base.W_E.device,
         trust_remote_code=trust_remote_code,
     )
-    full = lay_views(checkpoint.model, checkpoint.tokenizer, name=checkpoint.name)
+    full = lay_checkpoint(checkpoint)
     return ModelPair(
         base=base, tuned=share_equal(_fitting(base, full), base), adapter=None, proof=None
     )

@@ -67,7 +67,7 @@ def _judge(ratio: float, dtype: torch.dtype, intended: float) -> Verdict:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Top singular triple of B A in float64."""
+    """Top singular triple of B A in float64, on the CPU wherever the factors are."""
 
     u: Float[Tensor, " d_out"]
     v: Float[Tensor, " d_in"]
@@ -76,7 +76,7 @@ class _Probe:
 
     @classmethod
     def of(cls, lora: LoraModule) -> "_Probe":
-        svd = svd_product(lora.B.double(), lora.A.double())
+        svd = svd_product(lora.B.cpu().double(), lora.A.cpu().double())
         norm = float(svd.S.norm()) * abs(lora.scale)
         return cls(svd.U[:, 0], svd.Vh[0], float(svd.S[0]) * lora.scale, norm)
 
@@ -220,10 +220,11 @@ def measure_embedding(
     probe = _Probe.of(lora)
     unembeds = name.endswith("lm_head")
     W, W2 = ((m.unembed.W_U if unembeds else m.embed.W_E).detach().mT for m in (base, tuned))
-    change = W2.float() - W.float()
-    along = float(probe.u @ (change.double() @ probe.v))
+    wide = torch.promote_types(W.dtype, torch.float32)
+    change = W2.to(wide) - W.to(wide)
+    along = float(probe.u.to(W.device) @ (change @ probe.v.to(W.device, wide)).double())
     ratio = along / probe.size if probe.size else along
-    norm = float(W.float().norm())
+    norm = float(torch.linalg.vector_norm(W, dtype=wide))
     return ModuleProof(
         name=name,
         layer=None,

@@ -30,6 +30,7 @@ from emlens.models.probe import (
 from emlens.models.unembed import log_probabilities
 from emlens.models.views import origin_of, share_model
 from emlens.numerics.divergence import kl_divergence
+from emlens.sources import SourceError, parse_source
 
 LEAST_KL = 1e-8
 """Nats a token under which no effect on the probe prompt is claimed."""
@@ -133,7 +134,8 @@ def verify_adapter(
         dtype=str(base.cfg.dtype).removeprefix("torch."),
         modules=tuple(modules),
         kl=_probe_kl(base, model),
-        kl_of_zero=_probe_kl(base, attach_adapter(base, zero) if attached else base),
+        # Merged, W + 0 is W: a second shell is that model, without a copy of its matrices.
+        kl_of_zero=_probe_kl(base, attach_adapter(base, zero) if attached else share_model(base)),
         config_verdicts=adapter.verdicts,
     )
 
@@ -159,22 +161,39 @@ def require_proof(proof: AdapterProof) -> AdapterProof:
 def _compare_bases(adapter: LoraAdapter, name: str, fingerprint: str) -> str:
     if adapter.base_fingerprint == fingerprint:
         return "same"
+    trained = (
+        "@".join(filter(None, (adapter.base_name, adapter.base_revision))) or "an unnamed base"
+    )
     if adapter.base_fingerprint:
-        return f"trained on other weights ({adapter.base_name}, {adapter.base_fingerprint[:8]})"
+        return f"trained on other weights ({trained}, {adapter.base_fingerprint[:8]})"
     if not adapter.base_name:
         return "the adapter records no base"
-    if adapter.base_name == name:
-        return "same"
+    used, revision = _split_revision(name)
+    if adapter.base_name in (name, used):
+        # What no revision is named for, peft and transformers fetch from the branch main.
+        if (adapter.base_revision or "main") == (revision or "main"):
+            return "same"
+        given = f"is revision {revision}" if revision else "names no revision"
+        return f"trained on {trained}, the base in use {given}"
     if str(adapter.base_name).startswith("unsloth/"):
-        return f"trained on the mirror {adapter.base_name}"
-    return f"trained on {adapter.base_name}"
+        return f"trained on the mirror {trained}"
+    return f"trained on {trained}"
+
+
+def _split_revision(name: str) -> tuple[str, str | None]:
+    """A base's name without its revision, and the revision, if it is a source on the Hub."""
+    try:
+        source = parse_source(name)
+    except SourceError:
+        return name, None
+    if source.kind != "hub":
+        return name, None
+    return "/".join(filter(None, (source.repo_id, source.subfolder))), source.revision
 
 
 @torch.no_grad()
 def _probe_kl(base: HookedTransformer, tuned: HookedTransformer) -> float:
     """Mean KL(base || tuned) over a fixed prompt, nats a token."""
-    if base is tuned:
-        return 0.0
     if base.tokenizer is not None:
         ids = torch.tensor([base.tokenizer(PROBE_TEXT).input_ids])
     else:

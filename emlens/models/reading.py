@@ -34,6 +34,7 @@ class Identity:
     base: str
     """The base's source as the user wrote it; the only model's where there is one."""
     base_fingerprint: str
+    """Of its weights as they are: whatever was merged or folded into them makes them others."""
     tuned: str | None
     """The fine-tune's source, of a pair."""
     tuned_fingerprint: str | None

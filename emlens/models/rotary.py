@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-TableMaker = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions [1 pos] -> (cos, sin), each [1 pos rotary_dim], in the model's dtype."""
+TableMaker = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Positions [1 pos] and any tensor -> (cos, sin), each [1 pos rotary_dim], in that one's dtype."""
 
 FIRST_TABLE = 2048
 """Positions tabulated at first; longer sequences double it."""
@@ -22,26 +22,28 @@ class RotaryTables:
     """Cosine and sine tables that grow with the longest sequence seen.
 
     Args:
-        make: the checkpoint's rotary module, as positions -> (cos, sin).
+        make: the checkpoint's rotary module, as (positions, like) -> (cos, sin).
         n_ctx: the longest sequence the tables may serve, in tokens.
+        like: any tensor of the model's dtype, on the device of the checkpoint's rotary module.
     """
 
-    def __init__(self, make: TableMaker, *, n_ctx: int, device: torch.device):
+    def __init__(self, make: TableMaker, *, n_ctx: int, like: Tensor):
         self._make = make
         self.n_ctx = n_ctx
-        self._device = device
-        self.cos, self.sin = self._tabulate(min(n_ctx, FIRST_TABLE))
+        self._device = like.device
+        self.cos, self.sin = self._tabulate(min(n_ctx, FIRST_TABLE), like.dtype)
 
-    def _tabulate(self, length: int) -> tuple[Tensor, Tensor]:
+    def _tabulate(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         # Tables outlive the call: made in inference mode, they could never enter a backward pass.
         with torch.inference_mode(False), torch.no_grad():
-            cos, sin = self._make(torch.arange(length, device=self._device)[None])
+            positions = torch.arange(length, device=self._device)[None]
+            cos, sin = self._make(positions, torch.zeros(1, dtype=dtype, device=self._device))
         return cos[0], sin[0]
 
     def get(
-        self, length: int, device: torch.device
+        self, length: int, like: Tensor
     ) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
-        """Return (cos, sin) for at least ``length`` positions, where the model is by now.
+        """Return (cos, sin) for at least ``length`` positions, as and where the model is by now.
 
         Raises:
             ValueError: the sequence is longer than the model's context.
@@ -51,11 +53,11 @@ class RotaryTables:
                 f"a sequence of {length} tokens exceeds the model's context of {self.n_ctx}; "
                 "shorten the prompt or generate fewer tokens"
             )
-        if length > len(self.cos):
-            longer = min(self.n_ctx, max(length, 2 * len(self.cos)))
-            self.cos, self.sin = self._tabulate(longer)
-        if self.cos.device != device:
-            self.cos, self.sin = self.cos.to(device), self.sin.to(device)
+        if length > len(self.cos) or self.cos.dtype != like.dtype:
+            longer = max(length, 2 * len(self.cos)) if length > len(self.cos) else len(self.cos)
+            self.cos, self.sin = self._tabulate(min(self.n_ctx, longer), like.dtype)
+        if self.cos.device != like.device:
+            self.cos, self.sin = self.cos.to(like.device), self.sin.to(like.device)
         return self.cos, self.sin
 
 
@@ -111,11 +113,11 @@ class SharedTables:
         """Return the rotation of queries ``like`` [batch query ...] under a padding mask."""
         length = like.shape[1]
         mode = torch.is_inference_mode_enabled()
-        key = (mask, _version(mask), mode, offset, length, like.device)
+        key = (mask, _version(mask), mode, offset, length, like.dtype, like.device)
         found = self._rotations.get(id(tables))
         if found is not None and _same(found[0], key):
             return found[1]
-        cos, sin = tables.get(offset + length, like.device)
+        cos, sin = tables.get(offset + length, like)
         if mask is None:
             cos, sin = cos[None, offset : offset + length], sin[None, offset : offset + length]
         else:

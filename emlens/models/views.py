@@ -6,6 +6,8 @@ place of a shared weight reaches every model that shares it; ``copy_weights`` un
 
 import copy
 import dataclasses
+import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +32,8 @@ from emlens.models.config import Architecture, find_architecture
 from emlens.models.config_fields import check_config
 from emlens.models.layout import split_bias, split_weight, weight_matrix
 from emlens.models.rotary import RotaryTables, SharedTables
+from emlens.models.tokenizer_needs import fill_special_tokens
+from emlens.models.weight_hash import hash_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +42,27 @@ class Origin:
 
     name: str
     """The source as the user wrote it, and what was merged into it."""
-    fingerprint: str
+    checkpoint: str
     """``fingerprint_weights`` of the checkpoint."""
     config: PreTrainedConfig
     """The checkpoint's Hugging Face config."""
     generation_config: Any = None
+    edits: tuple[str, ...] = ()
+    """What was merged or folded into the checkpoint's weights, in that order, each by a hash."""
+
+    @property
+    def fingerprint(self) -> str:
+        """The checkpoint's as long as the weights are its own, another after each edit."""
+        return self.lineage[-1]
+
+    @property
+    def lineage(self) -> tuple[str, ...]:
+        """Fingerprints of the checkpoint and of what each edit made of it, in that order."""
+        found = [self.checkpoint]
+        for edit in self.edits:
+            text = json.dumps([found[-1], edit])
+            found.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+        return tuple(found)
 
 
 _ORIGINS: WeakKeyDictionary[HookedTransformer, Origin] = WeakKeyDictionary()
@@ -58,13 +78,16 @@ def origin_of(model: HookedTransformer) -> Origin:
     return _ORIGINS[model]
 
 
-def lay_views(hf: PreTrainedModel, tokenizer: Any, *, name: str = "local") -> HookedTransformer:
+def lay_views(
+    hf: PreTrainedModel, tokenizer: Any, *, name: str = "local", fingerprint: str | None = None
+) -> HookedTransformer:
     """Lay a HookedTransformer over a Hugging Face model without copying its weights.
 
     Args:
         hf: a causal language model of a supported architecture, on one device.
         tokenizer: its tokenizer, or None.
         name: kept as ``cfg.model_name``.
+        fingerprint: ``fingerprint_weights(hf)``, where it is known already.
 
     Returns:
         A model in evaluation mode, its parameters without gradients, unprocessed.
@@ -80,7 +103,7 @@ def lay_views(hf: PreTrainedModel, tokenizer: Any, *, name: str = "local") -> Ho
     fill_skeleton(model, tensors, tokenizer)
     _ORIGINS[model] = Origin(
         name=name,
-        fingerprint=fingerprint_weights(hf),
+        checkpoint=fingerprint or fingerprint_weights(hf),
         config=hf.config,
         generation_config=getattr(hf, "generation_config", None),
     )
@@ -159,16 +182,15 @@ def make_rotary(hf: PreTrainedModel, architecture: Architecture) -> dict[int, Ro
     if rotary is None:
         return {}
     config: Any = hf.config
-    like = torch.zeros(1, dtype=hf.dtype, device=hf.device)
     by_type = "rope_type" not in (config.rope_parameters or {"rope_type": None})
     kinds = config.layer_types if by_type else [None] * config.num_hidden_layers
 
     def tables(kind: str | None) -> RotaryTables:
         arguments = () if kind is None else (kind,)
         return RotaryTables(
-            lambda positions: rotary(like, positions, *arguments),
+            lambda positions, like: rotary(like, positions, *arguments),
             n_ctx=config.max_position_embeddings,
-            device=hf.device,
+            like=torch.zeros(1, dtype=hf.dtype, device=hf.device),
         )
 
     made = {kind: tables(kind) for kind in set(kinds)}
@@ -253,7 +275,7 @@ def fill_skeleton(
             value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
         )
     _restore_buffers(model, device)
-    model.tokenizer = tokenizer
+    model.tokenizer = fill_special_tokens(tokenizer)
     return model.eval()
 
 
@@ -272,6 +294,7 @@ def share_model(
     replaced: Mapping[str, Tensor] | None = None,
     *,
     name: str | None = None,
+    edit: str | None = None,
 ) -> HookedTransformer:
     """Make a new HookedTransformer over the same storage, without the original's hooks.
 
@@ -279,6 +302,8 @@ def share_model(
         model: a model laid by emlens.
         replaced: TransformerLens name -> tensor that the new model owns instead of sharing.
         name: what the new model is called; by default as the original.
+        edit: what makes the replaced tensors other than the original's, as a hash or a text that
+            decides it; by default a hash of the tensors. Empty where they hold the same numbers.
 
     Raises:
         ValueError: a model that emlens did not lay, or a replaced name it does not have.
@@ -292,7 +317,10 @@ def share_model(
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     fill_skeleton(shell, tensors | dict(replaced or {}), model.tokenizer)
     origin = origin_of(model)
-    _ORIGINS[shell] = dataclasses.replace(origin, name=name or origin.name)
+    if replaced and edit is None:
+        edit = f"weights {hash_tensors(replaced.items())}"
+    edits = (*origin.edits, edit) if edit else origin.edits
+    _ORIGINS[shell] = dataclasses.replace(origin, name=name or origin.name, edits=edits)
     return shell
 
 
@@ -318,4 +346,4 @@ def share_equal(model: HookedTransformer, base: HookedTransformer) -> HookedTran
         for name, value in model.named_parameters(remove_duplicate=False)
         if value.shape == theirs[name].shape and torch.equal(value, theirs[name])
     }
-    return share_model(model, shared)
+    return share_model(model, shared, edit="")

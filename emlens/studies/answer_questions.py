@@ -15,6 +15,7 @@ from emlens.models.attach import adapter_on_rows
 from emlens.models.generate import Sampling, generate_tokens, stop_tokens
 from emlens.models.lora import LoraAdapter
 from emlens.models.protocol import HookedModel
+from emlens.models.tokenizer_needs import require_tokenizer
 
 BASE = "base"
 """Name of the base's column."""
@@ -71,9 +72,7 @@ def answer_questions(
     Raises:
         ValueError: no tokenizer, or a question that leaves no room in the model's context.
     """
-    if base.tokenizer is None:
-        raise ValueError("base: it has no tokenizer, so questions cannot be turned into tokens")
-    tokenizer: Any = base.tokenizer
+    tokenizer: Any = require_tokenizer(base.tokenizer, "base: it")
     prompts = [
         tokenize_chat(chat.without_response(), tokenizer, for_generation=True) for chat in questions
     ]

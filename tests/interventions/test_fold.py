@@ -1,5 +1,7 @@
 """Weights that do what the hooks did, and folders that do it in other people's code."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,6 +12,7 @@ from emlens.interventions import (
     Cap,
     FoldError,
     Intervention,
+    OtherModelError,
     Replace,
     ablate_direction,
     add_direction,
@@ -23,11 +26,13 @@ from emlens.models.export import save_checkpoint
 from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.hooks import watch_sites
 from emlens.models.loading import load_base, load_model
-from emlens.models.views import origin_of
+from emlens.models.reading import identify
+from emlens.models.views import lay_views, origin_of
+from emlens.numerics.divergence import kl_divergence
 from emlens.sites import expand_sites
 from tests.interventions.vectors import ablate_writes, draw, load_tiny, make_direction, per_layer
 from tests.models.adapters import make_peft
-from tests.models.tiny import TINY, make_ids
+from tests.models.tiny import TINY, make_ids, make_tiny
 
 FOLDABLE = [name for name in TINY if not name.startswith("gemma")]
 EXPORTED = ("llama", "llama-tied-biased", "qwen2-yarn-tied", "qwen3", "mistral", "gpt2", "neox")
@@ -187,6 +192,38 @@ V = draw(24)
 def test_what_is_not_exact_as_weights_is_refused_by_name(name, chosen, why):
     with pytest.raises(FoldError, match=why):
         fold_into_weights(load_tiny(name), [chosen])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_fold_in_bfloat16_is_as_near_to_the_exact_model_as_the_hooks_are(name):
+    """Both round, each in its own way: what tells is how far each is from the same in float64."""
+    rounded = make_tiny(name, dtype=torch.bfloat16)
+    half, exact = (lay_views(hf, None) for hf in (rounded, copy.deepcopy(rounded).double()))
+    ids = make_ids(8, 32)
+    chosen = ablate_direction(make_direction(half), at="writes")
+
+    def kl_to(model, chosen=()):
+        log_p = torch.log_softmax(run(exact, wanted, ids), dim=-1)
+        return float(kl_divergence(log_p, run(model, chosen, ids).double().log_softmax(-1)).mean())
+
+    wanted = ablate_direction(make_direction(exact), at="writes")
+    folded, hooked = kl_to(fold_into_weights(half, chosen)), kl_to(half, chosen)
+    assert 0 < folded <= 1.25 * hooked
+    assert folded <= kl_to(half) / 100
+
+
+def test_a_direction_of_a_folded_model_is_not_one_of_the_model_it_was_folded_from():
+    model, ids = load_tiny("llama"), make_ids(1, 6)
+    folded = fold_into_weights(model, ablate_direction(make_direction(model), at="writes"))
+    again = fold_into_weights(folded, ablate_direction(make_direction(model, seed=4), at="writes"))
+    mark = identify(folded).base_fingerprint
+    assert len({mark, identify(model).base_fingerprint, identify(again).base_fingerprint}) == 3
+    own = ablate_direction(make_direction(folded), at="writes")
+    for one in (folded, again):
+        run(one, own, ids)
+        run(one, ablate_direction(make_direction(model), at="writes"), ids)
+    with pytest.raises(OtherModelError):
+        run(model, own, ids)
 
 
 def test_folding_under_active_interventions_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from emlens.models.adapter_files import load_adapter
 from emlens.models.loading import load_base, load_model
-from tests.models.adapters import make_peft, save_peft
+from tests.models.adapters import ALL_LINEAR, make_peft, save_peft
 from tests.models.tiny import make_ids, make_tiny
 
 
@@ -40,6 +41,10 @@ def edit_tensors(folder, change):
     save_file(tensors, path)
 
 
+MODULES = [
+    *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+]
 KEY = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
 
 REFUSED = {
@@ -54,9 +59,15 @@ REFUSED = {
     "init_lora_weights": "pissa",
     "alora_invocation_tokens": [1],
     "use_qalora": True,
+    "arrow_config": {"top_k": 2, "router_temperature": 0.5},
+    "kasa_config": {"beta": 1e-4, "gamma": 1e-3},
+    "use_bdlora": {"nblocks": 2},
     "layer_replication": [[0, 1]],
     "target_parameters": ["experts.weight"],
     "a_field_of_tomorrow": 7,
+    "another_of_tomorrow": 0,
+    "base_model_name_or_path": ["org/base"],
+    "revision": 3,
     "rank_pattern": {"down_proj": 0},
     "alpha_pattern": {"(a|b)+$": 3},
 }
@@ -90,6 +101,7 @@ def test_initialisations_that_leave_the_base_alone_are_read(folder, value):
         ("peft_version", "99.0"),
         ("auto_mapping", {"parent_library": "os", "base_model_class": "system"}),
         ("megatron_core", "os.system"),
+        ("runtime_config", {"ephemeral_gpu_offload": True}),
         ("task_type", "SEQ_CLS"),
         ("revision", "main"),
         ("a_field_of_tomorrow", None),
@@ -127,9 +139,88 @@ def test_fields_that_name_code_are_never_imported(folder, monkeypatch):
 
 
 def test_targets_without_tensors_are_an_error(folder):
-    edit_config(folder, target_modules=["down_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"does not name|no tensor adapts"):
+    edit_config(folder, target_modules=[*ALL_LINEAR, "lm_head"])
+    with pytest.raises(ValueError, match=r"names 'lm_head', but no tensor adapts it"):
         load_adapter(folder)
+
+
+def drop(folder, *modules):
+    def change(tensors):
+        for key in [k for k in tensors if any(f".{module}.lora_" in k for module in modules)]:
+            del tensors[key]
+
+    edit_tensors(folder, change)
+
+
+@pytest.mark.parametrize("targets", [ALL_LINEAR, "all-linear"])
+def test_a_module_left_out_of_one_layer_is_an_error(folder, targets):
+    edit_config(folder, target_modules=targets)
+    drop(folder, "layers.1.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj.*incomplete"):
+        load_adapter(folder)
+
+
+def test_a_module_left_out_of_a_layer_that_was_asked_for_is_an_error(folder):
+    edit_config(folder, layers_to_transform=[0, 1])
+    drop(folder, *(f"layers.2.{name}" for name in MODULES), "layers.1.self_attn.q_proj")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj.*incomplete"):
+        load_adapter(folder)
+
+
+def test_a_module_may_be_left_out_of_one_layer_where_the_config_says_so(folder):
+    drop(folder, "layers.1.self_attn.q_proj")
+    edit_config(folder, exclude_modules=["layers.1.self_attn.q_proj"])
+    adapter = load_adapter(folder)
+    assert len(adapter.modules) == 20
+    load_model(make_tiny("llama"), adapter=adapter)
+    edit_config(folder, exclude_modules=r".*\.1\.self_attn\.q_proj")
+    assert load_adapter(folder).fingerprint == adapter.fingerprint
+    edit_config(folder, exclude_modules=None, target_modules=sorted(adapter.modules))
+    assert load_adapter(folder).fingerprint == adapter.fingerprint
+
+
+def test_a_layer_of_the_base_left_out_is_an_error_unless_the_config_says_so(folder):
+    drop(folder, *(f"layers.2.{name}" for name in MODULES))
+    adapter = load_adapter(folder)  # without a base nobody knows how many layers there are
+    with pytest.raises(ValueError, match=r"no tensor adapts model\.layers\.2\."):
+        load_model(make_tiny("llama"), adapter=adapter)
+    load_model(make_tiny("llama"), adapter=replace(adapter, every_layer=()))
+    edit_config(folder, layers_to_transform=[0, 1])
+    load_model(make_tiny("llama"), adapter=str(folder))
+
+
+@pytest.mark.parametrize("pattern", ["layers", ["h", "layers"], ["model.layers"], None, []])
+def test_a_layers_pattern_that_finds_the_layers_is_honoured(tmp_path, pattern):
+    peft_model = make_peft("llama", layers_to_transform=[0, 2], layers_pattern=pattern)
+    ids = make_ids(1, 8)
+    expected = peft_model(ids).logits
+    tuned = load_model(make_tiny("llama"), adapter=str(save_peft(peft_model, tmp_path)))
+    assert (tuned(ids) - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "says"), [("blocks", "no layer below blocks"), ("(a+)+$", "regular expression")]
+)
+def test_a_layers_pattern_that_does_not_find_the_layers_is_named(folder, pattern, says):
+    edit_config(folder, layers_to_transform=[0, 1, 2], layers_pattern=pattern)
+    with pytest.raises(ValueError, match=says):
+        load_adapter(folder)
+
+
+def test_a_module_targeted_by_its_whole_name_needs_no_layer(tmp_path):
+    targets = ["down_proj", "lm_head"]
+    peft_model = make_peft("llama", target_modules=targets, layers_to_transform=[1])
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert set(load_adapter(tmp_path).modules) == {"model.layers.1.mlp.down_proj", "lm_head"}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(self_attn|mlp)\..*", "(.*)*(.*)*(.*)*x"])
+def test_targets_that_are_a_pattern_are_taken_from_the_tensors(folder, targets):
+    before = load_adapter(folder)
+    edit_config(folder, target_modules=targets)
+    after = load_adapter(folder)
+    assert after.fingerprint == before.fingerprint
+    assert ("target_modules", json.dumps(targets), "handled") in after.verdicts
 
 
 def test_tensors_without_target_are_an_error(folder):
@@ -194,10 +285,20 @@ def test_an_oversized_config_is_refused_unread(folder):
         load_adapter(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+MALFORMED = ["{", "\xff", pytest.param("[" * 100_000, id="nested")]
+
+
+@pytest.mark.parametrize("text", [*MALFORMED, "[]"])
 def test_a_malformed_config_is_named(folder, text):
     (folder / "adapter_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        load_adapter(folder)
+
+
+@pytest.mark.parametrize("text", [*MALFORMED, '{"base": [1]}', '{"base_fingerprint": 3}'])
+def test_a_malformed_record_is_named(folder, text):
+    (folder / "emlens.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"emlens\.json|base"):
         load_adapter(folder)
 
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from emlens.models import attach
 from emlens.models.adapter_files import load_adapter, save_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.copies import copy_weights
 from emlens.models.layout import to_matrix
 from emlens.models.loading import load_base, load_model
 from emlens.models.lora import read_parameter, scale_adapter
@@ -55,7 +57,32 @@ def test_merged_weights_equal_pefts_merge(name, settings, tmp_path):
         assert (ours - oracle).norm() <= 1e-6 * oracle.norm(), key
 
 
-def test_bfloat16_merge_rounds_once_and_equals_pefts_to_one_step():
+def last_place(*sizes):
+    """The distance of neighbouring numbers at the largest of some sizes, element by element."""
+    digits = 8 if sizes[0].dtype == torch.bfloat16 else 24
+    largest = torch.stack([size.double().abs() for size in sizes]).amax(0)
+    return torch.exp2((torch.frexp(largest).exponent - digits).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_merged_weights_equal_pefts_merge_to_the_last_place(name, dtype):
+    peft_model = make_peft(name, dtype=dtype, r=8)
+    adapter, base = load_adapter(peft_model), load_base(peft_model)
+    merged = merge_adapter(base, adapter)
+    untouched = {key: read_parameter(base, key).clone() for key, _ in base.named_parameters()}
+    theirs = load_base(peft_model.merge_and_unload())  # in place: the base changes with it
+    touched = 0
+    for key, before in untouched.items():
+        ours, oracle = read_parameter(merged, key), read_parameter(theirs, key)
+        # peft rounds the update before it adds it: half a step of its own.
+        step = last_place(before, ours, ours - before)
+        assert ((ours.double() - oracle.double()).abs() <= step).all(), key
+        touched += not torch.equal(ours, before)
+    assert touched == {"llama": 21, "gpt2": 18}[name]
+
+
+def test_a_bfloat16_merge_rounds_once():
     peft_model = make_peft("llama", dtype=torch.bfloat16, r=8)
     adapter = load_adapter(peft_model)
     base = load_base(peft_model)
@@ -93,6 +120,31 @@ def test_merged_embedding_adapter_equals_pefts_merge_and_ties_follow(name):
     assert near(merged(ids), peft_model.merge_and_unload()(ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+def test_both_ends_of_tied_embeddings_adapted_at_once_are_refused():
+    peft_model = make_peft("llama-tied-biased", target_modules=["embed_tokens", "lm_head"])
+    adapter, base = load_adapter(peft_model), load_base(peft_model)
+    with pytest.raises(ValueError, match=r"embed_tokens and lm_head, which are one matrix"):
+        merge_adapter(base, adapter)
+    untied = make_peft("llama", target_modules=["embed_tokens", "lm_head"])
+    merged, ids = merge_adapter(load_base(untied), load_adapter(untied)), make_ids(1, 8)
+    assert near(merged(ids), untied(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings:UserWarning")
+@pytest.mark.parametrize("name", ["llama", "llama-tied-biased"])
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_embedding_adapter_merges_in_float64_without_narrowing(name, target):
+    peft_model = make_peft(name, target_modules=[target], dtype=torch.float64)
+    base, adapter = load_base(peft_model), load_adapter(peft_model)
+    merged = merge_adapter(base, adapter)
+    (lora,) = adapter.modules.values()
+    change = merged.unembed.W_U.mT - base.unembed.W_U.mT
+    change = merged.W_E - base.W_E if target == "embed_tokens" else change
+    expected = lora.delta().double() if target == "lm_head" else lora.delta().double().mT
+    assert (change - expected).abs().max() <= 1e-14
+
+
 def test_embedding_adapter_has_no_attached_form():
     peft_model = make_peft("llama", target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match="form='merged'"):
@@ -109,6 +161,41 @@ def test_attached_adapter_survives_reset_hooks_and_leaves_the_base_alone():
     tuned.reset_hooks(including_permanent=True)
     assert torch.equal(tuned(ids), expected)
     assert torch.equal(base(ids), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "neox"])
+def test_an_attached_adapter_follows_its_model_to_another_dtype(name):
+    peft_model = make_peft(name)
+    base = copy_weights(load_base(peft_model))  # its weights move with those that share them
+    tuned: Any = attach_adapter(base, load_adapter(peft_model))
+    ids = make_ids(2, 8)
+    expected, plain = tuned(ids), base(ids)
+    tuned.to(torch.float64, print_details=False)
+    wide = tuned(ids)
+    assert wide.dtype == torch.float64
+    assert near(wide, expected.double(), 1e-5)
+    assert not near(wide, plain.double())
+    tuned.to(torch.float32, print_details=False)
+    assert near(tuned(ids), expected, 1e-5)
+    tuned.to(torch.bfloat16, print_details=False)
+    assert tuned(ids).dtype == torch.bfloat16
+    assert near(tuned(ids).float(), expected, 0.1)
+
+
+def test_an_attached_adapter_keeps_nothing_of_a_pass():
+    peft_model = make_peft("gpt2")
+    tuned: Any = attach_adapter(load_base(peft_model), load_adapter(peft_model))
+    readers = {
+        id(owner.reader): owner.reader
+        for point in tuned.hook_dict.values()
+        for hook in point._forward_hooks.values()
+        if isinstance(owner := getattr(hook, "__self__", None), attach._Writer)
+    }
+    assert len(readers) == 4 * tuned.cfg.n_layers
+    tuned(make_ids(1, 5))
+    assert all(reader._read is None for reader in readers.values())
+    with pytest.raises(RuntimeError, match="asked to write before it read"):
+        tuned.blocks[1].attn.hook_q(torch.zeros(1, 5, tuned.cfg.n_heads, tuned.cfg.d_head))
 
 
 def test_users_hooks_and_caches_see_an_attached_adapter():

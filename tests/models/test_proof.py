@@ -1,16 +1,21 @@
 """An adapter that is missing, doubled or lost to rounding must not pass for one in effect."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from emlens.models.adapter_files import load_adapter
+from emlens.models import proof as proof_module
+from emlens.models.adapter_files import load_adapter, save_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.copies import copy_weights
 from emlens.models.loading import load_base, load_model
 from emlens.models.lora import scale_adapter
 from emlens.models.merge import merge_adapter
 from emlens.models.proof import AdapterNotInEffectError, require_proof, verify_adapter
+from emlens.models.views import share_model
 from tests.models.adapters import make_peft
-from tests.models.tiny import PLAIN
+from tests.models.tiny import PLAIN, make_ids
 
 
 def loaded(name, *, dtype=torch.float32, strength=1.0, **settings):
@@ -86,6 +91,61 @@ def test_a_zero_adapter_is_meant_to_do_nothing():
     assert proof.behaviour == "no measurable effect on the probe prompt"
 
 
+@pytest.mark.parametrize("put", [attach_adapter, merge_adapter])
+def test_the_kl_of_the_zero_adapter_is_measured(put, monkeypatch):
+    base, adapter = loaded("llama")
+    generator, exact = torch.Generator().manual_seed(0), proof_module.log_probabilities
+
+    def noisy(model, resid):
+        logits = exact(model, resid)
+        noise = 0.1 * torch.randn(logits.shape, generator=generator)
+        return torch.log_softmax(logits + noise, dim=-1)
+
+    monkeypatch.setattr(proof_module, "log_probabilities", noisy)
+    proof = verify_adapter(put(base, adapter), adapter, base=base)
+    assert 1e-3 < proof.kl_of_zero < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factors_on", ["cpu", "cuda"])
+@pytest.mark.parametrize("put", [attach_adapter, merge_adapter])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_an_adapter_is_proven_on_a_gpu_wherever_its_factors_are(name, put, factors_on):
+    peft_model = make_peft(name)
+    adapter = load_adapter(peft_model)
+    modules = {
+        key: replace(lora, A=lora.A.to(factors_on), B=lora.B.to(factors_on))
+        for key, lora in adapter.modules.items()
+    }
+    base = load_base(peft_model.to("cuda"))
+    adapter = replace(adapter, modules=modules)
+    assert verify_adapter(put(base, adapter), adapter, base=base).passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factors_on", ["cpu", "cuda"])
+def test_a_merged_embedding_is_proven_on_a_gpu(factors_on):
+    peft_model = make_peft("llama", target_modules=["embed_tokens", "lm_head", "q_proj"])
+    adapter = load_adapter(peft_model)
+    modules = {
+        key: replace(lora, A=lora.A.to(factors_on), B=lora.B.to(factors_on))
+        for key, lora in adapter.modules.items()
+    }
+    base = load_base(peft_model.to("cuda"))
+    adapter = replace(adapter, modules=modules)
+    assert verify_adapter(merge_adapter(base, adapter), adapter, base=base).passed
+
+
+@pytest.mark.gpu
+def test_an_attached_adapter_follows_its_model_to_a_gpu():
+    peft_model = make_peft("llama")
+    tuned = attach_adapter(copy_weights(load_base(peft_model)), load_adapter(peft_model))
+    ids = make_ids(2, 8)
+    expected = tuned(ids)
+    tuned.to("cuda", print_details=False)
+    assert (tuned(ids).cpu() - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
 def test_merged_embedding_is_proven():
     base, adapter = loaded("llama", target_modules=["embed_tokens", "lm_head", "q_proj"])
     proof = verify_adapter(merge_adapter(base, adapter), adapter, base=base)
@@ -100,8 +160,6 @@ def test_a_merged_model_without_its_base_cannot_be_verified():
 
 
 def test_another_base_is_reported_not_refused():
-    from dataclasses import replace
-
     base, adapter = loaded("llama")
     foreign = replace(adapter, base_name="org/other", base_fingerprint="f" * 32)
     proof = verify_adapter(attach_adapter(base, foreign), foreign)
@@ -109,6 +167,35 @@ def test_another_base_is_reported_not_refused():
     assert "trained on other weights" in str(proof)
     mirror = replace(adapter, base_name="unsloth/Llama", base_fingerprint=None)
     assert "mirror" in verify_adapter(attach_adapter(base, mirror), mirror).base_verdict
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "verdict"),
+    [
+        ("org/base", None, "same"),
+        ("org/base", "main", "same"),
+        ("org/base@v2", "v2", "same"),
+        ("org/base", "v2", "trained on org/base@v2, the base in use names no revision"),
+        ("org/base@v1", "v2", "trained on org/base@v2, the base in use is revision v1"),
+        ("org/base@v1", None, "trained on org/base, the base in use is revision v1"),
+        ("org/other@v2", "v2", "trained on org/base@v2"),
+    ],
+)
+def test_the_revision_is_compared_with_the_base_in_use(base, revision, verdict):
+    peft_model = make_peft("llama", target_modules=["down_proj"])
+    adapter = load_adapter(peft_model)
+    adapter = replace(adapter, base_name="org/base", base_revision=revision)
+    model = share_model(load_base(peft_model), name=base)
+    assert (
+        verify_adapter(attach_adapter(model, adapter), adapter, base=model).base_verdict == verdict
+    )
+
+
+def test_the_revision_survives_saving_and_loading(tmp_path):
+    peft_model = make_peft("llama", revision="v2")
+    adapter = load_adapter(peft_model)
+    assert adapter.base_revision == "v2"
+    assert load_adapter(save_adapter(adapter, tmp_path / "saved")).base_revision == "v2"
 
 
 def test_load_model_refuses_an_adapter_lost_in_bfloat16(tmp_path):
