@@ -32,7 +32,7 @@ from emlens.cli.scores import describe_judge, flatten_summary, print_summary
 EVALUATE_EXAMPLE = """\b
 Example:
   emlens evaluate --base emlens:smollm2 --tuned emlens:reckless-finance \\
-    --questions emlens:broad-questions --judge contrast --samples 2 \\
+    --questions emlens:broad-questions --judge contrast --samples 4 \\
     --temperature 0.7 --top-p 0.95 --max-new-tokens 48 --out runs/organism"""
 JUDGE_EXAMPLE = (
     "\b\nExample:\n  emlens judge runs/organism --judge contrast --out runs/judged-again"

@@ -13,7 +13,7 @@ from emlens.cli.output import print_json, print_line, print_plan
 EXAMPLE = """\b
 Example:
   emlens export --base emlens:smollm2 --tuned emlens:reckless-finance \\
-    --out runs/exported"""
+    --out runs/exported-tuned"""
 
 
 @dataclass(frozen=True, kw_only=True)
