@@ -94,19 +94,21 @@ def test_many_adapters_run_over_one_base():
         assert gap <= 1e-5 * alone.resid[1][mask].abs().max()
 
 
-def test_hooks_are_gone_afterwards_even_if_a_visitor_fails():
+@pytest.mark.parametrize("last", [False, True], ids=["in a shared layer", "beside the adapter"])
+def test_hooks_are_gone_afterwards_even_if_a_visitor_fails(last):
     peft_model = make_peft("llama", **MIDDLE)
     base, adapter = load_base(peft_model), load_adapter(peft_model)
     ids, mask = padded()
     before = base(ids, attention_mask=mask)
 
+    sites = expand_sites("resid_post", base.cfg)
+
     def fail(site, x):
-        raise KeyboardInterrupt
+        if site == sites[-1 if last else 0]:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        forward_many(
-            base, [adapter], ids, mask, sites=expand_sites("resid_post", base.cfg), visit=fail
-        )
+        forward_many(base, [adapter], ids, mask, sites=sites, visit=fail)
     assert torch.equal(base(ids, attention_mask=mask), before)
     assert not any(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in base.modules())
 
