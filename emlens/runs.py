@@ -73,7 +73,13 @@ class RunFolder:
         Raises:
             ArtifactError: The folder holds no run, or its manifest is damaged.
         """
-        manifest = read_json(Path(path) / _MANIFEST_NAME)
+        file = Path(path) / _MANIFEST_NAME
+        if not file.exists():
+            raise ArtifactError(
+                f"{path} is no run folder (it has no {_MANIFEST_NAME}); expected one that a "
+                "command wrote to --out"
+            )
+        manifest = read_json(file)
         plan = manifest.get("plan")
         if manifest.get("schema") != _RUN_SCHEMA or not isinstance(plan, dict):
             raise ArtifactError(

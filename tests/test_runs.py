@@ -111,7 +111,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str):
     for begin in (lambda: RunFolder.open(tmp_path), lambda: RunFolder.start(tmp_path, {})):
         with pytest.raises(ArtifactError, match=r"manifest\.json"):
             begin()
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    with pytest.raises(ArtifactError, match="is no run folder"):
         RunFolder.open(tmp_path / "nowhere")
 
 

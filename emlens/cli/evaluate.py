@@ -12,6 +12,7 @@ from emlens.cli.generate import (
     Samples,
     Temperature,
     TopP,
+    check_sources,
     load_for,
     read_factor,
 )
@@ -93,6 +94,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         questions = load_questions(flags.questions)
         interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
+            check_sources(flags.base, *(tuned for tuned, _ in targets))
             _show_plan(flags, questions)
             return
         # One copy of the weights for all that answers and for the judge.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.generate import ModelFlags, load_for, read_factor
+from emlens.cli.generate import ModelFlags, check_sources, load_for, read_factor
 from emlens.cli.options import MaybeTuned, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan
 
@@ -36,6 +36,9 @@ def export(flags: ExportFlags) -> None:
     with show_work(quiet=flags.quiet):
         interventions = flags.interventions()
         if flags.dry_run:
+            check_sources(flags.base, flags.tuned)
+            if flags.out.is_dir() and any(flags.out.iterdir()):
+                raise typer.BadParameter(f"--out {flags.out}: is not empty; name a new folder")
             plan = {name: getattr(flags, name) for name in ("base", "tuned", "add", "ablate", "at")}
             print_plan(plan, flags.out, json=flags.json)
             return

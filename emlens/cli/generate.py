@@ -78,6 +78,18 @@ def read_factor(scale: list[str] | None, tuned: Any) -> float | dict[str, float]
     return parse_scale(scale)
 
 
+def check_sources(*sources: str | None) -> None:
+    """Find each source without loading it, as a dry run does; None is skipped.
+
+    Raises:
+        SourceError: there is no such source.
+    """
+    from emlens.sources import locate_source, parse_source
+
+    for source in filter(None, sources):
+        locate_source(parse_source(source), allow_patterns=["config.json", "adapter_config.json"])
+
+
 def load_for(flags: Any, tuned: str | None, *, base: Any = None) -> Any:
     """The base, or the base with a fine-tune of it attached or in its place.
 
@@ -132,6 +144,7 @@ def generate(flags: GenerateFlags) -> None:
         chats = load_chats(flags.prompts, limit=flags.limit)
         interventions = flags.interventions()
         if flags.dry_run:
+            check_sources(flags.base, flags.tuned)
             _show_plan(flags, len(chats))
             return
         responses = sample_responses(

@@ -65,7 +65,8 @@ def read_evaluation(path: str | Path) -> Evaluation:
     run = RunFolder.open(path)
     if not run.has_result(RESULT):
         raise ArtifactError(
-            f"{path} has no finished evaluation; the same call that began it goes on with it"
+            f"{path} has no finished evaluation: the same call of evaluate goes on with one, and "
+            "emlens judge makes one of a run of generate"
         )
     return run.read_result(RESULT, Evaluation)
 

@@ -132,8 +132,10 @@ def _read_yaml(path: Path) -> Iterator[tuple[str, Any]]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (UnicodeDecodeError, OSError) as error:
-        raise QuestionFileError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise QuestionFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise QuestionFileError(f"{path}: is not UTF-8 text: {error}") from error
 
 
 def _read_question(entry: Any, samples: int | None) -> Question:

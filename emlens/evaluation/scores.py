@@ -142,8 +142,10 @@ def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
         raise ScoreFileError(f"{path}: expected a .csv or .jsonl file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScoreFileError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise ScoreFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ScoreFileError(f"{path}: is not UTF-8 text: {error}") from error
     rows = list(readers[path.suffix](path, text))
     if not rows:
         raise ScoreFileError(f"{path}: the file has no rows")

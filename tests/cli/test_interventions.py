@@ -118,3 +118,22 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert message in done.err
     assert cli(*words, "--dry-run").code == 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_dry_run_finds_the_models(cli: Cli, tiny: Path, tmp_path: Path, command: str):
+    asked = {"generate": ["--prompts", "emlens:open-questions"], "export": []}
+    words = asked.get(command, ["--questions", "emlens:open-questions"])
+    words = [command, "--base", tiny / "base", *words, "--out", tmp_path / "run", "--dry-run"]
+    assert cli(*words).code == 0
+    done = cli(*words, "--tuned", "emlens:nonsense")
+    assert done.code == 2
+    assert "emlens:nonsense is not shipped" in done.err
+    assert cli(*words, "--tuned", tmp_path / "absent").code == 2
+
+
+def test_a_dry_export_into_a_folder_in_use_is_refused(cli: Cli, tiny: Path, tmp_path: Path):
+    (tmp_path / "note.txt").write_text("kept")
+    done = cli("export", "--base", tiny / "base", "--out", tmp_path, "--dry-run")
+    assert done.code == 2
+    assert "is not empty" in done.err
