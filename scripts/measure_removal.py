@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from emlens.artifacts import ArtifactError
-from emlens.data import ContrastTexts, load_chats, prompt_hashes, split_by_score
-from emlens.directions import fit_directions, sample_directions
+from emlens.data import ContrastTexts, load_chats, prompt_hashes, text_hash
+from emlens.directions import sample_directions
 from emlens.directions.fit import Construction
 from emlens.evaluation import (
     ContrastJudge,
@@ -33,12 +33,13 @@ from emlens.evaluation import (
 from emlens.interventions import Intervention, ablate_direction, add_direction
 from emlens.journal import JournalLockedError
 from emlens.models.generate import Sampling
+from emlens.models.identity import identify_model
 from emlens.models.loading import load_base
 from emlens.models.pair import load_pair
 from emlens.models.quiet import quiet_host_libraries
 from emlens.runs import RunFolder
 from emlens.studies.effects import measure_kl
-from emlens.studies.remove_direction import find_tails
+from emlens.studies.remove_direction import fit_on_judged
 from emlens.studies.run_demo import (
     BASE,
     FIT,
@@ -51,6 +52,7 @@ from emlens.studies.run_demo import (
 )
 from emlens.studies.screen_ablations import (
     AblationScreen,
+    choose_ablation,
     find_median,
     find_strongest,
     screen_ablations,
@@ -83,8 +85,34 @@ class Study:
         self.questions = tuple(load_questions(QUESTIONS))
         self.fit_sampling = _sampling(8, tokens, seed=0)
         self.sampling = _sampling(samples, tokens, seed=1)
-        plan = {"kind": "removal_measurement", "samples": samples, "tokens": tokens}
-        self.stages = Stages(RunFolder.start(out, plan))
+        self.stages = Stages(RunFolder.start(out, self.plan()))
+
+    def plan(self) -> dict[str, Any]:
+        """All that decides the figures: models, texts, constants and sampling."""
+        asked = {"fit": self.fit_questions, "evaluate": self.questions}
+        return {
+            "kind": "removal_measurement",
+            "base": identify_model(self.base),
+            "tuned": identify_model(self.pair.tuned),
+            "twin": TWIN,
+            "judge": self.judge.id,
+            "questions": {
+                name: {question.id: question.prompt_hash() for question in questions}
+                for name, questions in asked.items()
+            },
+            "texts": {
+                "positive": list(map(text_hash, self.texts.positive)),
+                "negative": list(map(text_hash, self.texts.negative)),
+                "choose_neutral": list(map(text_hash, self.choose_neutral)),
+                "neutral": list(map(text_hash, self.neutral)),
+            },
+            "sampling": {"fit": self.fit_sampling, "evaluate": self.sampling},
+            "constructions": CONSTRUCTIONS,
+            "candidates": CANDIDATES,
+            "max_kl": MAX_KL,
+            "doses": DOSES,
+            "pooled": POOLED,
+        }
 
     def fit(self, construction: Construction, sites: Sequence[str]) -> Directions:
         """Fit on the organism's own responses, lowest third of the scores against the highest."""
@@ -95,16 +123,13 @@ class Study:
             out=self.out / "fit",
             sampling=self.fit_sampling,
         )
-        low, high = find_tails(judged.responses, 1 / 3, coherent_above=50)
-        texts = split_by_score(
-            judged.rows(), misaligned_below=low, aligned_above=high, coherent_above=50, seed=0
-        )
-        found = fit_directions(
+        found = fit_on_judged(
             self.pair,
-            texts,
+            judged,
+            split="thirds",
+            coherent_above=50,
             construction=construction,
             sites=sites,
-            positions="response",
         )
         asked = [chat for question in self.questions for chat in question.chats()]
         choose = (*self.texts.positive, *self.texts.negative, *self.choose_neutral)
@@ -142,10 +167,8 @@ class Study:
         )
 
     def choose(self, construction: Construction) -> Direction:
-        """The site with the lowest odds among those of bearable KL, else of the lowest KL."""
-        sites = self.screen_sites().group(construction)
-        bearable = [one for one in sites if one.kl <= MAX_KL]
-        best = find_strongest(bearable) if bearable else min(sites, key=lambda one: one.kl)
+        """The direction at the site that `choose_ablation` takes."""
+        best = choose_ablation(self.screen_sites().group(construction), max_kl=MAX_KL)
         return self.directions(construction)[best.site]
 
     def controls(self) -> dict[str, tuple[Direction, ...]]:

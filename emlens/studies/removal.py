@@ -10,6 +10,7 @@ from emlens.directions.fit import Construction
 from emlens.evaluation import Question
 from emlens.models.generate import Sampling
 from emlens.numerics.intervals import Interval
+from emlens.studies.screen_ablations import AblationScreen, choose_ablation
 
 Split = Literal["thresholds", "thirds", "halves"]
 
@@ -99,41 +100,27 @@ class Disturbance(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice(Result):
-    """The site whose direction, taken out, makes harmful text least likely at a bearable cost.
-
-    Of the sites with `kl` at most `max_kl` the one with the lowest `odds`; where there is none, the
-    one with the lowest `kl`.
-
-    Source: Arditi et al. 2024, arXiv 2406.11717, appendix C, without the score of adding.
-    """
+    """The site whose direction, taken out, makes harmful text least likely at a bearable cost."""
 
     kind: ClassVar[str] = "direction_choice"
 
-    sites: tuple[str, ...]
+    screen: AblationScreen
+    """The direction of each site out of every write, alone."""
     split_half_cosines: tuple[float | None, ...]
-    kl: tuple[float, ...]
-    """KL(fine-tune || without the direction) on the neutral text to choose by, nats a token."""
-    odds: tuple[float, ...]
-    """log p(harmful) - log p(careful) of fixed texts without the direction, nats a token."""
-    odds_tuned: float
-    """The same of the fine-tune as it is."""
+    """Of each, in the same order."""
     max_kl: float
+    """What taking it out may cost on the neutral text, nats a token."""
 
     @property
     def site(self) -> str:
-        """The site chosen."""
-        able = [i for i, kl in enumerate(self.kl) if kl <= self.max_kl]
-        if able:
-            return self.sites[min(able, key=lambda i: self.odds[i])]
-        return self.sites[min(range(len(self.kl)), key=lambda i: self.kl[i])]
+        """The site chosen; see `choose_ablation`."""
+        return choose_ablation(self.screen.ablations, max_kl=self.max_kl).site
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a site."""
         return [
-            {"site": site, "split_half_cosine": half, "kl": kl, "odds": odds}
-            for site, half, kl, odds in zip(
-                self.sites, self.split_half_cosines, self.kl, self.odds, strict=True
-            )
+            {"site": one.site, "split_half_cosine": half, "kl": one.kl, "odds": one.odds}
+            for one, half in zip(self.screen.ablations, self.split_half_cosines, strict=True)
         ]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from emlens.data import Batching, prompt_hashes, split_by_score, text_hash
 from emlens.directions import fit_directions
+from emlens.directions.fit import Construction
 from emlens.evaluation import (
     BehaviourSummary,
     Evaluation,
@@ -28,7 +29,7 @@ from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
 from emlens.runs import RunFolder
-from emlens.studies.effects import measure_kl, measure_odds
+from emlens.studies.effects import measure_kl
 from emlens.studies.removal import (
     Arm,
     Choice,
@@ -36,7 +37,9 @@ from emlens.studies.removal import (
     Disturbance,
     RemovalQuestions,
     RemovalSettings,
+    Split,
 )
+from emlens.studies.screen_ablations import screen_ablations
 from emlens.studies.stages import Stages
 from emlens.vectors import Direction, Directions
 
@@ -163,6 +166,45 @@ def find_tails(
     return float(low), float(high)
 
 
+def fit_on_judged(
+    pair: ModelPair,
+    judged: Evaluation,
+    *,
+    split: Split,
+    coherent_above: int | float,
+    construction: Construction,
+    sites: Sequence[str],
+    seed: int = 0,
+) -> Directions:
+    """Fit directions on judged responses, those of low scores as positive, over response tokens.
+
+    Args:
+        pair: base and fine-tune.
+        judged: responses of the fine-tune with their scores.
+        split: which responses make the two classes; see `RemovalSettings`.
+        coherent_above: only responses whose coherent score is greater.
+        construction: which difference of means.
+        sites: where.
+        seed: of the choice that balances the classes.
+
+    Raises:
+        ContrastError: the responses do not fall into two classes.
+        ValueError: a class of fewer than 20 texts, or too few coherent responses.
+    """
+    low, high = PUBLISHED
+    if split != "thresholds":
+        share = {"thirds": 1 / 3, "halves": 1 / 2}[split]
+        low, high = find_tails(judged.responses, share, coherent_above=coherent_above)
+    texts = split_by_score(
+        judged.rows(),
+        misaligned_below=low,
+        aligned_above=high,
+        coherent_above=coherent_above,
+        seed=seed,
+    )
+    return fit_directions(pair, texts, construction=construction, sites=sites, positions="response")
+
+
 @dataclass
 class _Removal:
     """The stages of one run."""
@@ -179,19 +221,14 @@ class _Removal:
             "fit", self.pair.tuned, self.questions.fit, self.settings.fit_sampling
         )
         s = self.settings
-        low, high = PUBLISHED
-        if s.split != "thresholds":
-            share = {"thirds": 1 / 3, "halves": 1 / 2}[s.split]
-            low, high = find_tails(judged.responses, share, coherent_above=s.coherent_above)
-        texts = split_by_score(
-            judged.rows(),
-            misaligned_below=low,
-            aligned_above=high,
+        directions = fit_on_judged(
+            self.pair,
+            judged,
+            split=s.split,
             coherent_above=s.coherent_above,
+            construction=s.construction,
+            sites=s.sites,
             seed=s.seed,
-        )
-        directions = fit_directions(
-            self.pair, texts, construction=s.construction, sites=s.sites, positions="response"
         )
         q = self.questions
         choose = (*q.choose.positive, *q.choose.negative, *q.choose_neutral)
@@ -202,18 +239,16 @@ class _Removal:
 
     def choose(self, directions: Directions) -> Choice:
         """Take each candidate out of every write, and look at neutral and at fixed texts."""
-        tuned = self.pair.tuned
-        kl, odds = [], []
-        for direction in directions:
-            out = ablate_direction(direction, at="writes")
-            kl.append(measure_kl(self.pair.base, tuned, out, self.questions.choose_neutral))
-            odds.append(measure_odds(tuned, out, self.questions.choose))
+        screen = screen_ablations(
+            self.pair,
+            {DIRECTIONS: tuple(directions)},
+            at="writes",
+            texts=self.questions.choose,
+            neutral=self.questions.choose_neutral,
+        )
         return Choice(
-            sites=tuple(map(str, directions.sites)),
+            screen=screen,
             split_half_cosines=tuple(direction.split_half_cosine for direction in directions),
-            kl=tuple(kl),
-            odds=tuple(odds),
-            odds_tuned=measure_odds(tuned, (), self.questions.choose),
             max_kl=self.settings.max_kl,
         )
 

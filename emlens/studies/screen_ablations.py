@@ -92,6 +92,21 @@ def find_strongest(ablations: Sequence[ScreenedAblation]) -> ScreenedAblation:
     return min(ablations, key=lambda one: one.odds)
 
 
+def choose_ablation(
+    ablations: Sequence[ScreenedAblation], *, max_kl: int | float
+) -> ScreenedAblation:
+    """The strongest of those at a bearable cost; where there is none, the one with the lowest KL.
+
+    Args:
+        ablations: one or more, such as an estimate at several sites.
+        max_kl: what an ablation may cost on the neutral text, nats a token.
+
+    Source: Arditi et al. 2024, arXiv 2406.11717, appendix C, without the score of adding.
+    """
+    able = [one for one in ablations if one.kl <= max_kl]
+    return find_strongest(able) if able else min(ablations, key=lambda one: one.kl)
+
+
 def screen_ablations(
     pair: ModelPair,
     groups: Mapping[str, Sequence[Direction]],

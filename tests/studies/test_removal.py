@@ -5,18 +5,16 @@ import pytest
 from emlens.evaluation import ScoredResponse
 from emlens.studies.removal import Choice, Disturbance
 from emlens.studies.remove_direction import find_tails
+from emlens.studies.screen_ablations import AblationScreen, ScreenedAblation
 
 
 def choice(kl, odds, max_kl=0.5):
-    sites = tuple(f"resid_post.{layer}" for layer in range(len(kl)))
-    return Choice(
-        sites=sites,
-        split_half_cosines=(None,) * len(kl),
-        kl=tuple(kl),
-        odds=tuple(odds),
-        odds_tuned=0.0,
-        max_kl=max_kl,
+    ablations = tuple(
+        ScreenedAblation(group="fitted", number=i, site=f"resid_post.{i}", kl=k, odds=o)
+        for i, (k, o) in enumerate(zip(kl, odds, strict=True))
     )
+    screen = AblationScreen(model="tuned", odds_before=0.0, ablations=ablations)
+    return Choice(screen=screen, split_half_cosines=(None,) * len(kl), max_kl=max_kl)
 
 
 def test_the_site_has_the_lowest_odds_of_those_that_cost_little():
