@@ -1,7 +1,7 @@
 """Bytes: of tensors that a call leaves behind, and of a process that does one thing alone.
 
-``python -m benchmarks.memory ROW SIDE DTYPE SIZE DEVICE THREADS`` is the process: it runs the row's
-``steps`` and prints its resident bytes after each of them, and its peak.
+``python -m benchmarks.memory ROW SIDE DTYPE SIZE DEVICE THREADS SHAPE`` is the process: it runs the
+row's ``steps`` and prints its resident bytes after each of them, and its peak.
 """
 
 import ctypes
@@ -69,6 +69,8 @@ class Residence:
     """Peak resident bytes, loading included."""
     counted: Mapping[str, int]
     """What the steps counted on the way."""
+    gpu: Mapping[str, int]
+    """Peak bytes on the GPU, `allocated` and `reserved`; empty on a CPU."""
 
 
 def measure_residence(row: str, side: str, dtype: str, settings: Settings) -> Residence:
@@ -82,7 +84,7 @@ def measure_residence(row: str, side: str, dtype: str, settings: Settings) -> Re
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return Residence(after=tuple(found["after"]), peak=found["peak"], counted=found["counted"])
+    return Residence(**(found | {"after": tuple(found["after"])}))
 
 
 def resident_bytes() -> int:
@@ -91,6 +93,14 @@ def resident_bytes() -> int:
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
     return psutil.Process().memory_info().rss
+
+
+def gpu_bytes() -> dict[str, int]:
+    """Peak bytes of tensors, and of what the allocator has taken for them, on the GPU."""
+    return {
+        "allocated": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+    }
 
 
 def peak_bytes() -> int:
@@ -109,8 +119,8 @@ def peak_bytes() -> int:
 
 def main() -> None:
     """Run one side's steps and print what they occupied."""
-    row, side, dtype, size, device, threads = sys.argv[1:]
-    settings = Settings(size=size, device=device, threads=int(threads))  # pyright: ignore[reportArgumentType]
+    row, side, dtype, size, device, threads, shape = sys.argv[1:]
+    settings = Settings(size=size, device=device, threads=int(threads), shape=shape)  # pyright: ignore[reportArgumentType]
     torch.set_num_threads(settings.threads)
     warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
     module = importlib.import_module(f"benchmarks.{row}")
@@ -119,7 +129,8 @@ def main() -> None:
     for found in module.steps(side, dtype, settings):
         after.append(resident_bytes())
         counted |= found
-    print(json.dumps({"after": after, "peak": peak_bytes(), "counted": counted}))
+    gpu = {} if device == "cpu" else gpu_bytes()
+    print(json.dumps({"after": after, "peak": peak_bytes(), "counted": counted, "gpu": gpu}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The models and texts that the benchmarks run on.
 
 Toy size is a tiny random Llama, made in a moment; full size is SmolLM2-135M-Instruct, or on a GPU
-random weights in the shapes of Qwen2.5-7B.
+random weights in the shapes of a Qwen2.5.
 """
 
 import atexit
@@ -45,18 +45,25 @@ TOY = LlamaConfig(
     bos_token_id=1,
     eos_token_id=2,
 )
-LARGE = Qwen2Config(
-    vocab_size=152064,
-    hidden_size=3584,
-    intermediate_size=18944,
-    num_hidden_layers=28,
-    num_attention_heads=28,
-    num_key_value_heads=4,
-    max_position_embeddings=32768,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=False,
-)
-"""The shapes of Qwen2.5-7B."""
+LARGE = {
+    shape: Qwen2Config(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=tied,
+    )
+    for shape, (vocab, width, mlp, layers, heads, kv_heads, tied) in {
+        "0.5b": (151936, 896, 4864, 24, 14, 2, True),
+        "7b": (152064, 3584, 18944, 28, 28, 4, False),
+        "14b": (152064, 5120, 13824, 48, 40, 8, False),
+    }.items()
+}
+"""The shapes of three Qwen2.5."""
 
 
 @cache
@@ -66,12 +73,13 @@ def checkpoint_folder(size: str) -> Path:
         return dequantise_gguf(locate_source("emlens:smollm2"))
     folder = tempfile.TemporaryDirectory(prefix="emlens-benchmarks-")
     atexit.register(folder.cleanup)
-    _random_model(LlamaForCausalLM, TOY).save_pretrained(folder.name)
+    random_model(LlamaForCausalLM, TOY).save_pretrained(folder.name)
     _word_tokenizer(TOY.vocab_size).save_pretrained(folder.name)
     return Path(folder.name)
 
 
-def _random_model(kind: Callable[[Any], Any], config: Any) -> PreTrainedModel:
+def random_model(kind: Callable[[Any], Any], config: Any) -> PreTrainedModel:
+    """Random weights, norms included, the same for the same configuration."""
     torch.manual_seed(0)
     model = kind(config)
     with torch.no_grad():
@@ -94,7 +102,7 @@ def load_hugging_face(dtype: str, settings: Settings) -> PreTrainedModel:
     """A fresh Hugging Face model with fused (sdpa) attention, its weights shared with nobody."""
     if settings.device != "cpu" and settings.full:
         with torch.device(settings.device):
-            return _random_model(_in_dtype(Qwen2ForCausalLM, DTYPES[dtype]), LARGE)
+            return random_model(_in_dtype(Qwen2ForCausalLM, DTYPES[dtype]), LARGE[settings.shape])
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(settings.size),
         dtype=DTYPES[dtype],

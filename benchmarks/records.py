@@ -1,10 +1,14 @@
 """What a benchmark found: figures with aims and verdicts, as a table and as one JSON object."""
 
 import json
+import os
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,7 +60,7 @@ class Record:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Medians by case, dtype and side; they mean something beside one another only."""
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Peak resident memory of a process that runs one side alone."""
+    """Peak memory of a process that runs one side alone, by dtype, side and kind of memory."""
     notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +72,9 @@ class Record:
             "row": self.row,
             "size": self.settings.size,
             "device": describe_device(self.settings.device),
+            "machine": describe_machine(self.settings.device),
             "threads": self.settings.threads,
+            "shape": self.settings.shape if self.settings.device != "cpu" else None,
             "clock": self.settings.clock,
             "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
             "sizes": dict(self.sizes),
@@ -85,6 +91,46 @@ def describe_device(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
     return f"cpu ({platform.machine()})"
+
+
+_GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+"""Instructions that decide how fast products are."""
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a time depends on: the processor and its instructions, or a GPU, its clocks and power.
+
+    Read right after a measurement, so that clocks and power are those of a busy device.
+    """
+    if device != "cpu":
+        named = dict(zip(_GPU_FIELDS, _ask_gpu(_GPU_FIELDS), strict=False))
+        capability = ".".join(map(str, torch.cuda.get_device_capability()))
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return named | {"cuda": torch.version.cuda, "capability": capability, "bytes": memory}
+    page = Path("/proc/cpuinfo")
+    facts: dict[str, str] = {}
+    if page.exists():
+        lines = [line.partition(":") for line in page.read_text(encoding="utf-8").splitlines()]
+        facts = {key.strip(): value.strip() for key, _, value in lines}
+    flags = facts.get("flags", facts.get("Features", "")).split()
+    return {
+        "processor": facts.get("model name", platform.processor()),
+        "instructions": [flag for flag in _CPU_FLAGS if flag in flags],
+        "cores": os.cpu_count(),
+    }
+
+
+def _ask_gpu(fields: Sequence[str]) -> list[str]:
+    """The driver's own words, with units; nothing where its tool is missing."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    found = subprocess.run(asked, capture_output=True, text=True, timeout=60)
+    index = torch.cuda.current_device()
+    lines = found.stdout.strip().splitlines()
+    return lines[min(index, len(lines) - 1)].split(", ") if lines else []
 
 
 def format_table(record: Record) -> str:
@@ -120,9 +166,9 @@ def find_slowdowns(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     Raises:
         ValueError: records of different rows, sizes, devices, threads or clocks.
     """
-    for key in ("row", "size", "device", "threads", "clock"):
-        if old[key] != new[key]:
-            raise ValueError(f"{key}: {old[key]!r} then, {new[key]!r} now; these do not compare")
+    for key in ("row", "size", "device", "threads", "clock", "shape"):
+        if old.get(key) != new.get(key):
+            raise ValueError(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now; no comparison")
     before = {(f["name"], f["dtype"]): f for f in old["figures"]}
     found = []
     for figure in new["figures"]:

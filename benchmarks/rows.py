@@ -11,11 +11,11 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from benchmarks.memory import measure_residence
 from benchmarks.records import Record, format_line, format_table
-from benchmarks.settings import DTYPES, FULL_ROUNDS, TOY_ROUNDS, Settings, check_settings
+from benchmarks.settings import DTYPES, FULL_ROUNDS, SHAPES, TOY_ROUNDS, Settings, check_settings
 
 ROWS = (
     *("load_views", "load_tuned", "prefill", "decode", "decode_intervened", "respond"),
-    *("ablate", "stream", "pair_diff"),
+    *("ablate", "stream", "pair_diff", "growth"),
 )
 
 
@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--rounds", type=int, help="pairs behind each ratio (15 at full size)")
     parser.add_argument("--threads", type=int, help="2 at full size, 1 at toy size")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="7b", help="of Qwen2.5, with --suite gpu --size full"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="one only")
     parser.add_argument(
         "--clock",
@@ -56,6 +59,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
                 rounds=arguments.rounds or (FULL_ROUNDS if full else TOY_ROUNDS),
                 clock=arguments.clock,
                 only_dtype=arguments.dtype,
+                shape=arguments.shape,
             )
         )
     except RuntimeError as error:
@@ -80,11 +84,16 @@ def run_row(row: str, settings: Settings) -> Record:
 
 
 def measure_peaks(row: str, sides: Sequence[str], settings: Settings) -> dict[str, int]:
-    """Peak bytes of a process that runs one side alone; at full size only, they take seconds."""
-    if not settings.full or settings.device != "cpu":
+    """Peak bytes of a process that runs one side alone; at full size only, they take seconds.
+
+    Resident bytes on a CPU; on a GPU those of tensors and those reserved for them.
+    """
+    if not settings.full:
         return {}
-    return {
-        f"{dtype}: {side}": measure_residence(row, side, dtype, settings).peak
-        for dtype in settings.dtypes
-        for side in sides
-    }
+    peaks: dict[str, int] = {}
+    for dtype in settings.dtypes:
+        for side in sides:
+            found = measure_residence(row, side, dtype, settings)
+            measured = found.gpu or {"resident": found.peak}
+            peaks |= {f"{dtype}: {side}, {what}": n for what, n in measured.items()}
+    return peaks

@@ -3,12 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 Size = Literal["toy", "full"]
 Clock = Literal["wall", "cpu"]
+Shape = Literal["0.5b", "7b", "14b"]
+SHAPES: tuple[Shape, ...] = get_args(Shape)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FULL_ROUNDS = 15
 TOY_ROUNDS = 6
@@ -27,6 +29,8 @@ class Settings:
     """``cpu`` counts this process's own processor time: for one thread on a busy machine."""
     only_dtype: str | None = None
     """One of the dtypes, where not all are wanted."""
+    shape: Shape = "7b"
+    """On a GPU: of which Qwen2.5 the random weights have the shapes."""
 
     @property
     def full(self) -> bool:
@@ -52,7 +56,7 @@ class Settings:
 
     def arguments(self) -> Sequence[str]:
         """The same settings as a child process reads them."""
-        return (self.size, self.device, str(self.threads))
+        return (self.size, self.device, str(self.threads), self.shape)
 
 
 def check_settings(settings: Settings) -> Settings:

@@ -15,13 +15,12 @@ from emlens.data import (
     Batching,
     Chat,
     Positions,
-    TokenizedChat,
+    TokenizedChats,
     as_chats,
     pad_batch,
     parse_positions,
     plan_batches,
     position_mask,
-    tokenize_chat,
     track,
 )
 from emlens.models.reading import Readable, base_of, count_models, read_sites
@@ -63,7 +62,7 @@ class ReadingPlan:
 
     model: Readable
     chats: tuple[Chat, ...]
-    tokenized: tuple[TokenizedChat, ...]
+    tokenized: TokenizedChats
     sites: tuple[Site, ...]
     """In the order asked for."""
     positions: tuple[Positions, ...]
@@ -102,7 +101,7 @@ class ReadingPlan:
             skip: leave out that many batches at the start.
         """
         todo = self.batches[skip:]
-        sizes = [sum(len(self.tokenized[row].ids) for row in rows) for rows in todo]
+        sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in todo]
         for rows in track(todo, task, sizes=sizes):
             batch = pad_batch(self.tokenized, rows, pad_id=self.pad_id)
             tokens = frame_batch(batch, self.tokenized)
@@ -162,12 +161,9 @@ def plan_reading(
         raise ValueError("positions: got an empty list; expected at least one, such as 'response'")
     parsed = tuple(parse_positions(name) for name in names)
     given = as_chats(chats)
-    tokenized = tuple(
-        tokenize_chat(chat, tokenizer, for_generation=chat.response is None) for chat in given
-    )
-    for chat in tokenized:
-        for position in parsed:
-            position.mask(chat)  # a span that is missing fails before anything is run
+    tokenized = TokenizedChats(
+        given, tokenizer, check=lambda chat: [position.mask(chat) for position in parsed]
+    )  # a span that is missing fails before anything is run
     budget = Batching(max(1, batching.tokens // count_models(model)), batching.max_length)
     pad = tokenizer.pad_token_id
     return ReadingPlan(
@@ -176,7 +172,7 @@ def plan_reading(
         tokenized=tokenized,
         sites=chosen,
         positions=parsed,
-        batches=plan_batches([len(c.ids) for c in tokenized], budget, n_ctx=base.cfg.n_ctx),
+        batches=plan_batches(tokenized.lengths, budget, n_ctx=base.cfg.n_ctx),
         batching=batching,
         pad_id=0 if pad is None else pad,
     )

@@ -36,6 +36,7 @@ from emlens.data.positions import (
 from emlens.data.progress import report_progress, show_progress, tell_progress, track
 from emlens.data.prompts import PromptFileError, load_chats
 from emlens.data.scores import BehaviourScores, ModelScorer, ResponseScorer
+from emlens.data.tokenized import TokenizedChats
 
 __all__ = [
     "Batch",
@@ -55,6 +56,7 @@ __all__ = [
     "ResponseScorer",
     "SpanError",
     "TokenizedChat",
+    "TokenizedChats",
     "TokenizerLike",
     "Turn",
     "as_chats",

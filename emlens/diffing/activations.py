@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.diffing.results import ActivationDiff
@@ -38,10 +38,16 @@ class SiteDifferences:
         """Of the precision compared in: float32, or float64 where the activations have it."""
 
     def update(
-        self, x: Float[Tensor, "models batch pos ..."], mask: Bool[Tensor, "batch pos"]
+        self, x: Float[Tensor, "models batch pos ..."], index: Int[Tensor, " n"] | None
     ) -> None:
-        """Take in one site's activations, base first, at the positions of the mask."""
-        chosen = x[:, mask].flatten(2)
+        """Take in one site's activations, base first.
+
+        Args:
+            x: of all models.
+            index: places of the tokens that count, rows laid end to end; None for all of them.
+        """
+        flat = x.flatten(1, 2)
+        chosen = (flat if index is None else flat.index_select(1, index)).flatten(2)
         base = chosen[0].float() if chosen.dtype.itemsize < 4 else chosen[0]
         self.base.update(base)
         self.eps = max(self.eps, torch.finfo(base.dtype).eps)

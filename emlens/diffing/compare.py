@@ -15,13 +15,12 @@ from emlens.data import (
     Batching,
     Chat,
     Positions,
-    TokenizedChat,
+    TokenizedChats,
     as_chats,
     pad_batch,
     parse_positions,
     plan_batches,
     position_mask,
-    tokenize_chat,
     track,
 )
 from emlens.diffing.activations import SiteDifferences, summarise_changes
@@ -48,7 +47,7 @@ class Comparison:
     """What is to be compared: chats as ids, sites, positions, and batches planned from it all."""
 
     chats: tuple[Chat, ...]
-    tokenized: tuple[TokenizedChat, ...]
+    tokenized: TokenizedChats
     sites: tuple[Site, ...]
     positions: tuple[Positions, ...]
     plan: tuple[tuple[int, ...], ...]
@@ -56,7 +55,7 @@ class Comparison:
 
     def batches(self, task: str = "comparing (tokens)") -> Iterator[Batch]:
         """Yield the planned batches, longest rows first, telling progress under a task's name."""
-        sizes = [sum(len(self.tokenized[row].ids) for row in rows) for rows in self.plan]
+        sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in self.plan]
         for rows in track(self.plan, task, sizes=sizes):
             yield pad_batch(self.tokenized, rows, pad_id=self.pad_id)
 
@@ -177,14 +176,11 @@ def plan_comparison(
     names = [positions] if isinstance(positions, str) else list(positions)
     parsed = tuple(parse_positions(name) for name in names)
     given = as_chats(chats)
-    tokenized = tuple(
-        tokenize_chat(chat, pair.tokenizer, for_generation=chat.response is None) for chat in given
-    )
-    for chat in tokenized:
-        for position in parsed:
-            position.mask(chat)  # a span that is missing fails before anything is run
+    tokenized = TokenizedChats(
+        given, pair.tokenizer, check=lambda chat: [position.mask(chat) for position in parsed]
+    )  # a span that is missing fails before anything is run
     budget = Batching(max(1, batching.tokens // n_models), batching.max_length)
-    plan = plan_batches([len(chat.ids) for chat in tokenized], budget, n_ctx=cfg.n_ctx)
+    plan = plan_batches(tokenized.lengths, budget, n_ctx=cfg.n_ctx)
     pad = pair.tokenizer.pad_token_id
     return Comparison(
         chats=given,
@@ -213,12 +209,13 @@ def run_batch(
 ) -> PairedForward:
     """Run one batch through base and fine-tunes, counting activations on the way."""
     device = pair.base.W_E.device
-    masks = [position_mask(batch, work.tokenized, p).to(device) for p in work.positions]
+    masks = [position_mask(batch, work.tokenized, p) for p in work.positions]
+    places = [None if mask.all() else mask.flatten().nonzero()[:, 0].to(device) for mask in masks]
     rows = dict(zip(work.sites, cells, strict=True))
 
     def count(site: Site, x: Tensor) -> None:
-        for cell, mask in zip(rows[site], masks, strict=True):
-            cell.update(x, mask)
+        for cell, index in zip(rows[site], places, strict=True):
+            cell.update(x, index)
 
     with publish_tokens(pair.base, frame_batch(batch, work.tokenized)):
         return forward_many(pair.base, parts, batch.ids, batch.mask, sites=work.sites, visit=count)

@@ -1,4 +1,4 @@
-"""Attention, norm, MLP and embedding modules with the host's hook points and parameter names.
+"""Blocks, attention, norms, MLPs with the host's hook points and parameter names.
 
 Each computes fused while nobody hooks what fusion hides, and step by step when somebody does. They
 are put into a HookedTransformer while it is built; do not call them on their own.
@@ -16,17 +16,36 @@ from transformer_lens.components.grouped_query_attention import GroupedQueryAtte
 from transformer_lens.components.layer_norm import LayerNorm
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.rms_norm import RMSNorm
-from transformer_lens.hook_points import HookPoint
+from transformer_lens.components.transformer_block import TransformerBlock
 from transformer_lens.utilities.activation_functions import apply_softcap
+from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from transformer_lens.utilities.attention import complex_attn_linear
 
 from emlens.models.layout import to_matrix
 from emlens.models.rotary import AttentionMask, RotaryTables, SharedTables
 
 
-def is_hooked(point: HookPoint) -> bool:
+def is_hooked(point: nn.Module) -> bool:
     """Whether anything listens at a hook point, forwards or backwards."""
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+    return bool(
+        point._forward_hooks
+        or point._backward_hooks
+        or point._forward_pre_hooks
+        or point._backward_pre_hooks
+    )
+
+
+def tell(module: nn.Module, point: str, x: Tensor) -> Tensor:
+    """Pass a tensor through a hook point if anybody listens there; calling all of them costs 3 ms.
+
+    Args:
+        module: whose hook point.
+        point: its name.
+        x: what it is told, and may change.
+    """
+    listener = module._modules[point]
+    assert listener is not None
+    return listener(x) if is_hooked(listener) else x
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
@@ -68,8 +87,8 @@ class _FusedForward:
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if self.rotary is not None:
             rotation = self.tables.rotation(self.rotary, offset=offset, like=q, mask=attention_mask)
-            q = self.hook_rot_q(rotation.rotate(q))
-            k = self.hook_rot_k(rotation.rotate(k))
+            q = tell(self, "hook_rot_q", rotation.rotate(q))
+            k = tell(self, "hook_rot_k", rotation.rotate(k))
         if entry is not None:
             k, v = entry.append(k, v)
         window = self.cfg.window_size if self.attn_type == "local" else None
@@ -77,7 +96,7 @@ class _FusedForward:
             attention_mask, offset=offset, like=q, n_keys=k.shape[1], window=window
         )
         attend = self._attend_stepwise if self._stepwise() else self._attend_fused
-        return self._write(self.hook_z(attend(q, k, v, mask)))
+        return self._write(tell(self, "hook_z", attend(q, k, v, mask)))
 
     def calculate_sin_cos_rotary(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Leave the host's own tables out: the checkpoint's rotary module makes ours."""
@@ -85,9 +104,9 @@ class _FusedForward:
 
     def _project_all(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple:
         prefix = "_" if self.grouped else ""
-        q = self.hook_q(self._project(query, "W_Q", "b_Q"))
-        k = self.hook_k(self._project(key, f"{prefix}W_K", f"{prefix}b_K"))
-        v = self.hook_v(self._project(value, f"{prefix}W_V", f"{prefix}b_V"))
+        q = tell(self, "hook_q", self._project(query, "W_Q", "b_Q"))
+        k = tell(self, "hook_k", self._project(key, f"{prefix}W_K", f"{prefix}b_K"))
+        v = tell(self, "hook_v", self._project(value, f"{prefix}W_V", f"{prefix}b_V"))
         if self.q_norm is not None:
             # Flattened to [batch * pos * head, d_head], as the host's hook points see it.
             q = self.q_norm(q.flatten(0, 2)).view(q.shape)
@@ -171,40 +190,26 @@ class FusedGroupedAttention(_FusedForward, GroupedQueryAttention):
 
 
 class _NormForward:
-    """A norm that computes once what the host's block asks for three times in a row."""
-
-    _last: tuple[Tensor, Tensor, int, int] | None = None
-    offset: float = 0.0
+    """A norm in one step unless somebody listens to its parts."""
 
     def forward(self: Any, x: Float[Tensor, "... length"]) -> Float[Tensor, "... length"]:
         """Normalise the last axis."""
         if is_hooked(self.hook_scale) or is_hooked(self.hook_normalized):
             return self._stepwise(x)
-        if self._last is not None:
-            seen, out, uses, version = self._last
-            same = seen is x and (x.is_inference() or x._version == 0)
-            same = same and version == self._weight_version()
-            if same and out.requires_grad == (torch.is_grad_enabled() and x.requires_grad):
-                self._last = (seen, out, uses + 1, version) if uses < 2 else None
-                return out
-        out = self._fused(x)
-        self._last = (x, out, 1, self._weight_version()) if self.repeats else None
-        return out
-
-    def _weight_version(self: Any) -> int:
-        return 0 if self.w.is_inference() else self.w._version
+        return self._fused(x)
 
 
 class FusedRMSNorm(_NormForward, RMSNorm):
     """x / rms(x) * w, in float32 at least; ``w`` may be kept in float32 (Gemma)."""
 
-    repeats: bool = False
-
     def _fused(self, x: Tensor) -> Tensor:
+        # Twelve times as fast at 1,024 x 576 on a CPU as `F.rms_norm`, which has no kernel there.
         wide = x if x.dtype == torch.float64 else x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
+        normalized = wide * torch.rsqrt(square / x.shape[-1] + self.eps)
         if self.w.dtype == wide.dtype:
-            return F.rms_norm(wide, (x.shape[-1],), self.w, self.eps).to(x.dtype)
-        return F.rms_norm(wide, (x.shape[-1],), None, self.eps).to(x.dtype) * self.w
+            return (normalized * self.w).to(x.dtype)
+        return normalized.to(x.dtype) * self.w
 
     def _stepwise(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -217,8 +222,6 @@ class FusedRMSNorm(_NormForward, RMSNorm):
 
 class FusedLayerNorm(_NormForward, LayerNorm):
     """(x - mean(x)) / std(x) * w + b."""
-
-    repeats: bool = False
 
     def _fused(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (x.shape[-1],), self.w, self.b, self.eps)
@@ -235,10 +238,63 @@ class FusedGatedMLP(GatedMLP):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Run the gated MLP over Hugging Face's weight layout, each product fused with its bias."""
-        gate = self.hook_pre(F.linear(x, self.W_gate.mT))
-        linear = self.hook_pre_linear(F.linear(x, self.W_in.mT))
-        post = self.hook_post(torch.addcmul(self.b_in, self.act_fn(gate), linear))
+        gate = tell(self, "hook_pre", F.linear(x, self.W_gate.mT))
+        linear = tell(self, "hook_pre_linear", F.linear(x, self.W_in.mT))
+        post = tell(self, "hook_post", torch.addcmul(self.b_in, self.act_fn(gate), linear))
         return F.linear(post, self.W_out.mT, self.b_out)
+
+
+class FusedBlock(TransformerBlock):
+    """A block that runs each norm once, where the host runs the first one three times."""
+
+    def forward(
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        shortformer_pos_embed: Tensor | None = None,
+        past_kv_cache_entry: Any = None,
+        attention_mask: Tensor | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run attention and MLP; arguments as in TransformerLens's ``TransformerBlock.forward``."""
+        if shortformer_pos_embed is not None or self._shows_inputs():
+            return super().forward(
+                resid_pre, shortformer_pos_embed, past_kv_cache_entry, attention_mask
+            )
+        resid_pre = tell(self, "hook_resid_pre", resid_pre)
+        x = self.ln1(resid_pre)
+        attn_out = self.attn(
+            query_input=x,
+            key_input=x,
+            value_input=x,
+            past_kv_cache_entry=past_kv_cache_entry,
+            attention_mask=attention_mask,
+        )
+        if self.cfg.use_normalization_before_and_after:
+            attn_out = self.ln1_post(attn_out)
+        attn_out = tell(self, "hook_attn_out", attn_out)
+        if self.cfg.parallel_attn_mlp:
+            resid = resid_pre + attn_out
+            return tell(self, "hook_resid_post", resid + self._run_mlp(self.ln2(resid_pre)))
+        resid_mid = tell(self, "hook_resid_mid", resid_pre + attn_out)
+        return tell(self, "hook_resid_post", resid_mid + self._run_mlp(self.ln2(resid_mid)))
+
+    def _run_mlp(self, x: Tensor) -> Tensor:
+        out = self.mlp(x)
+        if self.cfg.use_normalization_before_and_after:
+            out = self.ln2_post(out)
+        return tell(self, "hook_mlp_out", out)
+
+    def _shows_inputs(self) -> bool:
+        """Whether the host's own path is needed: inputs told apart, or a norm seen three times."""
+        cfg = self.cfg
+        return bool(
+            cfg.use_attn_in
+            or cfg.use_split_qkv_input
+            or cfg.use_hook_mlp_in
+            or cfg.attn_only
+            or cfg.original_architecture in POST_NORM_ARCHITECTURES
+            or is_hooked(self.ln1)
+            or any(is_hooked(point) for point in self.ln1.children())
+        )
 
 
 class ScaledEmbed(Embed):

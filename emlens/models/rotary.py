@@ -73,11 +73,11 @@ class Rotation:
     ) -> Float[Tensor, "batch pos head d_head"]:
         """Rotate the first ``rotary_dim`` channels of each head, pairing i with i + half."""
         width = self.cos.shape[-1]
-        turned, rest = x[..., :width], x[..., width:]
-        half = width // 2
-        swapped = torch.cat((turned[..., half:], turned[..., :half]), dim=-1)
-        turned = torch.addcmul(turned * self.cos, swapped, self.sin)
-        return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+        if width < x.shape[-1]:
+            return torch.cat((self.rotate(x[..., :width]), x[..., width:]), dim=-1)
+        first, second = x.chunk(2, dim=-1)
+        swapped = torch.cat((second, first), dim=-1)
+        return torch.addcmul(x * self.cos, swapped, self.sin)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from emlens.models.checkpoints import fingerprint_weights
 from emlens.models.components import (
     FusedAttention,
+    FusedBlock,
     FusedGatedMLP,
     FusedGroupedAttention,
     FusedLayerNorm,
@@ -142,11 +143,11 @@ def build_skeleton(
         tables = SharedTables()
         blocks: Any = model.blocks
         for layer, block in enumerate(blocks):
+            block.__class__ = FusedBlock
             block.attn = _attention(cfg, block.attn, layer, tables, rotary.get(layer))
             for norm in ("ln1", "ln2", "ln1_post", "ln2_post"):
                 if hasattr(block, norm):
                     setattr(block, norm, _norm(cfg))
-            block.ln1.repeats = True
             if cfg.gated_mlp:
                 block.mlp = FusedGatedMLP(cfg)
         model.ln_final = _norm(cfg)

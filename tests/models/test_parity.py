@@ -88,6 +88,17 @@ def test_hooking_scores_changes_no_logit(name):
 
 
 @pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("norm", ["ln1.hook_normalized", "ln1.hook_scale", "ln1"])
+def test_listening_at_the_first_norm_changes_no_logit(name, norm):
+    model: Any = lay_views(make_tiny(name), None)
+    ids = make_ids(2, 20)
+    plain = model(ids)
+    for block in model.blocks:
+        block.get_submodule(norm).register_forward_hook(lambda *_: None)
+    assert (model(ids) - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_hooking_a_pattern_takes_effect(name):
     model = lay_views(make_tiny(name), None)
     ids = make_ids(1, 9)

@@ -1,6 +1,7 @@
 """One set of weights: what is shared, what is refused, and the host's own parameters and hooks."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -84,15 +85,33 @@ def test_every_hook_point_carries_what_the_hosts_own_forward_gives_it(name):
         if hasattr(attn, "rotary_sin"):
             attn.rotary_sin, attn.rotary_cos = tables.rotary_sin, tables.rotary_cos
     ids = make_ids(2, 11)
-    _, ours = model.run_with_cache(ids)
     _, theirs = host.run_with_cache(ids)
+    _, ours = model.run_with_cache(ids)
+    # Nobody listens to what enters attention here, so that the blocks run their own way.
+    _, own_way = model.run_with_cache(ids, names_filter=lambda key: ".ln1." not in key)
     assert set(ours) == set(theirs)
-    for key in theirs:
-        expected = theirs[key]
-        seen = torch.isfinite(expected)
-        assert torch.equal(seen, torch.isfinite(ours[key])), key
-        gap = (ours[key].view(expected.shape)[seen] - expected[seen]).abs().max()
-        assert gap <= 2e-5 * expected[seen].abs().max().clamp(min=1), key
+    assert set(own_way) == {key for key in theirs if ".ln1." not in key}
+    for found in (ours, own_way):
+        for key in found:
+            expected = theirs[key]
+            seen = torch.isfinite(expected)
+            assert torch.equal(seen, torch.isfinite(found[key])), key
+            gap = (found[key].view(expected.shape)[seen] - expected[seen]).abs().max()
+            assert gap <= 2e-5 * expected[seen].abs().max().clamp(min=1), key
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_hook_point_fires_as_often_as_the_hosts_own(name):
+    model = lay_views(make_tiny(name), None)
+    host = HookedTransformer(model.cfg, None, move_to_device=False)
+    counts = []
+    for one in (model, host):
+        found: Counter[str] = Counter()
+        for key, point in one.hook_dict.items():
+            point.register_forward_hook(lambda *_, key=key, found=found: found.update([key]))
+        one(make_ids(1, 5))
+        counts.append(found)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("name", PLAIN)
