@@ -2,12 +2,11 @@
 
 Bound: the same decoding with neither, 32 greedy tokens after a prompt of 32.
 Beside it: the same two changes as plain torch hooks on the Hugging Face modules, written out here,
-under Hugging Face's own generate.
+under Hugging Face's own generate; and through nnsight, where it is installed.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,7 +14,14 @@ from torch import Tensor
 
 from benchmarks.adapters import make_cases
 from benchmarks.decode import BATCHES, NEW, PROMPT, generate_ours
-from benchmarks.models import describe_model, draw_ids, load_hugging_face
+from benchmarks.models import describe_model, draw_ids, load_hugging_face, load_tokenizer
+from benchmarks.nnsight_peer import (
+    MISSING,
+    decode_ablated,
+    decode_adapted,
+    find_nnsight,
+    trace_model,
+)
 from benchmarks.peers import check_logits, check_tokens, generate_hugging_face
 from benchmarks.records import Figure, Record
 from benchmarks.rows import measure_peaks, run_alone
@@ -26,7 +32,9 @@ from emlens.models.attach import attach_adapter
 from emlens.models.lora import LoraAdapter
 from emlens.models.views import lay_views
 
-SIDES = ("plain", "ablate", "adapters", "hooked_ablate", "hooked_adapters")
+CHANGES = ("ablate", "adapters")
+SIDES = ("plain", *CHANGES, *(f"hooked_{change}" for change in CHANGES))
+NNSIGHT = tuple(f"nnsight_{change}" for change in CHANGES)
 AIM = 1.05
 """Of the time of decoding with neither."""
 
@@ -40,7 +48,7 @@ def measure(settings: Settings) -> Record:
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
-        makers = {side: make_side(side, hf, settings) for side in SIDES}
+        makers = {side: make_side(side, hf, settings) for side in sides_here()}
         for batch in BATCHES[settings.size]:
             ids = draw_ids(hf, batch, PROMPT)
             sides = {side: make(ids, n) for side, make in makers.items()}
@@ -49,7 +57,7 @@ def measure(settings: Settings) -> Record:
                 sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
             )
             figures += _compare(timings, dtype, batch, settings)
-            for side in SIDES:
+            for side in sides:
                 seconds[f"batch {batch}, {dtype}: {side}"] = timings.median(side)
     return Record(
         row="decode_intervened",
@@ -62,14 +70,24 @@ def measure(settings: Settings) -> Record:
         },
         seconds=seconds,
         peak_bytes=measure_peaks("decode_intervened", SIDES, settings),
-        notes=(_nnsight(),),
+        notes=(f"nnsight {find_nnsight()}" if find_nnsight() else MISSING,),
     )
+
+
+def sides_here() -> tuple[str, ...]:
+    """The sides that can be run with what is installed."""
+    return SIDES + (NNSIGHT if find_nnsight() else ())
 
 
 def make_side(side: str, hf: Any, settings: Settings) -> Callable[[Tensor, int], Callable]:
     """Build one side's model; returns ids, n -> a call that decodes n tokens [batch n]."""
     direction = draw_direction(hf)
     adapter = make_cases(hf, settings)[1].adapter
+    if side in NNSIGHT:
+        traced = trace_model(hf, load_tokenizer(settings))
+        if side == "nnsight_ablate":
+            return lambda ids, n: decode_ablated(traced, hf, ids, n, direction)
+        return lambda ids, n: decode_adapted(traced, hf, ids, n, adapter)
     if side == "hooked_ablate":
         return lambda ids, n: _hooked(hf, ids, n, lambda: ablate_by_hooks(hf, direction))
     if side == "hooked_adapters":
@@ -161,36 +179,38 @@ def _check(sides: dict[str, Callable], hf: Any, ids: Tensor, settings: Settings)
             check_logits(logits, hf, ids, what=side)
         if float((logits - plain).abs().max() / plain.abs().max()) < 1e-3:
             raise AssertionError(f"{side}: the logits hardly change; timing it says nothing")
-        ours, theirs = sides[side](), sides[f"hooked_{side}"]()
-        with hooks():
-            check_tokens(ours, theirs, hf, ids)
+        ours = sides[side]()
+        for peer in ("hooked", "nnsight"):
+            if f"{peer}_{side}" in sides:
+                theirs = sides[f"{peer}_{side}"]()
+                with hooks():
+                    check_tokens(ours, theirs, hf, ids)
 
 
 def _compare(timings: Timings, dtype: str, batch: int, settings: Settings) -> list[Figure]:
     figures = []
-    for side in ("ablate", "adapters"):
-        figures += [
+    peers = {"torch hooks on huggingface": "hooked", "nnsight": "nnsight"}
+    for side in CHANGES:
+        figures.append(
             Figure(
                 name=f"batch {batch}: {side} over decode",
                 dtype=dtype,
                 ratio=timings.cost(side, "plain"),
                 better="lower",
                 aim=settings.aim(AIM),
-            ),
+            )
+        )
+        figures += [
             Figure(
-                name=f"batch {batch}: {side} vs torch hooks on huggingface",
+                name=f"batch {batch}: {side} vs {peer}",
                 dtype=dtype,
-                ratio=timings.speed(side, f"hooked_{side}"),
+                ratio=timings.speed(side, f"{prefix}_{side}"),
                 better="higher",
-            ),
+            )
+            for peer, prefix in peers.items()
+            if f"{prefix}_{side}" in timings.seconds
         ]
     return figures
-
-
-def _nnsight() -> str:
-    if find_spec("nnsight") is None:
-        return "nnsight is left out: it is not installed"
-    return "nnsight is left out: none of its releases has been tried with this row"
 
 
 def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:

@@ -1,0 +1,81 @@
+"""The interventions of `decode_intervened` written for nnsight, on Hugging Face's own modules.
+
+Imported by that row alone, and while it runs: importing nnsight gives every object a ``save``.
+"""
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import generate_hugging_face
+from emlens.models.lora import LoraAdapter
+
+MISSING = "nnsight is left out: it is not installed (pip install 'emlens-interp[bench]')"
+
+
+def find_nnsight() -> str | None:
+    """Its version, or None where it is not installed."""
+    if find_spec("nnsight") is None:
+        return None
+    try:
+        return version("nnsight")
+    except PackageNotFoundError:
+        return "of unknown version"
+
+
+def trace_model(hf: Any, tokenizer: Any) -> Any:
+    """A Hugging Face model in memory, wrapped."""
+    from nnsight import TransformersModel
+
+    return TransformersModel(hf, tokenizer=tokenizer)
+
+
+def decode_ablated(
+    model: Any, hf: Any, ids: Tensor, n: int, direction: Tensor
+) -> Callable[[], Tensor]:
+    """Greedy decoding of ``n`` tokens [batch n], a direction taken out of every write."""
+    generate_hugging_face(hf, ids, n)  # sets what is generated
+    d, mask = direction.to(hf.device, hf.dtype), torch.ones_like(ids)
+
+    def decode() -> Tensor:
+        with model.generate(ids, attention_mask=mask) as tracer:
+            for _ in tracer.iter[:n]:
+                x = model.model.embed_tokens.output
+                model.model.embed_tokens.output = x - (x @ d)[..., None] * d
+                for layer in model.model.layers:
+                    y = layer.self_attn.output
+                    layer.self_attn.output = (y[0] - (y[0] @ d)[..., None] * d, *y[1:])
+                    z = layer.mlp.output
+                    layer.mlp.output = z - (z @ d)[..., None] * d
+            said = tracer.result.save()
+        return said[:, ids.shape[1] :]
+
+    return decode
+
+
+def decode_adapted(
+    model: Any, hf: Any, ids: Tensor, n: int, adapter: LoraAdapter
+) -> Callable[[], Tensor]:
+    """The same with scale * B A x added to the output of each adapted ``down_proj``."""
+    generate_hugging_face(hf, ids, n)
+    mask = torch.ones_like(ids)
+    factors = [
+        (int(name.split(".")[2]), lora.scale, lora.A.to(hf.dtype), lora.B.to(hf.dtype))
+        for name, lora in adapter.modules.items()
+    ]
+
+    def decode() -> Tensor:
+        with model.generate(ids, attention_mask=mask) as tracer:
+            for _ in tracer.iter[:n]:
+                for layer, scale, A, B in factors:
+                    place = model.model.layers[layer].mlp.down_proj
+                    update = scale * (place.input @ A.mT @ B.mT)
+                    place.output = place.output + update
+            said = tracer.result.save()
+        return said[:, ids.shape[1] :]
+
+    return decode
