@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -161,6 +162,8 @@ def test_the_json_line_is_one_line_with_the_ratios_of_the_first_dtype():
     assert found["ratios"] == {"vs_peer": 2.0}
     assert found["versions"]["torch"] == torch.__version__
     assert {"row", "size", "device", "threads", "sizes", "seconds", "peak_bytes"} <= set(found)
+    assert found["machine"]["processor"]
+    assert found["machine"]["cores"] == os.cpu_count()
     assert [f["ratio"]["median"] for f in found["figures"]] == [2.0, 3.0]
 
 
@@ -194,6 +197,12 @@ def test_compare_ignores_figures_that_are_new_and_refuses_other_settings():
     other = replace(new, settings=replace(TOY, threads=2))
     with pytest.raises(ValueError, match="threads: 1 then, 2 now"):
         find_slowdowns(old, as_json(other))
+
+
+def test_shapes_of_another_size_do_not_compare():
+    gpu = as_json(make_record(make_figure(2.0, 0.1))) | {"shape": "7b"}
+    with pytest.raises(ValueError, match="shape: '7b' then, '14b' now"):
+        find_slowdowns(gpu, gpu | {"shape": "14b"})
 
 
 def run_suite(
