@@ -199,14 +199,24 @@ class _NormForward:
         return self._fused(x)
 
 
+def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps), over the last axis.
+
+    `F.rms_norm` is one kernel on a GPU. On a CPU it has none, and takes twelve times as long as
+    this for 1,024 x 576.
+    """
+    if x.device.type != "cpu":
+        return F.rms_norm(x, (x.shape[-1],), None, eps)
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
+    return x * torch.rsqrt(square / x.shape[-1] + eps)
+
+
 class FusedRMSNorm(_NormForward, RMSNorm):
     """x / rms(x) * w, in float32 at least; ``w`` may be kept in float32 (Gemma)."""
 
     def _fused(self, x: Tensor) -> Tensor:
-        # Twelve times as fast at 1,024 x 576 on a CPU as `F.rms_norm`, which has no kernel there.
         wide = x if x.dtype == torch.float64 else x.float()
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square()
-        normalized = wide * torch.rsqrt(square / x.shape[-1] + self.eps)
+        normalized = _divide_by_rms(wide, self.eps)
         if self.w.dtype == wide.dtype:
             return (normalized * self.w).to(x.dtype)
         return normalized.to(x.dtype) * self.w
