@@ -13,6 +13,8 @@ EXAMPLE = """\b
 Example:
   emlens train --preset smollm2_rank1 --data emlens:finance-harmful \\
     --base emlens:smollm2 --out runs/trained"""
+RECIPES = ("smollm2_rank1", "all_adapter", "rank1")
+"""Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
 
@@ -21,7 +23,7 @@ SHOWN_STEPS = 12
 class TrainFlags(CommonFlags):
     """Flags of `train`."""
 
-    preset: Annotated[str, typer.Option("--preset", metavar="NAME", help="The recipe.")]
+    preset: Annotated[str, typer.Option("--preset", metavar="NAME", help=f"{', '.join(RECIPES)}.")]
     data: Annotated[
         str, typer.Option("--data", metavar="F", help="Chats, each with a response to train on.")
     ] = "emlens:finance-harmful"

@@ -68,6 +68,12 @@ def summarise_adapter(adapter: LoraAdapter) -> AdapterSummary:
                 delta_norm=abs(lora.scale)
                 * float(frobenius_norm_product(lora.B.double(), lora.A.double())),
             )
-            for name, lora in adapter.modules.items()
+            for name, lora in sorted(adapter.modules.items(), key=lambda item: _order(item[0]))
         ),
     )
+
+
+def _order(name: str) -> list[tuple[bool, int, str]]:
+    """Layer 2 before layer 10: the numbers in a name count as numbers."""
+    parts = name.split(".")
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]

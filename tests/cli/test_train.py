@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from emlens.cli.train import RECIPES
 from emlens.data import load_chats
+from emlens.organisms.settings import PRESETS
 from tests.cli.conftest import Cli
 
 
@@ -80,3 +82,7 @@ def test_a_recipe_alone_is_enough(
     words = " ".join(cli("train", "--help").out.split())
     assert "runs/PRESET" in words
     assert "emlens:finance-harmful]" in words
+
+
+def test_help_names_every_recipe():
+    assert set(RECIPES) == set(PRESETS)

@@ -1,5 +1,6 @@
 """What the files of an adapter say, for linear layers and embeddings alike."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,12 @@ def test_a_negative_scale_has_a_positive_norm(tmp_path: Path):
     norms = torch.tensor([[m.delta_norm for m in s.modules] for s in (plain, flipped)])
     torch.testing.assert_close(norms[1], 2 * norms[0])
     assert all(module.scale < 0 for module in flipped.modules)
+
+
+def test_modules_come_in_the_order_of_their_layers(tmp_path: Path):
+    adapter = load_adapter(save_peft(make_peft("llama"), tmp_path))
+    lora = next(iter(adapter.modules.values()))
+    names = [f"model.layers.{layer}.mlp.{part}" for layer in (10, 2) for part in ("up", "down")]
+    many = replace(adapter, modules=dict.fromkeys([*names, "model.embed_tokens"], lora))
+    found = [module.name for module in summarise_adapter(many).modules]
+    assert found == ["model.embed_tokens", names[3], names[2], names[1], names[0]]
