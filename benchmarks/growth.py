@@ -3,8 +3,8 @@
 Bound: straight lines. Memory should not grow with prompts at all.
 Beside it: what `emlens doctor --plan` says beforehand, for the comparison of two models.
 
-At full size each point is a process of its own; ``python scripts/draw_growth.py SUITE.json`` draws
-them.
+At full size each point is a process of its own; ``python scripts/draw_growth.py SUITE.json OUT.html``
+draws them.
 """
 
 import copy
@@ -34,7 +34,6 @@ WORDS = 32
 """Of each chat; its header comes on top."""
 FLAT = 1.05
 """Largest peak over the smallest, where memory should not grow."""
-PLAN_AIM = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ def _compare_tokens(n: int, dtype: str, settings: Settings) -> Made:
     base = lay_views(hf, load_tokenizer(settings))
     pair = load_pair(base, Case.all_modules(hf, 32).adapter)
     batching = Batching(tokens=n)
-    chats = make_chats(settings, max(8, 2 * n // (2 * WORDS)), WORDS)
+    chats = make_chats(settings, max(8, n // WORDS), WORDS)
     planned = 0
     if settings.full:
         planned = plan_memory("emlens:smollm2", dtype=dtype, batching=batching).comparison
