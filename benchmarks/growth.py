@@ -3,8 +3,8 @@
 Bound: straight lines. Memory should not grow with prompts at all.
 Beside it: what `emlens doctor --plan` says beforehand, for the comparison of two models.
 
-At full size each point is a process of its own; ``python scripts/draw_growth.py SUITE.json OUT.html``
-draws them.
+At full size each point is a process of its own, and
+``python scripts/draw_growth.py SUITE.json OUT.html`` draws them.
 """
 
 import copy
