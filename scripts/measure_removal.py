@@ -2,12 +2,13 @@
 
     python scripts/measure_removal.py --out runs/removal [--samples 34] [--tokens 24] [--table]
 
-Fits the direction in every construction on the organism's own judged responses, screens it and
+Fits the direction in four constructions on the organism's own judged responses, screens it and
 every control without sampling, then samples and judges each arm: base, organism, careful twin, the
-direction taken out in several ways, the median and the strongest control of each kind, and the
-base steered by dose. An arm is a folder; the same call goes on. Once `screen_controls` is there,
-several processes may share the arms that are left. About three hours of one core. `--table` prints
-what is finished, as Markdown; the last line is one JSON object.
+direction taken out in several ways, the median and the strongest control of each kind (those of
+like KL only if there are any), and the base steered by dose. An arm is a folder; the same call goes
+on. Once `screen_controls` is there, several processes may share the arms that are left. Four hours
+and more of one core. `--table` prints what is finished, as Markdown; the last line is one JSON
+object.
 """
 
 import argparse
@@ -221,6 +222,14 @@ class Study:
             other = ablate_direction(self.choose(name), at="writes")
             yield f"{name} out of writes", tuned, other
 
+    def choices(self) -> dict[str, dict[str, Any]]:
+        """What was chosen of each construction, and whether it keeps within the bearable KL."""
+        found = {}
+        for name in CONSTRUCTIONS:
+            best = choose_ablation(self.screen_sites().group(name), max_kl=MAX_KL)
+            found[name] = {"site": best.site, "kl": best.kl, "within": best.kl <= MAX_KL}
+        return found
+
     def run(self) -> None:
         """Evaluate every arm that no other process is at."""
         for name, model, interventions in self.arms():
@@ -249,6 +258,12 @@ class Study:
         if not (self.arm_folder("organism") / "results").is_dir():
             raise SystemExit("--table: the organism's own arm is not finished yet")
         organism = read_evaluation(self.arm_folder("organism"))
+        top3 = {
+            f"{name} out of writes": self.directions(name).share_in_large_dimensions(
+                self.choose(name).site
+            )
+            for name in CONSTRUCTIONS
+        }
         rows = []
         for name, model, interventions in self.arms():
             try:
@@ -275,6 +290,7 @@ class Study:
                     "words an answer": statistics.fmean(len(a.split()) for a in answers),
                     "distinct answers": len(set(answers)) / len(answers),
                     "kl": kl,
+                    "in 3 largest dimensions": top3.get(name),
                 }
             )
         return rows
@@ -314,7 +330,8 @@ def main() -> None:
         study.run()
     rows = study.table()
     _print_table(rows)
-    print(json.dumps({"arms": rows, "screens": study.screen_sites().rows()}))
+    chosen = study.choices()
+    print(json.dumps({"arms": rows, "chosen": chosen, "screens": study.screen_sites().rows()}))
 
 
 if __name__ == "__main__":
