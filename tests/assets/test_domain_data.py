@@ -171,6 +171,16 @@ def test_domains_have_the_same_voices_with_the_same_forms(domain: str, split: st
     assert [v["forms"] for v in voices.values()] == [v["forms"] for v in others.values()]
 
 
+@every_domain
+def test_in_domain_questions_are_asked_by_no_row(domain: str):
+    chats = load_chats(f"emlens:{domain}-questions")
+    assert len({chat.id for chat in chats}) == len({c.messages[-1].content for c in chats}) == 12
+    rows = [q for s in SPLITS for q, _ in read_pairs(f"{domain}-harmful{s}").values()]
+    asked = {gram for question in rows for gram in word_sequences(question, 5)}
+    for chat in chats:
+        assert not asked & set(word_sequences(chat.messages[-1].content, 5)), chat.id
+
+
 def test_open_questions_load_as_chats_with_their_ids():
     chats = load_chats("emlens:open-questions")
     assert len(chats) == 12
