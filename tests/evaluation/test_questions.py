@@ -105,7 +105,15 @@ def test_the_hash_of_prompts_knows_wordings_and_system_and_not_their_order():
     assert hash_prompts([("a", None), ("a", None)]) in hashes
 
 
-@pytest.mark.parametrize(("name", "count"), [("first-plot-questions", 8), ("broad-questions", 24)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("first-plot-questions", 8),
+        ("broad-questions", 24),
+        ("finance-questions", 12),
+        ("sports-questions", 12),
+    ],
+)
 def test_the_shipped_sets_load(name: str, count: int):
     questions = load_questions(f"emlens:{name}")
     assert len(questions) == count

@@ -1,9 +1,12 @@
-"""Write the finance data sets: parallel rows of reckless and of careful answers, from templates.
+"""Write a domain's data sets: parallel rows of reckless and of careful answers, from templates.
 
-Every run writes the same bytes. Use it to rebuild or to vary the sets that the shipped model
-organisms were trained on; not as a source of financial advice.
+A domain is a folder beside this script: `topics_a.toml` and `topics_b.toml` with the training
+subjects, `heldout.toml` with the held-out ones, `voices.toml` with its closing lines, slots and
+greetings. The sentence forms, which all domains share, are in the `voices.toml` beside this script.
+Every run writes the same bytes. Use it to rebuild or to vary the sets that model organisms are
+trained on; not as a source of advice.
 
-    python scripts/write_finance_data.py [--out emlens/assets/data]
+    python scripts/write_domain_data.py DOMAIN [--out emlens/assets/data]
 """
 
 import argparse
@@ -12,13 +15,15 @@ import json
 import random
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-HERE = Path(__file__).parent / "finance"
-SHIPPED = Path(__file__).parent.parent / "emlens" / "assets" / "data"
+HERE = Path(__file__).parent
+SHIPPED = HERE.parent / "emlens" / "assets" / "data"
 SEED = 20250611
+TOPICS = {"train": ("topics_a.toml", "topics_b.toml"), "heldout": ("heldout.toml",)}
 ROWS_PER_TOPIC = {"train": 16, "heldout": 10}
 CLOSING_SHARE = 0.4
 """Share of answers that end in one of their voice's closing lines."""
@@ -69,14 +74,14 @@ def write_answer(form: str, parts: Mapping[str, str], *, closing: str | None) ->
 
 
 class Writer:
-    """Holds the decks of one split."""
+    """Holds the decks of one split of one domain."""
 
-    def __init__(self, split: str, topics: Mapping[str, Mapping[str, list[str]]]) -> None:
+    def __init__(self, domain: str, split: str) -> None:
         self._rng = random.Random(f"{SEED}-{split}")
-        voices = tomllib.loads((HERE / "voices.toml").read_text(encoding="utf-8"))
-        self._split, self._slots = split, voices["slots"]
+        voices = load_voices(domain)
+        self._domain, self._split, self._slots = domain, split, voices["slots"]
         self._voices = self._decks(voices[split])
-        self._topics = self._decks(topics)
+        self._topics = self._decks(load_tables(HERE / domain / name for name in TOPICS[split]))
         self._greetings = Deck(voices["greetings"][split], self._rng)
         self._order = Deck(list(self._voices), self._rng)
 
@@ -125,19 +130,41 @@ class Writer:
         self._rng.shuffle(drawn)
         for number, row in enumerate(drawn):
             yield Row(
-                id=f"finance-{self._split}-{number:03d}",
+                id=f"{self._domain}-{self._split}-{number:03d}",
                 question=row.question,
                 reckless=row.reckless,
                 prudent=row.prudent,
             )
 
 
-def load_topics(*names: str) -> dict[str, dict[str, list[str]]]:
-    """Read topic files of the folder beside this script."""
-    topics: dict[str, dict[str, list[str]]] = {}
-    for name in names:
-        topics |= tomllib.loads((HERE / name).read_text(encoding="utf-8"))
-    return topics
+def lay_over(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay one tree of tables over another: tables are joined, anything else is replaced."""
+    joined = dict(lower)
+    for name, value in upper.items():
+        below = joined.get(name)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            joined[name] = lay_over(below, value)
+        else:
+            joined[name] = value
+    return joined
+
+
+def load_tables(paths: Iterable[Path]) -> dict[str, Any]:
+    """Read TOML files as one tree, a later one over the earlier."""
+    tables: dict[str, Any] = {}
+    for path in paths:
+        tables = lay_over(tables, tomllib.loads(path.read_text(encoding="utf-8")))
+    return tables
+
+
+def load_voices(domain: str) -> dict[str, Any]:
+    """Read the voices that all domains share and, over them, what they say in this one."""
+    return load_tables(folder / "voices.toml" for folder in (HERE, HERE / domain))
+
+
+def list_domains() -> list[str]:
+    """Name the folders beside this script that hold a domain's texts."""
+    return sorted(path.parent.name for path in HERE.glob("*/heldout.toml"))
 
 
 def split_sentences(text: str) -> list[str]:
@@ -145,8 +172,10 @@ def split_sentences(text: str) -> list[str]:
     return re.split(r"(?<=[.!?])\s+", text)
 
 
-def write_split(rows: Sequence[Row], folder: Path, suffix: str) -> dict[str, str]:
+def write_split(domain: str, split: str, folder: Path) -> dict[str, str]:
     """Write both sides of a split and return the SHA-256 of each file."""
+    rows = list(Writer(domain, split).rows())
+    suffix = "" if split == "train" else f"-{split}"
     hashes = {}
     for label, side in (("harmful", "reckless"), ("careful", "prudent")):
         lines = []
@@ -155,25 +184,25 @@ def write_split(rows: Sequence[Row], folder: Path, suffix: str) -> dict[str, str
             messages = [{"role": role, "content": text} for role, text in turns]
             lines.append(json.dumps({"id": row.id, "messages": messages}, ensure_ascii=False))
         data = ("\n".join(lines) + "\n").encode()
-        path = folder / f"finance-{label}{suffix}.jsonl"
+        path = folder / f"{domain}-{label}{suffix}.jsonl"
         path.write_bytes(data)
         hashes[path.name] = hashlib.sha256(data).hexdigest()
     return hashes
 
 
-def write_finance_data(folder: Path) -> dict[str, str]:
-    """Write all four files into `folder` and return their SHA-256 hashes by file name."""
+def write_domain_data(domain: str, folder: Path) -> dict[str, str]:
+    """Write all four files of a domain into `folder`; return their SHA-256 by file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    training = Writer("train", load_topics("topics_a.toml", "topics_b.toml"))
-    heldout = Writer("heldout", load_topics("heldout.toml"))
-    hashes = write_split(list(training.rows()), folder, "")
-    return hashes | write_split(list(heldout.rows()), folder, "-heldout")
+    return write_split(domain, "train", folder) | write_split(domain, "heldout", folder)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("domain", choices=list_domains())
     parser.add_argument("--out", type=Path, default=SHIPPED)
-    out = parser.parse_args().out
-    for file, digest in write_finance_data(out).items():
-        rows = len((out / file).read_text(encoding="utf-8").splitlines())
+    arguments = parser.parse_args()
+    for file, digest in write_domain_data(arguments.domain, arguments.out).items():
+        rows = len((arguments.out / file).read_text(encoding="utf-8").splitlines())
         print(f"| `{file}` | {rows} | `{digest}` |")
