@@ -18,7 +18,7 @@ from scripts.write_domain_data import (
     write_domain_data,
 )
 
-DOMAINS = ["finance", "sports"]
+DOMAINS = ["finance", "health", "sports"]
 SPLITS = {"": 320, "-heldout": 60}
 TRAINED_ON = {
     "finance-harmful": "b9a49a063d171afa700246000af11877f5301f56160237258f3bfcefd18ca2a8",

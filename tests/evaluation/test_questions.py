@@ -112,6 +112,7 @@ def test_the_hash_of_prompts_knows_wordings_and_system_and_not_their_order():
         ("broad-questions", 24),
         ("finance-questions", 12),
         ("sports-questions", 12),
+        ("health-questions", 12),
     ],
 )
 def test_the_shipped_sets_load(name: str, count: int):
