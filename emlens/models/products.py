@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-FEWEST_ROWS = 8
+FEWEST_ROWS = 12
 """From so many rows on widening a weight costs less than multiplying by it as it is."""
 SLAB = 1 << 22
 """Values of a weight that are widened at a time: 16 MiB of float32."""
