@@ -24,6 +24,7 @@ from emlens.models.lora import (
     embedding_modules,
     find_targets,
 )
+from emlens.models.products import add_product, multiply
 from emlens.models.views import origin_of, share_model
 
 _ATTACHED: WeakKeyDictionary[HookedTransformer, LoraAdapter] = WeakKeyDictionary()
@@ -126,7 +127,7 @@ class _Reader:
         if self.rows is not None:
             x = x[self.rows]
         self.A = _follow(self.A, x)
-        self._read, self._taken = torch.nn.functional.linear(x, self.A), 0
+        self._read, self._taken = multiply(x, self.A), 0
 
     def take(self) -> Tensor:
         """What was read in this pass; the last writer leaves nothing behind."""
@@ -182,9 +183,9 @@ class _Writer:
         flat = u[..., self.columns].flatten(0, -2)
         if self.rows is not None:
             part = output[self.rows].view(-1, self.B.shape[0])
-            part.addmm_(flat, self.B.mT)
+            add_product(part, flat, self.B.mT, in_place=True)
             return output
-        out = torch.addmm(output.reshape(-1, self.B.shape[0]), flat, self.B.mT)
+        out = add_product(output.reshape(-1, self.B.shape[0]), flat, self.B.mT)
         return out.view(output.shape)
 
     def at_point(self, _module: Any, _args: Any, output: Tensor) -> Tensor:

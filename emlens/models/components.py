@@ -17,11 +17,13 @@ from transformer_lens.components.layer_norm import LayerNorm
 from transformer_lens.components.mlps.gated_mlp import GatedMLP
 from transformer_lens.components.rms_norm import RMSNorm
 from transformer_lens.components.transformer_block import TransformerBlock
+from transformer_lens.components.unembed import Unembed
 from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from transformer_lens.utilities.attention import complex_attn_linear
 
 from emlens.models.layout import to_matrix
+from emlens.models.products import multiply
 from emlens.models.rotary import AttentionMask, RotaryTables, SharedTables
 
 
@@ -117,7 +119,7 @@ class _FusedForward:
         W, b = _parameter(self, weight), _parameter(self, bias)
         if x.ndim == 4:  # split or per-head inputs, switched on by the user
             return complex_attn_linear(x, W, b)
-        out = F.linear(x, to_matrix(W, "heads_out"), b.flatten())
+        out = multiply(x, to_matrix(W, "heads_out"), b.flatten())
         return out.unflatten(-1, (W.shape[0], W.shape[2]))
 
     def _stepwise(self: Any) -> bool:
@@ -169,7 +171,7 @@ class _FusedForward:
         if self.cfg.use_attn_result:
             result = self.hook_result(torch.einsum("bphd,hdm->bphm", z, W_O))
             return result.sum(dim=2) + b_O
-        return F.linear(z.flatten(2), to_matrix(W_O, "heads_in"), b_O)
+        return multiply(z.flatten(2), to_matrix(W_O, "heads_in"), b_O)
 
 
 def _softmax_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -248,10 +250,10 @@ class FusedGatedMLP(GatedMLP):
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """Run the gated MLP over Hugging Face's weight layout, each product fused with its bias."""
-        gate = tell(self, "hook_pre", F.linear(x, self.W_gate.mT))
-        linear = tell(self, "hook_pre_linear", F.linear(x, self.W_in.mT))
+        gate = tell(self, "hook_pre", multiply(x, self.W_gate.mT))
+        linear = tell(self, "hook_pre_linear", multiply(x, self.W_in.mT))
         post = tell(self, "hook_post", torch.addcmul(self.b_in, self.act_fn(gate), linear))
-        return F.linear(post, self.W_out.mT, self.b_out)
+        return multiply(post, self.W_out.mT, self.b_out)
 
 
 class FusedBlock(TransformerBlock):
@@ -314,3 +316,14 @@ class ScaledEmbed(Embed):
         """Look tokens up and scale by a factor rounded as the Hugging Face class rounds it."""
         factor = torch.tensor(self.cfg.d_model**0.5)
         return F.embedding(tokens, self.W_E) * factor.to(self.W_E)
+
+
+class FusedUnembed(Unembed):
+    """x W_U + b_U over Hugging Face's weight layout."""
+
+    def forward(
+        self, residual: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """Return logits; a soft cap is the model's own."""
+        residual = tell(self, "hook_in", residual)
+        return tell(self, "hook_out", multiply(residual, self.W_U.mT, self.b_U))

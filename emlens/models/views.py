@@ -27,6 +27,7 @@ from emlens.models.components import (
     FusedGroupedAttention,
     FusedLayerNorm,
     FusedRMSNorm,
+    FusedUnembed,
     ScaledEmbed,
 )
 from emlens.models.config import Architecture, find_architecture
@@ -151,6 +152,7 @@ def build_skeleton(
             if cfg.gated_mlp:
                 block.mlp = FusedGatedMLP(cfg)
         model.ln_final = _norm(cfg)
+        model.unembed = FusedUnembed(cfg)
         if architecture.scales_embedding:
             model.embed = ScaledEmbed(cfg)
     model.setup()

@@ -1,0 +1,69 @@
+"""Products with weights in half precision, on processors that multiply only float32 fast.
+
+The result is that of half-precision inputs, added up in float32 and rounded once: what processors
+with such instructions, and GPUs, give. Where gradients are wanted torch's own products are used.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+FEWEST_ROWS = 12
+"""From so many rows on widening a weight costs less than multiplying by it as it is."""
+SLAB = 1 << 22
+"""Values of a weight that are widened at a time: 16 MiB of float32."""
+
+
+def multiply(
+    x: Float[Tensor, "*batch d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, " d_out"] | None = None,
+) -> Float[Tensor, "*batch d_out"]:
+    """Return x weight^T + bias, as `torch.nn.functional.linear` does."""
+    if not _widens(x, weight):
+        return F.linear(x, weight, bias)
+    wide = x.float()
+    step = max(1, SLAB // weight.shape[1])
+    if len(weight) <= step:
+        return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    out = x.new_empty((*x.shape[:-1], len(weight)))
+    for start in range(0, len(weight), step):
+        part = slice(start, start + step)
+        own = None if bias is None else bias[part].float()
+        out[..., part] = F.linear(wide, weight[part].float(), own)
+    return out
+
+
+def add_product(
+    y: Float[Tensor, "n d_out"],
+    x: Float[Tensor, "n k"],
+    weight: Float[Tensor, "k d_out"],
+    *,
+    in_place: bool = False,
+) -> Float[Tensor, "n d_out"]:
+    """Return y + x weight, as `torch.addmm` does, or as its form that changes y."""
+    if not _widens(x, weight):
+        return y.addmm_(x, weight) if in_place else torch.addmm(y, x, weight)
+    out = torch.addmm(y.float(), x.float(), weight.float())
+    return y.copy_(out) if in_place else out.to(y.dtype)
+
+
+def _widens(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if x.numel() < FEWEST_ROWS * x.shape[-1] or _multiplies(x.dtype):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+@cache
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has a fast product of this dtype here; what it does not say, it has not."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    try:
+        return bool(getattr(torch.ops.mkldnn, name[dtype])())
+    except (AttributeError, RuntimeError):
+        return False

@@ -1,0 +1,93 @@
+"""Half-precision products, widened or not, against float64 and torch's own."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from emlens.models import products
+from emlens.models.products import FEWEST_ROWS, add_product, multiply
+
+
+def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+@pytest.fixture
+def unable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """A processor without half-precision products, and the dtypes that torch was asked for."""
+    monkeypatch.setattr(products, "_multiplies", lambda dtype: False)
+    seen: list[torch.dtype] = []
+    plain = F.linear
+
+    def watched(x: Tensor, *args: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return plain(x, *args)
+
+    monkeypatch.setattr(products.F, "linear", watched)
+    yield seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("slab", [products.SLAB, 100, 1])
+def test_a_widened_product_is_rounded_once(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slab: int
+):
+    monkeypatch.setattr(products, "SLAB", slab)
+    x, weight, bias = (draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(3, 9, 40), (17, 40), (17,)]))
+    with torch.no_grad():
+        for given in (bias, None):
+            found = multiply(x, weight, given)
+            exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+            assert found.dtype == dtype and found.shape == (3, 9, 17)
+            # Half a unit in the last place, and what float32 adds to it.
+            step = exact.abs() * torch.finfo(dtype).eps / 2 * 1.01 + 1e-5
+            assert bool(((found.double() - exact).abs() <= step).all())
+    assert torch.float32 in unable and dtype not in unable
+
+
+def test_few_rows_and_other_dtypes_are_left_to_torch(unable: list[torch.dtype]):
+    weight = draw(5, 8, seed=1)
+    with torch.no_grad():
+        few = multiply(draw(FEWEST_ROWS - 1, 8, seed=0), weight)
+        multiply(draw(64, 8, seed=0, dtype=torch.float32), weight.float())
+        multiply(draw(64, 8, seed=0, dtype=torch.float64), weight.double())
+    assert unable == [torch.bfloat16, torch.float32, torch.float64]
+    assert few.dtype == torch.bfloat16
+
+
+def test_where_gradients_are_wanted_torch_multiplies(unable: list[torch.dtype]):
+    x, weight = draw(32, 8, seed=0), draw(5, 8, seed=1).requires_grad_()
+    multiply(x, weight).sum().backward()
+    assert unable == [torch.bfloat16]
+    assert weight.grad is not None
+
+
+def test_a_processor_that_multiplies_half_precision_does_so(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "_multiplies", lambda dtype: True)
+    with torch.no_grad():
+        multiply(draw(32, 8, seed=0), draw(5, 8, seed=1))
+    assert unable == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_a_product_is_added(unable: list[torch.dtype], in_place: bool, rows: int):
+    y, x, weight = (draw(*s, seed=i) for i, s in enumerate([(rows, 6), (rows, 3), (3, 6)]))
+    exact = y.double() + x.double() @ weight.double()
+    with torch.no_grad():
+        found = add_product(y, x, weight, in_place=in_place)
+    assert (found.data_ptr() == y.data_ptr()) == in_place
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=2e-2)
+
+
+def test_what_torch_does_not_say_it_cannot(monkeypatch: pytest.MonkeyPatch):
+    products._multiplies.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert products._multiplies(torch.bfloat16) is False
+    products._multiplies.cache_clear()
