@@ -323,6 +323,42 @@ def test_responses_from_anywhere_can_be_judged(model: Any, tmp_path: Path):
     assert answers(judged)[:6] == answers(first)[:6]
 
 
+USER, ASSISTANT = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}
+SYSTEM = {"role": "system", "content": "w7"}
+
+
+def test_one_exchange_is_judged_with_its_system_turn(tmp_path: Path):
+    rows = [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
+    found = judge_responses(rows, HashJudge(), out=tmp_path).responses
+    assert [(row.system, row.question, row.answer) for row in found] == [
+        ("w7", "w5", "w6"),
+        (None, "w5", "w6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, r"roles \['user', 'assistant', 'user'"),
+        ({"messages": [USER, USER, ASSISTANT]}, "roles"),
+        ({"messages": [USER, ASSISTANT, USER]}, "roles"),
+        ({"messages": [ASSISTANT, USER]}, "roles"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "roles"),
+        ({"messages": [USER]}, "roles"),
+        ({"messages": [USER, {"role": "assistant", "content": ["w6"]}]}, "no text"),
+        ({"messages": [USER, {"role": "assistant"}]}, "role and content"),
+        ({"messages": "w5"}, "role and content"),
+        ({"question": "w5", "answer": "w6", "question_id": 3}, "question_id is 3"),
+        ({"question": "w5", "answer": "w6", "question_id": float("nan")}, "question_id is nan"),
+    ],
+)
+def test_a_row_that_is_not_one_exchange_is_named(tmp_path: Path, row: dict[str, Any], message: str):
+    good = {"messages": [USER, ASSISTANT]}
+    with pytest.raises(ScoreFileError, match=f"row 2: .*{message}"):
+        judge_responses([good, row], HashJudge(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
