@@ -31,7 +31,7 @@ from emlens.interventions.hooking import PositionsNeverMetError, intervene
 from emlens.interventions.intervention import Intervention
 from emlens.interventions.met import check_met
 from emlens.models.generate import Generated, generate_tokens, stop_tokens
-from emlens.models.identity import ModelIdentity, identify_model
+from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.models.tokenizer_needs import require_tokenizer
@@ -141,10 +141,12 @@ def generate_responses(
         batching: rows times (prompt + longest response) that are run at once.
 
     Raises:
-        ValueError: no tokenizer, no chats, or logits that are no numbers.
+        ValueError: no tokenizer, no chats, logits that are no numbers, or hooks that are no
+            interventions: the result could not say what acted.
         BatchError: a prompt that leaves no room for the response.
         HookNeverFiredError: an intervention that acted on no response.
     """
+    refuse_foreign_hooks(model)
     requests = list_requests(model, chats, n=sampling.n)
     run = _Run(model, requests, sampling, interventions, batching)
     found: dict[int, Response] = {}

@@ -297,6 +297,15 @@ def test_interventions_that_act_in_different_batches_have_all_acted(model):
         generate_responses(model, chats, interventions=(end, late, never), **settings)
 
 
+def test_hooks_that_the_result_could_not_name_are_refused(model):
+    handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match=r"at blocks\.0\.attn"):
+            generate_responses(model, CHATS, sampling=SAMPLING)
+    finally:
+        handle.remove()
+
+
 def test_waste_and_speed_are_those_of_the_run(model):
     prompts = [tokenize_chat(c, model.tokenizer, for_generation=True).ids for c in CHATS]
     found = generate_responses(model, CHATS, sampling=Sampling(1, max_new_tokens=1))
