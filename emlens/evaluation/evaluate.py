@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from emlens.data import Batching, track
+from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.evaluation import RESPONSES, RESULT, Evaluation
 from emlens.evaluation.judges import Judge
 from emlens.evaluation.judging import finish_run, judge_run
@@ -73,6 +74,7 @@ def evaluate(
     acting = describe_interventions((*active_interventions(model), *interventions))
     decided = _decide(model, identity, acting)
     run = RunFolder.start(out, _plan(decided, questions, judge, sampling, batching))
+    keep_calibration(run.path, judge)
     planned = plan_rows(questions, sampling, decided)
     _generate(model, planned, run, sampling, interventions, batching)
     judge_run(run, judge, {row.id: row.question.judge_prompts for row in planned})

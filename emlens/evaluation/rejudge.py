@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emlens.encoding import ArtifactError, Decoder
+from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.evaluation import RESPONSES, Evaluation, read_evaluation
 from emlens.evaluation.judges import Judge, hash_json
 from emlens.evaluation.judging import finish_run, judge_run
@@ -57,6 +58,7 @@ def judge_responses(
     prompts = {row["id"]: row.pop("judge_prompts", {}) for row in rows}
     digest = hash_json([rows, prompts])
     run = RunFolder.start(out, {"kind": "judge", "responses": digest, "judge": judge.id})
+    keep_calibration(run.path, judge)
     with Journal(run.path / RESPONSES) as journal:
         journal.append(row for row in rows if row["id"] not in journal)
     judge_run(run, judge, prompts)
