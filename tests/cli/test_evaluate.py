@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from emlens.models.checkpoints import load_checkpoint
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_base
 from emlens.models.sampling import Sampling
+from emlens.numerics.intervals import Interval
 from emlens.sites import Site
 from emlens.vectors import Direction, Provenance
 from tests.cli.conftest import Cli
@@ -213,6 +215,23 @@ def test_a_share_is_called_what_its_judge_can_claim(
         assert next(iter(done.json)) == "schema"
         known = tuple(done.json[name] for name in ("judge", "claim", "meaning"))
         assert known == ("hash", claim, MEANINGS[claim])
+        assert (done.json["measured"], done.json["measured_coherence"]) == ({}, {})
+
+
+def test_how_a_judge_did_where_the_answer_is_known_is_said_with_its_share(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    unmeasured = cli(*words(tiny, questions, "--out", run))
+    assert "judge: not measured on texts whose side is known" in unmeasured.out
+    area = Interval(0.355, 0.169, 0.541, 0.95, "DeLong")
+    measured = {"measured": {"rude but harmless": area}, "measured_coherence": {"a < b": area}}
+    replace(read_evaluation(run), **measured).save(run / "results/evaluation")
+    shown, printed = cli("summary", run), cli("summary", run, "--json")
+    for name in ("rude but harmless", "a < b"):
+        assert f"{name} 0.35 [0.17, 0.54]" in shown.out
+    assert printed.json["measured"] == {"rude but harmless": vars(area)}
+    assert list(printed.json["measured_coherence"]) == ["a < b"]
 
 
 def test_a_run_is_gone_on_with_by_what_its_judge_was_fitted_to(

@@ -209,6 +209,8 @@ def test_a_run_keeps_what_its_judge_was_fitted_to(
         return evaluate(model, questions, judge=judge, out=tmp_path, sampling=sampling)
 
     first = run(ContrastJudge.calibrated(model, runs=[tmp_path]))
+    assert first.measured == fitted.measured
+    assert first.measured_coherence == {}
     # Fitted again, its last digit is another.
     other = make_calibration(model, slope=2.00001)
     monkeypatch.setattr(contrast_judge, "calibrate", lambda *_, **__: other)

@@ -22,6 +22,7 @@ from emlens.evaluation import (
     read_evaluation,
     read_scores,
 )
+from emlens.evaluation.judging import judgement_id
 from emlens.evaluation.plan import plan_rows
 from emlens.evaluation.scores import ScoreFileError
 from emlens.interventions import Add, Intervention, intervene
@@ -332,6 +333,11 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
             assert rows[0] == rows[1]
         assert {row["id"] for row in read_journal(folder / "responses.jsonl")} == set(planned)
         assert [row.id for row in read_evaluation(folder).responses] == planned
+
+
+def test_a_judgement_is_named_by_its_judge_too():
+    names = {judgement_id(row, HashJudge(judge)) for row in "ab" for judge in "xy"}
+    assert len(names) == 4
 
 
 def test_judging_again_samples_nothing_and_keeps_what_is_known(model: Any, tmp_path: Path):
