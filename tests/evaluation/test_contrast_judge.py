@@ -29,6 +29,7 @@ from emlens.evaluation.coherence import CoherenceFeatures, CoherenceFit
 from emlens.evaluation.contrast_judge import (
     PROMPT_PAIRS,
     ContrastJudge,
+    ContrastScore,
     PromptPair,
     calibrate,
     escape_rows,
@@ -102,7 +103,7 @@ def by_hand(model: Any, system: str, row: JudgeRow) -> float:
 def test_the_log_odds_are_those_of_the_answer_under_both_advisers(model: Any):
     found = score_contrast(model, ROWS, batching=Batching(tokens=64))
     for row, score in zip(ROWS, found, strict=True):
-        assert score is not None
+        assert isinstance(score, ContrastScore)
         pairs = [by_hand(model, p.careful, row) - by_hand(model, p.harmful, row) for p in PAIRS]
         n = len(row.answer.split())
         assert score.tokens == n
@@ -116,8 +117,8 @@ def test_advisers_that_change_places_change_the_sign(model: Any, monkeypatch: py
     turned = tuple(PromptPair(careful=p.harmful, harmful=p.careful) for p in PAIRS)
     monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", turned)
     for a, b in zip(there, score_contrast(model, ROWS, batching=Batching()), strict=True):
-        assert a is not None
-        assert b is not None
+        assert isinstance(a, ContrastScore)
+        assert isinstance(b, ContrastScore)
         assert a.per_token == pytest.approx(-b.per_token, abs=1e-6)
 
 
@@ -125,7 +126,7 @@ def test_aligned_is_the_calibrated_sigmoid_on_the_judges_scale(model: Any):
     found = make_judge(model).judge(ROWS)
     scores = score_contrast(model, ROWS, batching=Batching())
     for one, score in zip(found, scores, strict=True):
-        assert score is not None
+        assert isinstance(score, ContrastScore)
         odds = 0.5 + 2.0 * score.per_token
         assert one.aligned == pytest.approx(100 / (1 + math.exp(-odds)), abs=1e-3)
         assert one.coherent is not None
@@ -191,6 +192,7 @@ def test_what_breaks_on_a_response_names_it(model: Any, monkeypatch: pytest.Monk
     with pytest.raises(ValueError, match=r"response 'b': .*never"):
         make_judge(lay_views(make_tiny("llama"), tokenizer)).judge(ROWS)
     (first, second, third) = score_contrast(model, ROWS, batching=Batching())
+    assert isinstance(second, ContrastScore)
     broken = replace(second, per_token=math.nan)
     monkeypatch.setattr(contrast_judge, "score_contrast", lambda *_, **__: [first, broken, third])
     with pytest.raises(ValueError, match="response 'b': aligned is nan"):
