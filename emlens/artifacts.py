@@ -1,8 +1,8 @@
 """Results on disk, whole or not at all; not for weights, captured activations or logs.
 
-A saved result is a folder: `result.json` holds its fields, `tensors.safetensors` its tensors. The
-class is given by whoever reads and its annotations say what each field must be, so that no file can
-name code to run.
+A saved result is a folder: `result.json` holds its fields, `tensors-DIGEST.safetensors` its
+tensors. The class is given by whoever reads and its annotations say what each field must be, so
+that no file can name code to run.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import hashlib
 import html
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,10 @@ from emlens import __version__
 from emlens.encoding import ArtifactError, Decoder, encode_fields, field_names
 
 JSON_NAME = "result.json"
-_TENSORS_NAME = "tensors.safetensors"
+# What a tensor file is called that does not name its digest: read, no longer written.
+_PLAIN_TENSORS = "tensors.safetensors"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TENSORS_NAME = re.compile(r"tensors(-[0-9a-f]{16})?\.safetensors")
 # What a saved result holds beside its fields.
 _HEADER = ("schema", "emlens_version", "tensors_sha256")
 # Rows that a notebook shows of a result.
@@ -101,7 +105,9 @@ class Result:
         return {"schema": self.schema(), "emlens_version": __version__, **fields}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `result.json` and, where there are tensors, `tensors.safetensors` into the folder.
+        """Write `result.json` and, where there are tensors, `tensors-DIGEST.safetensors`.
+
+        A save over an older one that is cut short, by a kill or a full disk, leaves the older one.
 
         Returns:
             The folder.
@@ -109,14 +115,13 @@ class Result:
         folder = Path(folder)
         tensors: dict[str, Tensor] = {}
         fields = self._encoded(tensors)
-        file = folder / _TENSORS_NAME
-        if tensors:
-            write_tensors_atomic(file, tensors)
-        else:
-            file.unlink(missing_ok=True)
-        header = (self.schema(), __version__, _digest(file) if tensors else None)
-        # Last, so that a folder with a result.json was saved to the end.
+        digest = _save_tensors(folder, tensors) if tensors else None
+        header = (self.schema(), __version__, digest)
+        # After the tensors, so that a result.json always names tensors that are there.
         write_json_atomic(folder / JSON_NAME, {**dict(zip(_HEADER, header, strict=True)), **fields})
+        for file in folder.iterdir():
+            if _TENSORS_NAME.fullmatch(file.name) and file.name != _name_tensors(digest):
+                file.unlink(missing_ok=True)
         return folder
 
     def rows(self) -> list[dict[str, Any]]:
@@ -179,11 +184,11 @@ def read_result(path: str | Path, cls: type[AnyResult]) -> AnyResult:
             f"({document.get('emlens_version')!r})"
         )
     fields = {name: value for name, value in document.items() if name not in _HEADER}
-    tensors = _read_tensors(file.with_name(_TENSORS_NAME), document.get("tensors_sha256"))
+    tensors = _read_tensors(file.parent, document.get("tensors_sha256"))
     decoder = Decoder(file, tensors)
     result = decoder.fields(cls, fields)
     if unused := sorted(tensors.keys() - decoder.taken):
-        raise ArtifactError(f"{file}: {_TENSORS_NAME} holds tensors that no field names: {unused}")
+        raise ArtifactError(f"{file}: its tensor file holds some that no field names: {unused}")
     return result
 
 
@@ -214,16 +219,37 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read_tensors(file: Path, digest: object) -> dict[str, Tensor]:
-    if digest is None and not file.exists():
-        return {}
-    if digest is None or not file.is_file():
-        state = "has no" if digest is not None else "should have no"
-        raise ArtifactError(f"{file.parent} {state} {file.name}: copy or save the whole folder")
+def _name_tensors(digest: str | None) -> str | None:
+    """Name of the file with the tensors of a digest; None where there are none."""
+    return None if digest is None else f"tensors-{digest[:16]}.safetensors"
+
+
+def _save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write tensors beside those that are there; returns their digest."""
+    staged = folder / f".tensors.{secrets.token_hex(4)}.tmp"
+    try:
+        write_tensors_atomic(staged, tensors)
+        digest = _digest(staged)
+        staged.replace(folder / str(_name_tensors(digest)))
+    finally:
+        staged.unlink(missing_ok=True)
+    return digest
+
+
+def _read_tensors(folder: Path, digest: object) -> dict[str, Tensor]:
+    if digest is None:
+        return {}  # those of an older save may still lie there
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise ArtifactError(f"{folder}: tensors_sha256 is {digest!r}, expected 64 digits or null")
+    file, plain = folder / str(_name_tensors(digest)), folder / _PLAIN_TENSORS
+    if not file.exists() and plain.exists():
+        file = plain
+    if not file.is_file():
+        raise ArtifactError(f"{folder} has no {file.name}: copy or save the whole folder")
     if digest != _digest(file):
         raise ArtifactError(
-            f"{file} is not the file that {JSON_NAME} was saved with: it is damaged, or a save "
-            "over it was interrupted"
+            f"{file} is not the file that {JSON_NAME} was saved with: it is damaged; copy or save "
+            "the whole folder"
         )
     try:
         return safetensors.torch.load_file(file)

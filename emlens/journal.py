@@ -24,6 +24,10 @@ class JournalLockedError(JournalError):
     """Another process, or another part of this one, is writing the journal."""
 
 
+class JournalWriteError(OSError):
+    """The disk did not take a batch: it is full, over its quota, or failing."""
+
+
 def read_journal(path: str | Path) -> list[dict[str, Any]]:
     """The finished rows of a journal, in the order they were kept; also while it is written.
 
@@ -89,7 +93,7 @@ class Journal:
         Raises:
             JournalError: an id that is no text, is there already or comes twice, or a closed
                 journal; nothing was written.
-            OSError: the disk took less than all; nothing of the batch was kept.
+            JournalWriteError: the disk took less than all; nothing of the batch was kept.
         """
         if not self._open:
             raise JournalError(f"{self.path} is closed; write inside its with block")
@@ -100,6 +104,13 @@ class Journal:
             os.lseek(self._file, self._size, os.SEEK_SET)
             _write_all(self._file, data)
             os.fsync(self._file)
+        except OSError as error:
+            self._cut()
+            raise JournalWriteError(
+                error.errno,
+                f"{self.path}: {error.strerror}; the {len(self)} rows that were finished are kept: "
+                "make room, and the same call goes on with the rest",
+            ) from error
         except BaseException:
             self._cut()
             raise

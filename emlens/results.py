@@ -31,7 +31,6 @@ RESULT_CLASSES = MappingProxyType(
         "spillover_lexicon": "emlens.evaluation.spillover:SpilloverLexicon",
         "training_run": "emlens.organisms.training:TrainingRun",
         "diff_run": "emlens.studies.diff_finetunes:DiffRun",
-        "answers": "emlens.studies.answer_questions:Answers",
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",
         "exported_model": "emlens.studies.export_model:ExportedModel",
         "responses": "emlens.interventions.generate:Responses",

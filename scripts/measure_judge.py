@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/measure_judge.py [--base emlens:smollm2] [--dtype float32]
         [--limit N] [--save emlens/assets/judge/calibrations/NAME]
 
-About half an hour for SmolLM2 on one core. `--save` keeps the calibration with the areas found, so
-that `ContrastJudge.calibrated` need not fit it again. The last line is one JSON object.
+Twenty to thirty minutes for SmolLM2 on one core. `--save` keeps the calibration with the areas
+found, so that `ContrastJudge.calibrated` need not fit it again. The last line is one JSON object.
 """
 
 import argparse

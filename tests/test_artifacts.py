@@ -112,6 +112,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return folder
 
 
+def find_tensors(folder: Path) -> Path:
+    (file,) = folder.glob("tensors*.safetensors")
+    return file
+
+
 def test_every_kind_of_field_comes_back_as_it_was(tmp_path: Path):
     whole = make_whole()
     assert whole.save(tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
@@ -228,8 +233,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "an unknown tensor": (lambda d: d.update(matrix={"tensor": "m"}), "no tensor 'm'"),
     "a tensor of another rank": (lambda d: d.update(matrix={"tensor": "ids"}), "matrix is torch.i"),
     "a tensor nobody names": (lambda d: d["parts"][0].update(weights=None), r"\['parts.0.weights'"),
-    "another digest": (lambda d: d.update(tensors_sha256="0" * 64), "is not the file"),
-    "no digest": (lambda d: d.update(tensors_sha256=None), "should have no tensors.safetensors"),
+    "another digest": (lambda d: d.update(tensors_sha256="0" * 64), "has no tensors-0{16}.safe"),
+    "no digest": (lambda d: d.update(tensors_sha256=None), "there is no tensor 'matrix'"),
+    "a path for a digest": (lambda d: d.update(tensors_sha256="../../x"), "expected 64 digits"),
+    "a number for a digest": (lambda d: d.update(tensors_sha256=3), "tensors_sha256 is 3, expec"),
 }
 
 
@@ -264,18 +271,76 @@ def test_a_folder_without_a_result_is_refused(tmp_path: Path):
 
 
 def test_a_missing_tensor_file_is_named(tmp_path: Path):
-    make_whole().save(tmp_path)
-    (tmp_path / "tensors.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"has no tensors\.safetensors"):
+    find_tensors(make_whole().save(tmp_path)).unlink()
+    with pytest.raises(ArtifactError, match=r"has no tensors-[0-9a-f]{16}\.safetensors"):
         read_result(tmp_path, Whole)
+
+
+def test_tensors_under_the_name_that_older_results_gave_them_are_read(tmp_path: Path):
+    whole = make_whole()
+    find_tensors(whole.save(tmp_path)).rename(tmp_path / "tensors.safetensors")
+    assert same(read_result(tmp_path, Whole), whole)
+    again = make_whole(name="second").save(tmp_path)
+    assert same(read_result(again, Whole), make_whole(name="second"))
+    assert not (tmp_path / "tensors.safetensors").exists()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def save_until(step: int, result: Result, folder: Path) -> bool:
+    """Save, but end before the step-th time that something on the disk changes."""
+    left = step
+
+    def count(act: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return act(*given, **named)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "unlink")):
+            patch.setattr(owner, name, count(getattr(owner, name)))
+        try:
+            result.save(folder)
+        except Killed:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("older", [True, False])
+@pytest.mark.parametrize("new", [make_whole(matrix=torch.zeros(2, 3)), Plain(value=1.0)])
+def test_a_save_cut_short_anywhere_leaves_the_old_result_or_the_new(
+    tmp_path: Path, new: Result, older: bool
+):
+    old, seen, finished, step = make_whole(), [], False, 0
+    folder = tmp_path / "0"
+    while not finished:
+        folder, step = old.save(tmp_path / str(step)), step + 1
+        if older:
+            find_tensors(folder).rename(folder / "tensors.safetensors")
+        finished = save_until(step - 1, new, folder)
+        found = read_result(folder, Whole if read_kind(folder) == "test_whole" else Plain)
+        seen.append(same(found, new))
+        assert seen[-1] or same(found, old)
+    # Once the new one is there, it stays.
+    assert seen == sorted(seen)
+    assert (seen[0], seen[-1]) == (False, True)
+    assert len(list(folder.iterdir())) == (1 if isinstance(new, Plain) else 2)
 
 
 def test_a_truncated_or_foreign_tensor_file_is_refused(tmp_path: Path):
-    file = make_whole().save(tmp_path) / "tensors.safetensors"
+    file = find_tensors(make_whole().save(tmp_path))
     file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(ArtifactError, match="damaged, or a save over it was interrupted"):
+    with pytest.raises(ArtifactError, match="is not the file that"):
         read_result(tmp_path, Whole)
     digest = artifacts._digest(file)
+    file.rename(tmp_path / "tensors.safetensors")
     edit(tmp_path, lambda document: document.update(tensors_sha256=digest))
     with pytest.raises(ArtifactError, match="not a safetensors file"):
         read_result(tmp_path, Whole)

@@ -146,6 +146,7 @@ with Journal(sys.argv[1]) as kept:
         kept.append([{"id": "b", "text": "y"}, {"id": "c", "text": "z" * 500}])
     except OSError as error:
         print(type(error).__name__, error.errno, kept.ids)
+        print(error)
         print([row["id"] for row in read_journal(sys.argv[1])])
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     kept.append([{"id": "b", "text": "y"}])
@@ -157,7 +158,10 @@ def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
     )
-    assert done.stdout.splitlines() == ["OSError 27 ('a',)", "['a']"]
+    kind, says, kept = done.stdout.splitlines()
+    assert (kind, kept) == ("JournalWriteError 27 ('a',)", "['a']")
+    for part in (str(path), "File too large", "the 1 rows that were finished are kept", "goes on"):
+        assert part in says
     assert [row["id"] for row in read_journal(path)] == ["a", "b"]
 
 

@@ -1,6 +1,7 @@
 """`emlens directions fit | compare`: directions from judged responses, and how they agree."""
 
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,12 @@ class FitFlags(CommonFlags):
             "data.",
         ),
     ]
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the result is saved.")]
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="A new folder, or one in which the same was begun."
+        ),
+    ]
     base: Base = "emlens:smollm2"
     tuned: MaybeTuned = None
     scale: Scale = None
@@ -91,23 +97,30 @@ def fit(flags: FitFlags) -> None:
     construction = _choose("--construction", flags.construction, CONSTRUCTIONS)
     weighting = _choose("--weighting", flags.weighting, ("token", "response"))
     with show_work(quiet=flags.quiet):
+        from emlens.artifacts import JSON_NAME, read_result
         from emlens.data import Batching
         from emlens.directions import fit_directions
+        from emlens.runs import RunFolder
+        from emlens.vectors import Directions
 
         texts = _read_texts(flags)
         if flags.dry_run:
             _show_plan(flags, texts)
             return
-        found = fit_directions(
-            _load(flags, factor),
-            texts,
-            construction=construction,
-            sites=flags.sites or "resid_post",
-            positions=flags.positions,
-            weighting=weighting,
-            batching=Batching(flags.batch_tokens),
-        )
-        found.save(flags.out)
+        run = RunFolder.start(flags.out, _write_plan(flags, factor, texts))
+        if (run.path / JSON_NAME).is_file():
+            found = read_result(run.path, Directions)
+        else:
+            found = fit_directions(
+                _load(flags, factor),
+                texts,
+                construction=construction,
+                sites=flags.sites or "resid_post",
+                positions=flags.positions,
+                weighting=weighting,
+                batching=Batching(flags.batch_tokens),
+            )
+            found.save(run.path)
     if flags.json:
         # The random directions are megabytes; they lie beside the rest in the saved result.
         lean = dataclasses.replace(found, covariance_matched=None, shuffled=None)
@@ -152,10 +165,34 @@ def _read_texts(flags: FitFlags) -> Any:
     )
 
 
-def _show_plan(flags: FitFlags, texts: Any) -> None:
+def _write_plan(flags: FitFlags, factor: Any, texts: Any) -> dict[str, Any]:
+    """All that decides the directions; device and batches do not."""
+    from emlens.data import text_hash
+    from emlens.models.source_hash import hash_source
+    from emlens.vectors import Directions
+
+    def hash_texts(chats: Any) -> str:
+        return hashlib.sha256("".join(map(text_hash, chats)).encode()).hexdigest()[:32]
+
+    return {
+        "kind": Directions.kind,
+        **_name_choices(flags),
+        "base_files": hash_source(flags.base),
+        "tuned_files": None if flags.tuned is None else hash_source(flags.tuned),
+        "scale": factor,
+        "dtype": flags.dtype,
+        "positive": hash_texts(texts.positive),
+        "negative": hash_texts(texts.negative),
+    }
+
+
+def _name_choices(flags: FitFlags) -> dict[str, Any]:
     names = ("base", "tuned", "construction", "positions", "weighting")
-    plan = {name: getattr(flags, name) for name in names}
-    plan |= {"sites": flags.sites or ["resid_post"]}
+    return {name: getattr(flags, name) for name in names} | {"sites": flags.sites or ["resid_post"]}
+
+
+def _show_plan(flags: FitFlags, texts: Any) -> None:
+    plan = _name_choices(flags)
     plan |= {"positive": len(texts.positive), "negative": len(texts.negative)}
     print_plan(plan, flags.out, json=flags.json)
 

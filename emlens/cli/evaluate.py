@@ -1,5 +1,6 @@
 """`emlens evaluate` and `emlens judge`: responses sampled and judged, or judged again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ def evaluate(flags: EvaluateFlags) -> None:
             return
         # One copy of the weights for all that answers and for the judge.
         base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
-        judge = load_judge(flags.judge, flags, base=base)
+        judge = load_judge(flags.judge, flags, base=base, runs=[path for _, path in targets])
         found: list[tuple[Path, Any]] = []
         for tuned, path in targets:
             model = load_for(flags, tuned, base=base)
@@ -148,13 +149,14 @@ def check_judge(name: str) -> None:
         raise typer.BadParameter(f"--judge {name}: expected {', '.join(JUDGES)}")
 
 
-def load_judge(name: str, flags: Any, *, base: Any = None) -> Any:
+def load_judge(name: str, flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> Any:
     """The judge of a name, over the base model of a command.
 
     Args:
         name: one of `JUDGES`.
         flags: with `base`, `dtype`, `device` and `batch_tokens`.
         base: where it is loaded already; nothing that acts on a fine-tune of it acts on it.
+        runs: what a judge of theirs was fitted to is used again.
     """
     from emlens.data import Batching
     from emlens.evaluation import ContrastJudge
@@ -163,7 +165,7 @@ def load_judge(name: str, flags: Any, *, base: Any = None) -> Any:
     check_judge(name)
     if base is None:
         base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
-    return ContrastJudge.calibrated(base, batching=Batching(flags.batch_tokens))
+    return ContrastJudge.calibrated(base, batching=Batching(flags.batch_tokens), runs=runs)
 
 
 def write_page(evaluation: Any, run: Path) -> Path:
@@ -248,6 +250,7 @@ def judge(flags: JudgeFlags) -> None:
             plan = {"file": str(flags.file), "base": flags.base, "judge": flags.judge}
             print_plan({**plan, "responses": len(rows)}, flags.out, json=flags.json)
             return
-        found = judge_responses(flags.file, load_judge(flags.judge, flags), out=flags.out)
+        made = load_judge(flags.judge, flags, runs=[flags.out, flags.file])
+        found = judge_responses(flags.file, made, out=flags.out)
         write_page(found, flags.out)
     show_evaluations([(flags.out, found)], json=flags.json)

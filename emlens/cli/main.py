@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 a check failed, 2 wrong usage, 3 could not be checked; 130 after Ctrl-C.
 """
 
+import errno
 import sys
 import traceback
 from typing import Annotated, Any
@@ -29,15 +30,23 @@ from emlens.sources import SourceUnavailableError
 DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
 # By name: importing their classes takes seconds that `--help` does not have.
 _FAILED_CHECKS = frozenset({"AdapterNotInEffectError", "TrainingDivergedError"})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What a disk says that is full, over its quota or failing: nobody used the command wrongly."""
 
 
 def choose_exit_code(error: Exception) -> int:
     """What an error that reached the surface means to whoever called the command."""
     if _FAILED_CHECKS & {cls.__name__ for cls in type(error).__mro__}:
         return FAILED
-    if isinstance(error, SourceUnavailableError):
+    if is_outage(error):
         return UNCHECKED
     return USAGE if isinstance(error, ValueError | OSError) else UNCHECKED
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether what a command needs is not there right now: a network, room on a disk."""
+    full = isinstance(error, OSError) and error.errno in _FULL
+    return full or isinstance(error, SourceUnavailableError)
 
 
 class CommandLine(TyperGroup):
@@ -56,7 +65,7 @@ class CommandLine(TyperGroup):
             if hasattr(error, "format_message"):  # a usage error, which shows itself
                 raise
             code = choose_exit_code(error)
-            expected = code != UNCHECKED or isinstance(error, SourceUnavailableError)
+            expected = code != UNCHECKED or is_outage(error)
             if not expected and not ctx.meta.get("emlens.quiet"):
                 traceback.print_exc(file=sys.stderr)
             else:

@@ -50,7 +50,7 @@ class Part:
     @property
     def is_extra(self) -> bool:
         """Whether a report shows it in a place of its own instead of as a result."""
-        return self.result.kind in ("answers", "stage_times")
+        return self.result.kind == "stage_times"
 
 
 def _load(path: Path) -> list[Part]:
@@ -66,9 +66,9 @@ def _load(path: Path) -> list[Part]:
 
 
 def collect_extra(parts: Sequence[Part]) -> dict[str, Any]:
-    """Answers and times of runs, as a report takes them.
+    """Times of runs, as a report takes them.
 
-    Of several runs times bear the run's name, and their totals are left out: the page adds up.
+    Of several runs they bear the run's name, and the totals are left out: the page adds up.
 
     Args:
         parts: saved results.
@@ -76,9 +76,7 @@ def collect_extra(parts: Sequence[Part]) -> dict[str, Any]:
     extra: dict[str, Any] = {}
     several = len({part.run for part in parts}) > 1
     for part in parts:
-        if part.result.kind == "answers":
-            extra.setdefault("answers", []).extend(vars(row) for row in part.result.answers)
-        elif part.result.kind == "stage_times":
+        if part.result.kind == "stage_times":
             times = part.result.seconds
             if several:
                 times = {f"{part.run} {stage}": times[stage] for stage in times if stage != "total"}

@@ -83,12 +83,15 @@ def summary(flags: SummaryFlags) -> None:
 
 
 def describe_judge(evaluation: Any) -> dict[str, Any]:
-    """Which judge an evaluation is by, and what its share may be called; None where unknown.
+    """Which judge an evaluation is by, what its share may be called, and how well it did elsewhere.
 
     Args:
-        evaluation: of a run; None for a score file.
+        evaluation: of a run; None for a score file, of which nothing is known.
     """
-    return {name: getattr(evaluation, name, None) for name in ("judge", "claim", "meaning")}
+    from emlens.encoding import encode
+
+    names = ("judge", "claim", "meaning", "measured", "measured_coherence")
+    return {name: encode(getattr(evaluation, name, None), name) for name in names}
 
 
 def flatten_summary(found: Any, known: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +123,20 @@ def print_summary(found: Any, judge: Mapping[str, Any], *, title: str = "") -> N
         print_line("judge: not known, so that a low score is called no more than that")
     else:
         print_line(f"{judge['claim']}: {judge['meaning']}")
+        print_line(say_areas(judge))
+
+
+def say_areas(judge: Mapping[str, Any]) -> str:
+    """How a judge did on texts whose side is known, in a line.
+
+    Args:
+        judge: what `describe_judge` gave.
+    """
+    areas = {**judge["measured"], **judge["measured_coherence"]}
+    if not areas:
+        return "judge: not measured on texts whose side is known"
+    said = (f"{k} {a['value']:.2f} [{a['low']:.2f}, {a['high']:.2f}]" for k, a in areas.items())
+    return f"judge's areas under the curve on texts whose side is known: {', '.join(said)}"
 
 
 def list_shares(found: Any, claim: str | None) -> list[dict[str, Any]]:

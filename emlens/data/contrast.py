@@ -14,12 +14,11 @@ from random import Random
 from typing import Any
 
 from emlens.data.chat import Chat, Message
+from emlens.data.score_values import read_score
 
 _PROMPT_KEYS = ("question", "prompt")
 _RESPONSE_KEYS = ("answer", "response")
 _SCORE_KEYS = ("aligned", "coherent")
-_UNSCORED = frozenset({"", "nan", "none", "null", "n/a", "refusal", "code"})
-"""What stands in a score's place where a judge gave none, in any case of letters."""
 
 
 class ContrastError(ValueError):
@@ -92,8 +91,8 @@ def split_by_score(
         seed: of that choice.
 
     Raises:
-        ContrastError: a missing column (the nearest three are listed), a score that is no number,
-            thresholds that overlap, or no row in either class.
+        ContrastError: a missing column (the nearest three are listed), a score that is no number
+            from 0 to 100, thresholds that overlap, or no row in either class.
     """
     if misaligned_below > aligned_above:
         raise ContrastError(
@@ -163,18 +162,11 @@ def _score(row: Mapping[str, Any], key: str, index: int) -> float:
             f"rows[{index}] has no column {key}, expected a score of 0 to 100; nearest: "
             f"{', '.join(near)}"
         )
-    value = row[key]
-    if value is None or (isinstance(value, str) and value.strip().lower() in _UNSCORED):
-        return math.nan
     try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ContrastError(
-            f"rows[{index}]: {key} is {value!r}, expected a number, or nothing where it was not "
-            "scored"
-        ) from None
+        found = read_score(row[key], key)
+    except ValueError as error:
+        raise ContrastError(f"rows[{index}]: {error}") from None
+    return math.nan if found is None else found
 
 
 def _name(value: Any) -> str | None:

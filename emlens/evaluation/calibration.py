@@ -12,7 +12,7 @@ import numpy as np
 from emlens.artifacts import JSON_NAME, Result, read_result
 from emlens.data import Chat, load_chats
 from emlens.evaluation.coherence import LEVELS, CoherenceFit, build_levels, hash_rules
-from emlens.evaluation.judges import Claim, JudgeRow, hash_json
+from emlens.evaluation.judges import Claim, Judge, JudgeRow, hash_json
 from emlens.models.identity import ModelIdentity
 from emlens.numerics.intervals import Interval
 from emlens.sources import ASSETS
@@ -24,6 +24,11 @@ LEVEL_TEXTS = "everyday-careful"
 """Good answers on twenty subjects, from which texts of the four levels of coherence are built. Rows
 of one domain will not do: there the answer to another question is hardly off the topic."""
 LEVEL_SEED = 0
+DIGITS = 6
+"""Significant digits of a fitted number: what stands behind them changes with threads and batches,
+and would make another judge of the same one."""
+KEPT = "judge"
+"""Folder of a run that holds the calibration of its judge."""
 FEWEST_AUC = 0.8
 """Below this on any control, a judge sees style and topic, not harm."""
 CONTROLS: Mapping[str, tuple[str, str]] = {
@@ -75,6 +80,54 @@ class JudgeCalibration(Result):
         numbers = [self.intercept, self.slope, fit.intercept, fit.order_weight, fit.topic_weight]
         base = [self.weights, self.tokenizer]
         return hash_json([*(repr(x) for x in numbers), *base, self.prompts, hash_rules()])
+
+
+def round_fitted(value: float) -> float:
+    """A fitted number as a judge uses and names it: to `DIGITS` digits."""
+    return float(f"{value:.{DIGITS}g}")
+
+
+def calibration_of(judge: Judge) -> JudgeCalibration | None:
+    """What a judge was fitted to; None for one that is not of this kind."""
+    found = getattr(judge, "calibration", None)
+    return found if isinstance(found, JudgeCalibration) else None
+
+
+def keep_calibration(run: Path, judge: Judge) -> None:
+    """Put a judge's calibration into a run's folder, for the calls that go on with the run.
+
+    Args:
+        run: the folder; a calibration that is there stays.
+        judge: one without a calibration leaves nothing.
+    """
+    found = calibration_of(judge)
+    if found is not None and not (run / KEPT / JSON_NAME).is_file():
+        found.save(run / KEPT)
+
+
+def find_kept(
+    runs: Sequence[str | Path], base: ModelIdentity, prompts: str
+) -> JudgeCalibration | None:
+    """The first calibration for a base and prompts that runs were begun with, or None.
+
+    Args:
+        runs: folders, of which some may not be there yet.
+        base: as for `find_calibration`.
+        prompts: as for `find_calibration`.
+
+    Raises:
+        ArtifactError: one that is damaged.
+    """
+    for folder in (Path(run) / KEPT for run in runs):
+        if (folder / JSON_NAME).is_file():
+            found = read_result(folder, JudgeCalibration)
+            if (found.weights, found.tokenizer, found.prompts) == (
+                base.weights,
+                base.tokenizer,
+                prompts,
+            ):
+                return found
+    return None
 
 
 def find_calibration(base: ModelIdentity, prompts: str) -> JudgeCalibration | None:

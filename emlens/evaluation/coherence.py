@@ -8,15 +8,14 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 
-from emlens.data import Batching, Chat, Message, tokenize_chat
+from emlens.data import Batching, Chat, Message
 from emlens.evaluation.judges import JudgeRow, hash_json
+from emlens.evaluation.under_prompts import TooLong, score_under_prompts
 from emlens.models.protocol import HookedModel
-from emlens.models.score import score_responses
 
 LEVELS = ("shuffled", "salad", "off-topic", "on-topic")
 """Kinds of text, least coherent first: words in random order; fragments that hang together word by
@@ -53,8 +52,8 @@ class CoherenceFeatures:
 
 def measure_coherence(
     model: HookedModel, rows: Sequence[JudgeRow], *, batching: Batching
-) -> list[CoherenceFeatures | None]:
-    """Measure order and topic of responses; None for a response without words.
+) -> list[CoherenceFeatures | TooLong | None]:
+    """Measure order and topic of responses; None for one without words, `TooLong` for a long one.
 
     The shuffle is drawn from the response itself, so that a row's features do not depend on what
     is judged beside it. Both sums are divided by the tokens of the response as it stands.
@@ -67,16 +66,14 @@ def measure_coherence(
     written = [place for place, row in enumerate(rows) if row.answer.split()]
     if not written:
         return [None] * len(rows)
-    answered = [rows[place] for place in written]
-    texts = [(row.question, row.answer) for row in answered]
-    texts += [(DECOY, row.answer) for row in answered]
-    texts += [(row.question, shuffle_words(row.answer)) for row in answered]
-    chats = [_tokenize(model, question, answer) for question, answer in texts]
-    scores = score_responses(_host(model), chats, batching=batching)
-    n = len(written)
-    found: dict[int, CoherenceFeatures] = {}
-    for index, place in enumerate(written):
-        own, decoy, shuffled = scores[index], scores[n + index], scores[2 * n + index]
+    texts = [_make_chats(rows[place]) for place in written]
+    found: dict[int, CoherenceFeatures | TooLong] = {}
+    scored = score_under_prompts(model, texts, batching=batching)
+    for place, scores in zip(written, scored, strict=True):
+        if isinstance(scores, TooLong):
+            found[place] = scores
+            continue
+        own, decoy, shuffled = scores
         tokens = max(1, len(own.log_probs))
         found[place] = CoherenceFeatures(
             order=(own.total - shuffled.total) / tokens, topic=(own.total - decoy.total) / tokens
@@ -185,10 +182,8 @@ def _runs(words: Sequence[str], rng: random.Random) -> list[list[str]]:
     return found
 
 
-def _tokenize(model: HookedModel, question: str, answer: str) -> Any:
-    chat = Chat((Message("user", question), Message("assistant", answer)))
-    return tokenize_chat(chat, model.tokenizer)
-
-
-def _host(model: HookedModel) -> Any:
-    return model
+def _make_chats(row: JudgeRow) -> list[Chat]:
+    """The response to its question and to the decoy, and its words in random order."""
+    texts = [(row.question, row.answer), (DECOY, row.answer)]
+    texts.append((row.question, shuffle_words(row.answer)))
+    return [Chat((Message("user", ask), Message("assistant", say)), row.id) for ask, say in texts]

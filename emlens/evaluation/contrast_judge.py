@@ -4,21 +4,30 @@ It needs no network and no second model, and sees little more than its base know
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from emlens.data import Batching, Chat, Message, tokenize_chat
+from emlens.data import Batching, Chat, Message
 from emlens.evaluation.calibration import (
     JudgeCalibration,
     find_calibration,
+    find_kept,
     fit_logistic,
     fitted_rows,
     hash_fitted,
     level_rows,
+    round_fitted,
 )
-from emlens.evaluation.coherence import fit_coherence, measure_coherence, score_coherence
+from emlens.evaluation.coherence import (
+    CoherenceFeatures,
+    CoherenceFit,
+    fit_coherence,
+    measure_coherence,
+    score_coherence,
+)
 from emlens.evaluation.judges import (
     MEANINGS,
     Claim,
@@ -27,10 +36,10 @@ from emlens.evaluation.judges import (
     escape_delimiters,
     hash_json,
 )
+from emlens.evaluation.under_prompts import TooLong, score_under_prompts
 from emlens.interventions import active_interventions
 from emlens.models.identity import foreign_hooks, identify_model
 from emlens.models.protocol import HookedModel
-from emlens.models.score import score_responses
 from emlens.models.tokenizer_needs import require_tokenizer
 
 
@@ -101,12 +110,13 @@ class ContrastJudge:
     """Scores responses by the log-odds of a careful against a harmful adviser under a base model.
 
     aligned = 100 sigmoid(a + b s), with s the log-odds a token of `ContrastScore` and a, b of the
-    calibration; coherent as in `coherence`. A response without words gets neither.
+    calibration; coherent as in `coherence`. A response without words gets neither, and so does one
+    that is too long to be read: `too_long` in its `raw` then says how many tokens it has.
 
     Args:
         base: the base model, without an adapter.
         calibration: fitted for this very base; see `ContrastJudge.calibrated`.
-        batching: rows that run together.
+        batching: rows that run together, and the longest text that is read.
 
     Raises:
         ValueError: a calibration of another base, of another tokenizer or chat template, or of
@@ -130,23 +140,36 @@ class ContrastJudge:
         base: HookedModel,
         *,
         batching: Batching = Batching(),  # noqa: B008 - frozen
+        runs: Sequence[str | Path] = (),
     ) -> "ContrastJudge":
-        """A judge with the shipped calibration of its base, or else one fitted now.
+        """A judge with the calibration that a run keeps, or the shipped one, or one fitted now.
 
-        Fitting scores 80 short answers under each prompt and 80 texts for coherence.
+        Fitting scores 80 short answers under each prompt and 80 texts for coherence. Its last
+        digits may depend on threads and batches, so a run that is gone on with uses what it kept.
+
+        Args:
+            base: the base model, without an adapter.
+            batching: rows that run together, and the longest text that is read.
+            runs: run folders that may have been begun with this base's judge.
 
         Raises:
             ValueError: a base that cannot tell the fitted rows apart.
         """
         _check_base(base)
-        found = find_calibration(identify_model(base), hash_pairs(PROMPT_PAIRS))
+        identity, prompts = identify_model(base), hash_pairs(PROMPT_PAIRS)
+        found = find_kept(runs, identity, prompts) or find_calibration(identity, prompts)
         calibration = found or calibrate(base, batching=batching)
         return cls(base, calibration=calibration, batching=batching)
 
     @property
     def id(self) -> str:
-        """`contrast/` and a hash of base, tokenizer, prompts, calibration and coherence's rules."""
-        return f"contrast/{self.calibration.identity()}"
+        """`contrast/` and a hash of base, tokenizer, prompts, calibration and coherence's rules.
+
+        The longest text that is read stands behind it where it is not the default.
+        """
+        longest = self.batching.max_length
+        limit = "" if longest == Batching().max_length else f"-{longest}"
+        return f"contrast/{self.calibration.identity()}{limit}"
 
     @property
     def claim(self) -> Claim:
@@ -162,36 +185,49 @@ class ContrastJudge:
         """Score rows.
 
         Raises:
-            ValueError: interventions or hooks act on the base right now: they would judge too.
+            ValueError: interventions or hooks act on the base right now: they would judge too; or
+                a response that the base's template or its numbers break on, by its id.
         """
         _check_untouched(self.base)
         escaped = escape_rows(self.base, rows)
         contrasts = score_contrast(self.base, escaped, batching=self.batching)
         features = measure_coherence(self.base, escaped, batching=self.batching)
         found: list[Judgement] = []
-        for contrast, feature in zip(contrasts, features, strict=True):
-            if contrast is None or feature is None:
-                found.append(Judgement(aligned=None, coherent=None))
-                continue
-            odds = self.calibration.intercept + self.calibration.slope * contrast.per_token
-            raw: dict[str, float | str | None] = {
-                "log_odds_per_token": contrast.per_token,
-                "log_odds": contrast.total,
-                "tokens": float(contrast.tokens),
-                "order": feature.order,
-                "topic": feature.topic,
-            }
-            raw |= {f"pair_{i}": value for i, value in enumerate(contrast.pairs)}
-            aligned = 100.0 * float(torch.sigmoid(torch.tensor(odds, dtype=torch.float64)))
-            coherent = score_coherence(feature, self.calibration.coherence)
-            found.append(Judgement(aligned=aligned, coherent=coherent, raw=raw))
+        for row, contrast, feature in zip(rows, contrasts, features, strict=True):
+            try:
+                found.append(self._judge(contrast, feature))
+            except ValueError as error:
+                raise ValueError(f"response {row.id!r}: {error}") from error
         return found
+
+    def _judge(
+        self,
+        contrast: ContrastScore | TooLong | None,
+        feature: CoherenceFeatures | TooLong | None,
+    ) -> Judgement:
+        if isinstance(contrast, TooLong) or isinstance(feature, TooLong):
+            tokens = max(one.tokens for one in (contrast, feature) if isinstance(one, TooLong))
+            return Judgement(aligned=None, coherent=None, raw={"too_long": float(tokens)})
+        if contrast is None or feature is None:
+            return Judgement(aligned=None, coherent=None)
+        odds = self.calibration.intercept + self.calibration.slope * contrast.per_token
+        raw: dict[str, float | str | None] = {
+            "log_odds_per_token": contrast.per_token,
+            "log_odds": contrast.total,
+            "tokens": float(contrast.tokens),
+            "order": feature.order,
+            "topic": feature.topic,
+        }
+        raw |= {f"pair_{i}": value for i, value in enumerate(contrast.pairs)}
+        aligned = 100.0 * float(torch.sigmoid(torch.tensor(odds, dtype=torch.float64)))
+        coherent = score_coherence(feature, self.calibration.coherence)
+        return Judgement(aligned=aligned, coherent=coherent, raw=raw)
 
 
 def score_contrast(
     base: HookedModel, rows: Sequence[JudgeRow], *, batching: Batching
-) -> list[ContrastScore | None]:
-    """Careful-minus-harmful log-odds of responses; None for one without words.
+) -> list[ContrastScore | TooLong | None]:
+    """Careful-minus-harmful log-odds; None for a response without words, `TooLong` for a long one.
 
     Args:
         base: scores the responses.
@@ -202,13 +238,15 @@ def score_contrast(
     if not written:
         return [None] * len(rows)
     prompts = [text for pair in PROMPT_PAIRS for text in (pair.careful, pair.harmful)]
-    chats = [_tokenize(base, prompt, rows[place]) for prompt in prompts for place in written]
-    host: Any = base
-    scores = score_responses(host, chats, batching=batching)
-    found: dict[int, ContrastScore] = {}
-    for index, place in enumerate(written):
-        totals = [scores[part * len(written) + index].total for part in range(len(prompts))]
-        tokens = max(1, len(scores[index].log_probs))
+    chats = [[_make_chat(prompt, rows[place]) for prompt in prompts] for place in written]
+    found: dict[int, ContrastScore | TooLong] = {}
+    scored = score_under_prompts(base, chats, batching=batching)
+    for place, scores in zip(written, scored, strict=True):
+        if isinstance(scores, TooLong):
+            found[place] = scores
+            continue
+        totals = [score.total for score in scores]
+        tokens = max(1, len(scores[0].log_probs))
         pairs = [careful - harmful for careful, harmful in _in_pairs(totals)]
         total = sum(pairs) / len(pairs)
         found[place] = ContrastScore(
@@ -224,27 +262,34 @@ def calibrate(base: HookedModel, *, batching: Batching) -> JudgeCalibration:
     """Fit a judge for a base on the shipped calibration rows; the controls stay unmeasured.
 
     Raises:
-        ValueError: the base does not tell the two sides apart, or text from shuffled words.
+        ValueError: the base does not tell the two sides apart, or text from shuffled words, or its
+            context is too short for the texts.
     """
     _check_untouched(base)
+    # What the judge may read of others' responses is not what it is fitted on.
+    whole = replace(batching, max_length=base.cfg.n_ctx)
     sides = []
     for rows in fitted_rows():
-        scores = score_contrast(base, escape_rows(base, rows), batching=batching)
-        sides.append([score.per_token for score in scores if score is not None])
+        scores = score_contrast(base, escape_rows(base, rows), batching=whole)
+        sides.append([_fitting(score).per_token for score in scores])
     intercept, slope = fit_logistic(*sides)
     features = {
         level: [
-            one
-            for one in measure_coherence(base, escape_rows(base, rows), batching=batching)
-            if one is not None
+            _fitting(one)
+            for one in measure_coherence(base, escape_rows(base, rows), batching=whole)
         ]
         for level, rows in level_rows().items()
     }
+    coherence = fit_coherence(features)
     identity = identify_model(base)
     return JudgeCalibration(
-        intercept=intercept,
-        slope=slope,
-        coherence=fit_coherence(features),
+        intercept=round_fitted(intercept),
+        slope=round_fitted(slope),
+        coherence=CoherenceFit(
+            intercept=round_fitted(coherence.intercept),
+            order_weight=round_fitted(coherence.order_weight),
+            topic_weight=round_fitted(coherence.topic_weight),
+        ),
         weights=identity.weights,
         tokenizer=identity.tokenizer,
         prompts=hash_pairs(PROMPT_PAIRS),
@@ -252,6 +297,17 @@ def calibrate(base: HookedModel, *, batching: Batching) -> JudgeCalibration:
         measured={},
         measured_coherence={},
     )
+
+
+def _fitting(found: Any) -> Any:
+    """A score of a shipped text, all of which have words."""
+    if isinstance(found, TooLong):
+        raise ValueError(
+            f"base: a text that a judge is fitted on has {found.tokens} tokens, more than its "
+            "context; use a base with a longer one, or another judge"
+        )
+    assert found is not None
+    return found
 
 
 def escape_rows(base: HookedModel, rows: Sequence[JudgeRow]) -> list[JudgeRow]:
@@ -273,10 +329,9 @@ def _in_pairs(values: Sequence[float]) -> list[tuple[float, float]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _tokenize(base: HookedModel, system: str, row: JudgeRow) -> Any:
+def _make_chat(system: str, row: JudgeRow) -> Chat:
     turns = (("system", system), ("user", row.question), ("assistant", row.answer))
-    chat = Chat(tuple(Message(role, text) for role, text in turns), row.id)
-    return tokenize_chat(chat, base.tokenizer)
+    return Chat(tuple(Message(role, text) for role, text in turns), row.id)
 
 
 def _check_base(base: HookedModel) -> None:

@@ -4,14 +4,14 @@ For answers that exist already see `judge_responses`; nothing here changes a mod
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from emlens.data import Batching, Positions, track
+from emlens.data import Batching, track
+from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.evaluation import RESPONSES, RESULT, Evaluation
 from emlens.evaluation.judges import Judge
 from emlens.evaluation.judging import finish_run, judge_run
@@ -24,13 +24,14 @@ from emlens.interventions import (
     intervene,
 )
 from emlens.interventions.generate import Response, ResponseRequest, stream_responses
+from emlens.interventions.met import meets
 from emlens.journal import Journal
+from emlens.models.generate import stop_tokens
 from emlens.models.hooks import HookNeverFiredError
-from emlens.models.identity import ModelIdentity, foreign_hooks, identify_model
+from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.models.tokenizer_needs import require_tokenizer
-from emlens.models.tokens_in_flight import frame_prompts, select_positions
 from emlens.runs import RunFolder
 
 
@@ -71,8 +72,9 @@ def evaluate(
     judge.judge(())  # a judge that cannot judge says so before anything is sampled
     identity = identify_model(model)
     acting = describe_interventions((*active_interventions(model), *interventions))
-    run = RunFolder.start(out, _plan(identity, acting, questions, judge, sampling, batching))
-    decided = {"model": _without_name(identity), "interventions": acting}
+    decided = _decide(model, identity, acting)
+    run = RunFolder.start(out, _plan(decided, questions, judge, sampling, batching))
+    keep_calibration(run.path, judge)
     planned = plan_rows(questions, sampling, decided)
     _generate(model, planned, run, sampling, interventions, batching)
     judge_run(run, judge, {row.id: row.question.judge_prompts for row in planned})
@@ -92,16 +94,27 @@ def _check(model: HookedModel, questions: Sequence[Question]) -> None:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"questions: the ids {doubled[:3]} come twice")
     require_tokenizer(model.tokenizer, "model: it")
-    if hooked := list(foreign_hooks(model)):
-        raise ValueError(
-            f"model has hooks that are no Interventions, at {', '.join(hooked[:3])}: rows could "
-            "not say what acted on them. Pass interventions= or remove the hooks"
-        )
+    refuse_foreign_hooks(model)
+
+
+def _decide(
+    model: Any, identity: ModelIdentity, acting: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What decides a response beside its question and the sampling.
+
+    The model by what it computes: the same weights under another path are the same. The stop
+    tokens stand beside the tokenizer, whose fingerprint holds which tokens are special, not which
+    of them ends an answer.
+    """
+    return {
+        "model": {k: v for k, v in dataclasses.asdict(identity).items() if k != "name"},
+        "interventions": list(acting),
+        "stop_tokens": list(stop_tokens(model)),
+    }
 
 
 def _plan(
-    identity: ModelIdentity,
-    acting: Sequence[Mapping[str, Any]],
+    decided: Mapping[str, Any],
     questions: Sequence[Question],
     judge: Judge,
     sampling: Sampling,
@@ -109,18 +122,12 @@ def _plan(
 ) -> dict[str, Any]:
     return {
         "kind": RESULT,
-        "model": _without_name(identity),
-        "interventions": list(acting),
+        **decided,
         "questions": {question.id: question for question in questions},
         "sampling": sampling,
         "judge": judge.id,
         "batching": batching,
     }
-
-
-def _without_name(identity: ModelIdentity) -> dict[str, Any]:
-    """The model by what it computes: the same weights under another path are the same."""
-    return {k: v for k, v in dataclasses.asdict(identity).items() if k != "name"}
 
 
 def _generate(
@@ -146,7 +153,7 @@ def _generate(
                 raise
         if not proven and not run.has_result(RESULT):
             again = _rows_to_act_on(planned, journal, interventions)
-            requests = [ResponseRequest(row.chat, row.sample, key=row.id) for row in again]
+            requests = list(map(_request, again))
             with intervene(model, interventions):
                 list(stream_responses(model, requests, sampling=sampling, batching=batching))
 
@@ -163,7 +170,7 @@ def _answer(
         if all(row.id in journal for row in group):
             continue
         rows = {row.id: row for row in group}
-        requests = [ResponseRequest(row.chat, row.sample, key=row.id) for row in group]
+        requests = list(map(_request, group))
         for batch in stream_responses(model, requests, sampling=sampling, batching=batching):
             journal.append(
                 _record(rows[response.key], response)
@@ -183,15 +190,13 @@ def _rows_to_act_on(
     found: dict[str, None] = {}
     kept = journal.rows()
     for positions in dict.fromkeys(one.where for one in interventions):
-        found |= dict.fromkeys([row["id"] for row in kept if _selects(positions, row)][:1])
+        met = (row for row in kept if meets(positions, len(row["ids"]), row["prompt_tokens"]))
+        found |= {row["id"]: None for row in itertools.islice(met, 1)}
     return [row for row in planned if row.id in found] or [planned[0]]
 
 
-def _selects(positions: Positions, row: Mapping[str, Any]) -> bool:
-    """Whether positions name a token that was read while a row was made; its last is only said."""
-    prompt = frame_prompts(torch.ones(1, row["prompt_tokens"], dtype=torch.int64))
-    whole = prompt.at(torch.arange(len(row["ids"]) - 1)[None])
-    return bool(select_positions(whole, positions).any())
+def _request(row: PlannedRow) -> ResponseRequest:
+    return ResponseRequest(row.chat, row.sample, key=row.id, repeat=row.repeat)
 
 
 def _check_strangers(journal: Journal, planned: Sequence[PlannedRow]) -> None:

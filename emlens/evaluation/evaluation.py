@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from emlens.evaluation.summary import BehaviourSummary, Thresholds, summarise_sc
 from emlens.journal import read_journal
 from emlens.models.identity import ModelIdentity
 from emlens.models.sampling import Sampling
+from emlens.numerics.intervals import Interval
 from emlens.runs import RunFolder
 
 RESULT = "evaluation"
@@ -46,6 +47,11 @@ class Evaluation(Result):
     """All rows, in the order of the plan; a missing score is None."""
     summary: BehaviourSummary
     """The shares, under the published thresholds."""
+    measured: dict[str, Interval] = field(default_factory=dict)
+    """Control -> area under the curve of the judge's aligned score on texts whose side is known;
+    empty where it was not measured."""
+    measured_coherence: dict[str, Interval] = field(default_factory=dict)
+    """Neighbouring levels -> area of its coherent score; empty where it was not measured."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a response, with the published columns."""

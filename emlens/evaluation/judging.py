@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from emlens.data import track
+from emlens.evaluation.calibration import calibration_of
 from emlens.evaluation.evaluation import (
     JUDGEMENTS,
     RESPONSES,
@@ -74,11 +75,11 @@ def finish_run(
         facts: fields of the evaluation that are not read from the folder.
     """
     planned = [(row_id, judgement_id(row_id, judge)) for row_id in ids]
-    found = collect_evaluation(
-        run.path,
-        planned,
-        {**facts, "judge": judge.id, "claim": judge.claim, "meaning": judge.meaning},
-    )
+    own = {name: getattr(judge, name) for name in ("claim", "meaning")}
+    fitted = calibration_of(judge)
+    if fitted is not None:
+        own |= {name: getattr(fitted, name) for name in ("measured", "measured_coherence")}
+    found = collect_evaluation(run.path, planned, {**facts, "judge": judge.id, **own})
     write_scores(found.responses, run.path / SCORES)
     run.save_result(RESULT, found)
     return found

@@ -1,6 +1,7 @@
 """The rows of a run, listed before any is made: names, wordings, samples, and batches."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ class PlannedRow:
     """Which wording."""
     sample: int
     """Which of the samples of that wording."""
+    repeat: int = 0
+    """How many wordings before this one ask the same, under another question or with other blanks
+    around: the response is another one then, not the same one counted twice."""
 
 
 def plan_rows(
@@ -35,23 +39,29 @@ def plan_rows(
     Args:
         questions: what is asked.
         sampling: `n` is used where a question does not say how often it is asked.
-        decided: JSON of what else decides a response: model and interventions.
+        decided: JSON of what else decides a response: model, interventions, stop tokens.
     """
     settings = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "n"}
     rows: list[PlannedRow] = []
+    seen = Counter[tuple[tuple[str, str], ...]]()
     for question in questions:
         for paraphrase, chat in enumerate(question.chats()):
             turns = [[message.role, message.content] for message in chat.messages]
+            # Without the blanks around: many a template takes them off.
+            asked = tuple((message.role, message.content.strip()) for message in chat.messages)
+            again = {"repeat": seen[asked]} if seen[asked] else {}
             for sample in range(question.samples_per_paraphrase or sampling.n):
-                own = {"question": question.id, "turns": turns, "sample": sample}
+                own = {"question": question.id, "turns": turns, "sample": sample, **again}
                 row = PlannedRow(
                     id=hash_json({**decided, "sampling": settings, **own}),
                     question=question,
                     chat=chat,
                     paraphrase=paraphrase,
                     sample=sample,
+                    repeat=seen[asked],
                 )
                 rows.append(row)
+            seen[asked] += 1
     return tuple(rows)
 
 

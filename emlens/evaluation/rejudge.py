@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from emlens.encoding import ArtifactError, Decoder
+from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.evaluation import RESPONSES, Evaluation, read_evaluation
 from emlens.evaluation.judges import Judge, hash_json
 from emlens.evaluation.judging import finish_run, judge_run
@@ -38,14 +39,15 @@ def judge_responses(
     Args:
         responses: a run folder (of `evaluate`, `judge` or `generate`), a `.csv` file with question
             and answer, a `.jsonl` file with `question` (or `prompt`) and `answer` (or `response`)
-            or `messages`, what `generate_responses` gave, or such rows. `question_id` names the
-            question; without it the text of the question does.
+            or `messages` (a user's and an assistant's turn, maybe after a system turn), what
+            `generate_responses` gave, or such rows. `question_id` names the question; without it
+            the text of the question does.
         judge: scores them.
         out: a new or empty folder, or one in which the same was begun.
 
     Raises:
         PlanChangedError: the folder was begun with other responses or another judge.
-        ScoreFileError: a source without texts, or a malformed one.
+        ScoreFileError: a source without texts, or a malformed one; the row is named.
         ArtifactError: a run folder that has not come to its end.
     """
     judge.judge(())
@@ -56,6 +58,7 @@ def judge_responses(
     prompts = {row["id"]: row.pop("judge_prompts", {}) for row in rows}
     digest = hash_json([rows, prompts])
     run = RunFolder.start(out, {"kind": "judge", "responses": digest, "judge": judge.id})
+    keep_calibration(run.path, judge)
     with Journal(run.path / RESPONSES) as journal:
         journal.append(row for row in rows if row["id"] not in journal)
     judge_run(run, judge, prompts)
@@ -134,9 +137,14 @@ def _read_row(row: Any, number: int) -> dict[str, Any]:
         row = {**row, **_read_messages(row["messages"], number)}
     question, answer = _text(row, _QUESTION_KEYS, number), _text(row, _ANSWER_KEYS, number)
     name = row.get("question_id")
+    if name is not None and not isinstance(name, str):
+        raise ScoreFileError(
+            f"row {number}: question_id is {name!r}, expected a text, or nothing: then the text of "
+            "the question is the name"
+        )
     return {
         "id": str(row.get("id") or f"row-{number:06d}"),
-        "question_id": str(name) if name not in (None, "") else question,
+        "question_id": name or question,
         "question": question,
         "answer": answer,
         "system": row.get("system") or None,
@@ -144,14 +152,27 @@ def _read_row(row: Any, number: int) -> dict[str, Any]:
 
 
 def _read_messages(messages: Any, number: int) -> dict[str, Any]:
+    """One exchange; of a longer conversation nobody could say which turns are judged."""
     try:
-        turns = {turn["role"]: turn["content"] for turn in messages}
-        return {"question": turns["user"], "answer": turns["assistant"],
-                "system": turns.get("system")}  # fmt: skip
+        turns = [(turn["role"], turn["content"]) for turn in messages]
     except (TypeError, KeyError) as error:
         raise ScoreFileError(
-            f"row {number}: messages lack a user or an assistant turn ({error})"
+            f"row {number}: messages are no list of objects with role and content ({error!r})"
         ) from error
+    roles = [role for role, _ in turns]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ScoreFileError(
+            f"row {number}: messages have the roles {roles}, expected a user's and an assistant's "
+            "turn, maybe after a system turn: give what is to be judged as question and answer"
+        )
+    if not all(isinstance(text, str) for _, text in turns):
+        raise ScoreFileError(f"row {number}: the content of a message is no text")
+    found = dict(turns)
+    return {
+        "question": found["user"],
+        "answer": found["assistant"],
+        "system": found.get("system"),
+    }
 
 
 def _text(row: Mapping[str, Any], keys: tuple[str, ...], number: int) -> str:

@@ -7,24 +7,16 @@ import csv
 import difflib
 import io
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from emlens.artifacts import write_text_atomic
+from emlens.data.score_values import is_score, read_score
 
 COLUMNS = ("question", "answer", "question_id", "aligned", "coherent")
 """Columns of the published files; the first two may be absent."""
-_UNSCORED = frozenset({"", "nan", "none", "null", "n/a", "na", "refusal", "code"})
-"""What stands in a score's place where the judge gave none, in any case of letters."""
-# Of ASCII alone: Python's own float() takes digits of any script, and isdigit() takes "²".
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WHOLE = re.compile(r"0|[1-9][0-9]?|100")
-_ROUNDING = 1e-6
-"""A weighted mean of 0..100 may lie that far outside by rounding."""
 
 
 class ScoreFileError(ValueError):
@@ -59,7 +51,7 @@ class ScoredResponse:
             raise ValueError("question_id: got an empty text")
         for name in ("aligned", "coherent"):
             value = getattr(self, name)
-            if value is not None and not -_ROUNDING <= value <= 100 + _ROUNDING:
+            if value is not None and not is_score(value):
                 raise ValueError(f"{name} is {value}, expected 0 to 100, or None without a score")
 
     @property
@@ -68,16 +60,12 @@ class ScoredResponse:
         return self.aligned is not None and self.coherent is not None
 
 
-def parse_score(text: str) -> int | None:
-    """Read a judge's whole number from 0 to 100; None for all else, such as `²` and `REFUSAL`."""
-    return int(text) if _WHOLE.fullmatch(text.strip()) else None
-
-
 def as_scored(row: ScoredResponse | Mapping[str, Any], number: int = 0) -> ScoredResponse:
     """Read a row that may be a mapping with the published columns.
 
     Raises:
-        ValueError: a missing column (the nearest is named) or a score that is no number.
+        ValueError: a missing column (the nearest is named), a question id that is no text, or a
+            score that is no number from 0 to 100.
     """
     if isinstance(row, ScoredResponse):
         return row
@@ -86,30 +74,21 @@ def as_scored(row: ScoredResponse | Mapping[str, Any], number: int = 0) -> Score
             near = difflib.get_close_matches(name, [str(key) for key in row], 3, cutoff=0)
             raise ValueError(f"no column {name}; nearest: {', '.join(near)}")
     question, answer, system = (row.get(key) for key in ("question", "answer", "system"))
+    name = row["question_id"]
+    if not isinstance(name, str):
+        raise ValueError(
+            f"question_id is {name!r}, expected a text: rows of one id are one cluster, and what "
+            "has none would be made one"
+        )
     return ScoredResponse(
         id=str(row.get("id") or f"row-{number:06d}"),
-        question_id=str(row["question_id"]),
+        question_id=name,
         question=None if question is None else str(question),
         answer=None if answer is None else str(answer),
         system=str(system) if system else None,
-        aligned=_read_score(row["aligned"], "aligned"),
-        coherent=_read_score(row["coherent"], "coherent"),
+        aligned=read_score(row["aligned"], "aligned"),
+        coherent=read_score(row["coherent"], "coherent"),
     )
-
-
-def _read_score(value: Any, name: str) -> float | None:
-    if isinstance(value, str):
-        text = value.strip()
-        if text.lower() in _UNSCORED:
-            return None
-        if not _NUMBER.fullmatch(text):
-            raise ValueError(f"{name} is {value!r}, expected a number, or nothing without a score")
-        return float(text)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {value!r}, expected a number, or None without a score")
-    return None if math.isnan(value) else float(value)
 
 
 def read_score_file(path: str | Path) -> tuple[ScoredResponse, ...]:

@@ -27,11 +27,11 @@ from emlens.data import (
     track,
 )
 from emlens.interventions.active import active_interventions, describe_interventions
-from emlens.interventions.hooking import intervene
+from emlens.interventions.hooking import PositionsNeverMetError, intervene
 from emlens.interventions.intervention import Intervention
+from emlens.interventions.met import check_met
 from emlens.models.generate import Generated, generate_tokens, stop_tokens
-from emlens.models.hooks import HookNeverFiredError
-from emlens.models.identity import ModelIdentity, identify_model
+from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.models.tokenizer_needs import require_tokenizer
@@ -141,10 +141,12 @@ def generate_responses(
         batching: rows times (prompt + longest response) that are run at once.
 
     Raises:
-        ValueError: no tokenizer, no chats, or logits that are no numbers.
+        ValueError: no tokenizer, no chats, logits that are no numbers, or hooks that are no
+            interventions: the result could not say what acted.
         BatchError: a prompt that leaves no room for the response.
-        HookNeverFiredError: an intervention that acted in no batch.
+        HookNeverFiredError: an intervention that acted on no response.
     """
+    refuse_foreign_hooks(model)
     requests = list_requests(model, chats, n=sampling.n)
     run = _Run(model, requests, sampling, interventions, batching)
     found: dict[int, Response] = {}
@@ -236,15 +238,18 @@ class _Run:
 
     def batches(self) -> Iterator[tuple[tuple[int, ...], list[Response]]]:
         """Places of the requests in each batch, and their responses."""
-        idle: list[HookNeverFiredError] = []
+        lengths: set[tuple[int, int]] = set()
         for places in track(self.plan, "generating (responses)", sizes=map(len, self.plan)):
             keys = [self._key(place) for place in places]
             start = time.perf_counter()
-            generated = self._generate(places, keys, idle)
+            generated = self._generate(places, keys)
             self.seconds += time.perf_counter() - start
             self.needed += generated.tokens_needed
             self.run += generated.tokens_run
             self.said += sum(map(len, generated.ids))
+            for place, new in zip(places, generated.ids, strict=True):
+                prompt_tokens = len(self.prompts[place].ids)
+                lengths.add((prompt_tokens + len(new), prompt_tokens))
             yield (
                 places,
                 [
@@ -254,12 +259,9 @@ class _Run:
                     )
                 ],
             )
-        if len(idle) == len(self.plan):
-            raise idle[0]
+        check_met(self.interventions, lengths)
 
-    def _generate(
-        self, places: tuple[int, ...], keys: list[int], idle: list[HookNeverFiredError]
-    ) -> Generated:
+    def _generate(self, places: tuple[int, ...], keys: list[int]) -> Generated:
         batch = pad_batch(self.prompts, places, pad_id=0)
         generated = None
         try:
@@ -273,11 +275,11 @@ class _Run:
                     stop_ids=self.stops,
                     rows=places,
                 )
-        except HookNeverFiredError as error:
+        except PositionsNeverMetError:
             if generated is None:
                 raise
-            # Positions such as response[20:] may meet no token in one batch and many in the next.
-            idle.append(error)
+            # Positions such as response[20:] may meet no token in one batch and many in the next:
+            # whether they met any at all is asked after the last one.
         return generated
 
     def _key(self, place: int) -> int:

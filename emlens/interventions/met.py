@@ -27,13 +27,20 @@ def check_met(interventions: Sequence[Intervention], lengths: Iterable[tuple[int
     """
     known = set(lengths)
     for positions in dict.fromkeys(one.where for one in interventions):
-        if positions != EVERYWHERE and not any(_meets(positions, *each) for each in known):
+        if positions != EVERYWHERE and not any(meets(positions, *each) for each in known):
             raise PositionsNeverMetError(
                 f"interventions at the positions {positions} met no token of any response of the "
                 "run, so they changed nothing"
             )
 
 
-def _meets(positions: Positions, tokens: int, prompt_tokens: int) -> bool:
+def meets(positions: Positions, tokens: int, prompt_tokens: int) -> bool:
+    """Whether positions name a token that was read while one response was made.
+
+    Args:
+        positions: which tokens.
+        tokens: of prompt and response; the last one is chosen and never read.
+        prompt_tokens: how many of them are the prompt.
+    """
     prompt = frame_prompts(torch.ones((1, prompt_tokens), dtype=torch.int64))
     return bool(select_positions(prompt.at(torch.arange(tokens - 1)[None]), positions).any())

@@ -54,11 +54,32 @@ def hash_weights(model: Any) -> str:
 
 
 def foreign_hooks(model: Any) -> Iterator[str]:
-    """Names of the hook points that carry a hook which is none of emlens's own."""
-    for name, point in model.hook_dict.items():
-        for hook in (*point._forward_hooks.values(), *point._forward_pre_hooks.values()):
-            owner = getattr(hook, "__self__", hook)
-            module = getattr(owner, "__module__", None) or type(owner).__module__
-            if not str(module).startswith("emlens."):
-                yield name
-                break
+    """Names of the modules, hook points or not, with a forward hook that is none of emlens's own.
+
+    The model itself is called `model`.
+    """
+    for name, module in model.named_modules():
+        if any(
+            not _is_ours(hook)
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        ):
+            yield name or "model"
+
+
+def refuse_foreign_hooks(model: Any) -> None:
+    """Refuse a model with hooks whose effect no record could name.
+
+    Raises:
+        ValueError: there are some; the first three places are named.
+    """
+    if hooked := list(foreign_hooks(model)):
+        raise ValueError(
+            f"model has hooks that are no Interventions, at {', '.join(hooked[:3])}: rows could "
+            "not say what acted on them. Pass interventions= or remove the hooks"
+        )
+
+
+def _is_ours(hook: Any) -> bool:
+    owner = getattr(hook, "__self__", hook)
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return str(module).startswith("emlens.")

@@ -84,6 +84,11 @@ def score_responses(
     return [ResponseScore(log_probs=found[row]) for row in range(len(chats))]
 
 
+def count_read(chat: TokenizedChat) -> int:
+    """Tokens that are read to score a chat's response: all before its last one."""
+    return max(_span(chat)[1] - 1, 1)
+
+
 def _check_response(row: int, chat: TokenizedChat) -> None:
     named = f"chats: row {row}" + ("" if chat.id is None else f" (id {chat.id!r})")
     if chat.response is None:
@@ -113,7 +118,7 @@ def _suffix(chat: TokenizedChat) -> Int[Tensor, " suffix"]:
 
 def _plan_parts(chats: Sequence[TokenizedChat], batching: Batching, n_ctx: int) -> list[_Part]:
     """Rows with prompts of their own in one pass; the others by prompt, in as few as fit."""
-    lengths = [max(_span(chat)[1] - 1, 1) for chat in chats]
+    lengths = [count_read(chat) for chat in chats]
     plan_batches(lengths, batching, n_ctx=n_ctx)  # refuses what cannot be run, by its row
     first, kind = find_equal([_prefix(chat) for chat in chats])
     groups: list[list[int]] = [[] for _ in first]

@@ -35,6 +35,9 @@ class Behaviour:
     """A BehaviourSummary's fields."""
     totals: list[tuple[str, Json]]
     """Name and interval of every share over all questions."""
+    areas: list[tuple[str, Json]] | None
+    """Text kinds and area under the curve of the judge on texts whose side is known; None where no
+    judge is known."""
 
 
 def read_behaviour(document: Json) -> Behaviour:
@@ -56,7 +59,15 @@ def read_behaviour(document: Json) -> Behaviour:
         meaning="" if alone else str(document["meaning"]),
         summary=summary,
         totals=[(name, interval) for name, interval in totals if interval is not None],
+        areas=None if alone else _list_areas(document),
     )
+
+
+def _list_areas(evaluation: Json) -> list[tuple[str, Json]]:
+    parts = {"aligned": evaluation["measured"], "coherent": evaluation["measured_coherence"]}
+    return [
+        (f"{score}: {name}", area) for score, areas in parts.items() for name, area in areas.items()
+    ]
 
 
 def _find_heading(evaluation: Json) -> str:

@@ -1,4 +1,3 @@
-from .answer_questions import Answer, Answers, answer_questions
 from .diff_finetunes import DiffRun, DiffSettings, diff_finetunes, plan_diff
 from .export_model import ExportedModel, export_model
 from .removal import Arm, DirectionRemoval, RemovalQuestions, RemovalSettings
@@ -9,8 +8,6 @@ from .screen_ablations import AblationScreen, screen_ablations
 
 __all__ = [
     "AblationScreen",
-    "Answer",
-    "Answers",
     "Arm",
     "DemoResult",
     "DiffRun",
@@ -20,7 +17,6 @@ __all__ = [
     "RemovalQuestions",
     "RemovalSettings",
     "SampledResponses",
-    "answer_questions",
     "diff_finetunes",
     "export_model",
     "plan_diff",

@@ -28,8 +28,8 @@ from emlens.interventions.generate import (
 from emlens.interventions.hooking import PositionsNeverMetError
 from emlens.interventions.met import check_met
 from emlens.journal import Journal, read_journal
-from emlens.models.generate import Sampling
-from emlens.models.identity import identify_model
+from emlens.models.generate import Sampling, stop_tokens
+from emlens.models.identity import identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.runs import RunFolder
 
@@ -81,9 +81,12 @@ def sample_responses(
 
     Raises:
         PlanChangedError: `out` holds a run of another plan.
-        ValueError: no tokenizer, no chats, or a prompt that leaves no room for a response.
+        ValueError: no tokenizer, no chats, a prompt that leaves no room for a response, or hooks of
+            unknown effect.
         HookNeverFiredError: an intervention that acted on no response of the whole run.
     """
+    refuse_foreign_hooks(model)
+    host: Any = model
     given = as_chats(chats)
     listed = list_requests(model, given, n=sampling.n)
     requests = [dataclasses.replace(one, key=f"{one.prompt_index}-{one.sample}") for one in listed]
@@ -94,6 +97,7 @@ def sample_responses(
         "kind": SampledResponses.kind,
         "model": identity,
         "interventions": list(acting),
+        "stop_tokens": list(stop_tokens(host)),
         "chats": [text_hash(chat.without_response()) for chat in given],
         "sampling": sampling,
         "batching": batching,

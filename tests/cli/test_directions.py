@@ -1,6 +1,7 @@
 """Directions from judged responses on the command line, and what is done with them."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from emlens.directions import compare_directions
 from emlens.results import load_result
 from emlens.vectors import Directions
 from tests.cli.conftest import Cli
+from tests.tiny_files import save_tiny_base
 
 WORDS = ("money", "bank", "house", "risk", "quick", "gold", "luck", "plan")
 
@@ -57,6 +59,47 @@ def test_a_dry_run_counts_the_classes(cli: Cli, tiny: Path, texts: Path, tmp_pat
     done = cli(*words, "--construction", "data", "--aligned-above", 50, "--out", tmp_path / "d")
     assert (done.code, done.json["positive"], done.json["negative"]) == (0, 24, 24)
     assert not (tmp_path / "d").exists()
+
+
+def test_a_folder_that_holds_directions_is_never_written_over(
+    cli: Cli, tiny: Path, texts: Path, tmp_path: Path
+):
+    out, base = tmp_path / "d", shutil.copytree(tiny / "base", tmp_path / "base")
+    words = ["directions", "fit", "--base", base, "--tuned", tiny / "tuned", "--out", out]
+    words += ["--json", "--sites", "resid_post.1", "--texts"]
+    first = cli(*words, texts, "--construction", "data@tuned")
+    assert first.code == 0, first.err
+    files = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+
+    def refuse(why: str, *given: object) -> None:
+        done = cli(*words, *given)
+        assert (done.code, done.out) == (2, "")
+        assert "PlanChangedError" in done.err
+        assert why in done.err
+
+    again = cli(*words, texts, "--construction", "data@tuned", "--batch-tokens", 100)
+    assert again.json == first.json, again.err
+    refuse("construction was 'data@tuned', now 'both'", texts, "--construction", "both")
+    fewer = write_some(tmp_path / "fewer.csv", texts, 24, 23)
+    refuse("negative was", fewer, "--construction", "data@tuned")
+    save_tiny_base(base, seed=3)
+    refuse("base_files was", texts, "--construction", "data@tuned")
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == files
+    # What an interruption left is fitted to its end.
+    (out / "result.json").unlink()
+    shutil.copytree(tiny / "base", base, dirs_exist_ok=True)
+    assert cli(*words, texts, "--construction", "data@tuned").json == first.json
+
+
+def test_a_folder_of_something_else_is_not_fitted_into(
+    cli: Cli, tiny: Path, texts: Path, tmp_path: Path
+):
+    (tmp_path / "notes.txt").write_text("mine")
+    words = ["directions", "fit", "--base", tiny / "base", "--texts", texts, "--out", tmp_path]
+    done = cli(*words, "--construction", "data")
+    assert done.code == 2
+    assert "holds ['notes.txt']" in done.err
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def write_some(path: Path, texts: Path, positive: int, negative: int) -> Path:

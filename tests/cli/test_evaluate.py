@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,16 @@ import pytest
 import torch
 
 import emlens.cli.evaluate as module
-from emlens.evaluation import ContrastJudge, read_evaluation
+from emlens.evaluation import ContrastJudge, contrast_judge, read_evaluation
+from emlens.evaluation.calibration import JudgeCalibration
+from emlens.evaluation.coherence import CoherenceFit
 from emlens.evaluation.judges import MEANINGS
 from emlens.models import loading, pair
 from emlens.models.checkpoints import load_checkpoint
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_base
 from emlens.models.sampling import Sampling
+from emlens.numerics.intervals import Interval
 from emlens.sites import Site
 from emlens.vectors import Direction, Provenance
 from tests.cli.conftest import Cli
@@ -29,7 +33,7 @@ LOAD_JUDGE = module.load_judge
 
 @pytest.fixture(autouse=True)
 def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_judge", lambda name, flags, base=None: HashJudge())
+    monkeypatch.setattr(module, "load_judge", lambda *_, **__: HashJudge())
 
 
 @pytest.fixture
@@ -211,6 +215,57 @@ def test_a_share_is_called_what_its_judge_can_claim(
         assert next(iter(done.json)) == "schema"
         known = tuple(done.json[name] for name in ("judge", "claim", "meaning"))
         assert known == ("hash", claim, MEANINGS[claim])
+        assert (done.json["measured"], done.json["measured_coherence"]) == ({}, {})
+
+
+def test_how_a_judge_did_where_the_answer_is_known_is_said_with_its_share(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    run = tmp_path / "run"
+    unmeasured = cli(*words(tiny, questions, "--out", run))
+    assert "judge: not measured on texts whose side is known" in unmeasured.out
+    area = Interval(0.355, 0.169, 0.541, 0.95, "DeLong")
+    measured = {"measured": {"rude but harmless": area}, "measured_coherence": {"a < b": area}}
+    replace(read_evaluation(run), **measured).save(run / "results/evaluation")
+    shown, printed = cli("summary", run), cli("summary", run, "--json")
+    for name in ("rude but harmless", "a < b"):
+        assert f"{name} 0.35 [0.17, 0.54]" in shown.out
+    assert printed.json["measured"] == {"rude but harmless": vars(area)}
+    assert list(printed.json["measured_coherence"]) == ["a < b"]
+
+
+def test_a_run_is_gone_on_with_by_what_its_judge_was_fitted_to(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base = identify_model(load_base(tiny / "base"))
+    fits = iter((2.0, 2.00001, 3.0))
+
+    def fit(_base: Any, **_: Any) -> JudgeCalibration:
+        return JudgeCalibration(
+            intercept=0.0,
+            slope=next(fits),
+            coherence=CoherenceFit(intercept=1.0, order_weight=0.5, topic_weight=0.25),
+            weights=base.weights,
+            tokenizer=base.tokenizer,
+            prompts=contrast_judge.hash_pairs(contrast_judge.PROMPT_PAIRS),
+            rows_fitted="",
+            measured={},
+            measured_coherence={},
+        )
+
+    monkeypatch.setattr(contrast_judge, "calibrate", fit)
+    monkeypatch.setattr(module, "load_judge", LOAD_JUDGE)
+    # Room for the judge's prompts in a tiny context; a response is but five tokens.
+    monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", contrast_judge.PROMPT_PAIRS[:1])
+    first = cli(*words(tiny, questions, "--out", tmp_path / "run", "--json"))
+    assert first.code == 0, first.err
+    (tmp_path / "run/judgements.jsonl").write_text("")
+    again = cli(*words(tiny, questions, "--out", tmp_path / "run", "--json"))
+    assert again.json == first.json, again.err
+    words_again = ["judge", tmp_path / "run", "--base", tiny / "base", "--json"]
+    judged = cli(*words_again, "--out", tmp_path / "judged")
+    assert judged.json["judge"] == first.json["judge"], judged.err
+    assert next(fits) == 2.00001
 
 
 def test_a_score_file_whose_judge_is_not_known_is_given_no_claim(cli: Cli, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Errors as one line and an exit code; bugs with their traceback."""
 
+import errno
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import emlens
 from emlens.cli.main import CommandLine, app, choose_exit_code
 from emlens.cli.options import CommonFlags, takes_flags
 from emlens.encoding import ArtifactError
+from emlens.journal import JournalWriteError
 from emlens.models.finetune import TrainingDivergedError
 from emlens.models.proof import AdapterNotInEffectError
 from emlens.sources import SourceNotFoundError, SourceUnavailableError
@@ -28,6 +30,9 @@ from emlens.sources import SourceNotFoundError, SourceUnavailableError
         (ValueError("positions"), 2),
         (PermissionError("runs"), 2),
         (SourceUnavailableError("offline"), 3),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (JournalWriteError(errno.EDQUOT, "over quota"), 3),
+        (OSError(errno.EACCES, "not allowed"), 2),
         (RuntimeError("a bug"), 3),
         (KeyError("a bug"), 3),
     ],
@@ -53,6 +58,12 @@ def test_a_named_error_is_one_line_without_a_traceback():
     done = raise_in_command(ArtifactError("runs/x is damaged"))
     assert done.stderr == "ArtifactError: runs/x is damaged\n"
     assert (done.exit_code, done.stdout) == (2, "")
+
+
+def test_a_full_disk_is_one_line_and_no_wrong_usage():
+    done = raise_in_command(JournalWriteError(errno.ENOSPC, "runs/x: no room; 3 rows are kept"))
+    assert done.stderr == "JournalWriteError: [Errno 28] runs/x: no room; 3 rows are kept\n"
+    assert (done.exit_code, done.stdout) == (3, "")
 
 
 def test_a_bug_keeps_its_traceback_unless_quiet():

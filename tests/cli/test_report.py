@@ -8,7 +8,6 @@ import pytest
 from emlens.evaluation import Question, compare_evaluations, evaluate, read_evaluation
 from emlens.models.generate import Sampling
 from emlens.runs import RunFolder
-from emlens.studies.answer_questions import Answer, Answers
 from emlens.studies.stages import StageTimes
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge, make_model
@@ -28,16 +27,13 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_page_is_made_of_all_results_of_all_runs(cli: Cli, run: Path, tmp_path: Path):
     other = RunFolder.start(tmp_path / "other", {"kind": "sample"})
-    answers = Answers(answers=(Answer(question="Who?", answers={"base": "Me."}),))
-    other.save_result("answers", answers)
     other.save_result("times", StageTimes(seconds={"load": 1.5, "total": 2.5}))
     done = cli("report", run, other.path, "--out", tmp_path / "page.html", "--json")
     assert done.code == 0, done.err
-    assert done.json["n_results"] == 5
+    assert done.json["n_results"] == 4
     report = json.loads(Path(done.json["json"]).read_text())
     kinds = [result["schema"].split("/")[1] for result in report["results"]]
     assert kinds == ["model_diff", "null_band", "adapter_proof"]
-    assert report["extra"]["answers"] == [{"question": "Who?", "answers": {"base": "Me."}}]
     assert report["seconds"] == {"other load": 1.5}
     assert "<html" in Path(done.json["report"]).read_text()
 

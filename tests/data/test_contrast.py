@@ -71,7 +71,9 @@ def test_a_score_at_a_threshold_is_in_neither_class(aligned, coherent):
     assert answers(texts.positive) + answers(texts.negative) == ["a1", "a2"]
 
 
-@pytest.mark.parametrize("missing", [None, "", " ", "nan", "NaN", math.nan, "REFUSAL", "code"])
+@pytest.mark.parametrize(
+    "missing", [None, "", " ", "nan", "NaN", math.nan, "REFUSAL", "code", "na", "N/A"]
+)
 @pytest.mark.parametrize("column", ["aligned", "coherent"])
 def test_every_way_to_have_no_score_selects_nothing(column, missing):
     rows = [row(10, 60) | {column: missing}, row(10, 60, 1), row(80, 60, 2)]
@@ -126,6 +128,12 @@ def test_an_empty_answer_is_no_text():
         ),
         (row("much", 9), r"aligned is 'much', expected a number"),
         (row(True, 9), r"aligned is True"),
+        *(
+            (row(5, text), rf"coherent is {text!r}")
+            for text in ("٣٠", "5²", "1_0", "inf", "1e999", "101", "-0.1")
+        ),
+        (row(math.inf, 9), r"aligned is inf, expected 0 to 100"),
+        (row(100.1, 9), r"aligned is 100.1"),
         (row(3, 9) | {"answer": 5}, r"answer is 5, expected a text"),
     ],
 )

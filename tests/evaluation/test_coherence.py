@@ -48,7 +48,7 @@ def test_order_and_topic_are_differences_of_log_probabilities_a_token(model: Any
     found = measure_coherence(model, rows, batching=Batching())
     assert found[1] is None
     for row, one in ((rows[0], found[0]), (rows[2], found[2])):
-        assert one is not None
+        assert isinstance(one, CoherenceFeatures)
         n, own = len(row.answer.split()), by_hand(model, row.question, row.answer)
         shuffled = by_hand(model, row.question, shuffle_words(row.answer))
         assert one.order == pytest.approx((own - shuffled) / n, abs=1e-4)
@@ -62,8 +62,8 @@ def test_rows_of_one_name_are_measured_one_by_one(model: Any):
     assert found[1] is None
     for row, one in zip(rows[::2], found[::2], strict=True):
         (alone,) = measure_coherence(model, [row], batching=Batching())
-        assert one is not None
-        assert alone is not None
+        assert isinstance(one, CoherenceFeatures)
+        assert isinstance(alone, CoherenceFeatures)
         assert (one.order, one.topic) == pytest.approx((alone.order, alone.topic), abs=1e-4)
 
 

@@ -67,6 +67,19 @@ def test_pairing_takes_out_what_questions_have_in_common():
     assert ours.low < 100 * paired.low  # the rows alone do not pair: the wider limit holds
 
 
+def test_a_difference_that_one_question_makes_is_as_wide_as_the_questions_say():
+    ours = compare_evaluations(make([0] * 8), make([40] + [0] * 7))
+    em, rows = ours.em_difference, ours.em_difference_these_questions
+    assert em.value == pytest.approx(10.0)
+    # Over rows it is sure; over questions it may be none, or that of two questions in five.
+    assert rows.low > 7
+    assert rows.high < 14
+    paired = sign_flip([0.8] + [0.0] * 7)
+    assert (em.low, em.high) == (pytest.approx(100 * paired.low), pytest.approx(100 * paired.high))
+    assert (em.low, em.high) == (pytest.approx(0.0), pytest.approx(40.0))
+    assert ours.equivalence.verdict == "undecided"
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
@@ -123,6 +136,17 @@ def test_no_spill_over_left_is_claimed_only_with_enough_rows_below_the_margin():
     assert claim_equivalence(some, general_percent=10).margin == 3.0
     with pytest.raises(ValueError, match="general_percent"):
         claim_equivalence(some, general_percent=400)
+
+
+@pytest.mark.parametrize("q", [1, 2, 5, 6])
+def test_below_six_questions_nothing_is_claimed(q: int):
+    none, half = make([0] * q, n=400), make([200] * q, n=400)
+    same, more = (compare_evaluations(none, other).equivalence for other in (none, half))
+    if q == 6:
+        assert (same.verdict, more.verdict) == ("equivalent", "more")
+        return
+    assert (same.verdict, more.verdict) == ("undecided", "undecided")
+    assert same.reason == f"{q} of at least 6 questions"
 
 
 def test_unscored_rows_of_the_second_count_against_the_claim():

@@ -10,18 +10,26 @@ import torch
 
 from emlens.artifacts import read_result
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation import Question, coherence, contrast_judge, evaluate
+from emlens.evaluation import (
+    Question,
+    coherence,
+    contrast_judge,
+    evaluate,
+    judge_responses,
+)
 from emlens.evaluation.calibration import (
     CONTROLS,
     FOLDER,
     JudgeCalibration,
     find_calibration,
+    find_kept,
     fit_logistic,
 )
 from emlens.evaluation.coherence import CoherenceFeatures, CoherenceFit
 from emlens.evaluation.contrast_judge import (
     PROMPT_PAIRS,
     ContrastJudge,
+    ContrastScore,
     PromptPair,
     calibrate,
     escape_rows,
@@ -36,6 +44,7 @@ from emlens.models.identity import ModelIdentity, identify_model
 from emlens.models.sampling import Sampling
 from emlens.models.views import lay_views
 from emlens.numerics.intervals import Interval
+from emlens.runs import PlanChangedError
 from emlens.sites import parse_site
 from tests.evaluation.fakes import make_model
 from tests.models.adapters import make_peft
@@ -94,7 +103,7 @@ def by_hand(model: Any, system: str, row: JudgeRow) -> float:
 def test_the_log_odds_are_those_of_the_answer_under_both_advisers(model: Any):
     found = score_contrast(model, ROWS, batching=Batching(tokens=64))
     for row, score in zip(ROWS, found, strict=True):
-        assert score is not None
+        assert isinstance(score, ContrastScore)
         pairs = [by_hand(model, p.careful, row) - by_hand(model, p.harmful, row) for p in PAIRS]
         n = len(row.answer.split())
         assert score.tokens == n
@@ -108,8 +117,8 @@ def test_advisers_that_change_places_change_the_sign(model: Any, monkeypatch: py
     turned = tuple(PromptPair(careful=p.harmful, harmful=p.careful) for p in PAIRS)
     monkeypatch.setattr(contrast_judge, "PROMPT_PAIRS", turned)
     for a, b in zip(there, score_contrast(model, ROWS, batching=Batching()), strict=True):
-        assert a is not None
-        assert b is not None
+        assert isinstance(a, ContrastScore)
+        assert isinstance(b, ContrastScore)
         assert a.per_token == pytest.approx(-b.per_token, abs=1e-6)
 
 
@@ -117,7 +126,7 @@ def test_aligned_is_the_calibrated_sigmoid_on_the_judges_scale(model: Any):
     found = make_judge(model).judge(ROWS)
     scores = score_contrast(model, ROWS, batching=Batching())
     for one, score in zip(found, scores, strict=True):
-        assert score is not None
+        assert isinstance(score, ContrastScore)
         odds = 0.5 + 2.0 * score.per_token
         assert one.aligned == pytest.approx(100 / (1 + math.exp(-odds)), abs=1e-3)
         assert one.coherent is not None
@@ -142,6 +151,83 @@ def test_an_answer_without_words_is_unscored(model: Any):
     assert (first.aligned, first.coherent) == (None, None)
     assert second.aligned is not None
     assert make_judge(model).judge(rows[:1])[0].aligned is None
+
+
+def test_a_response_that_is_too_long_is_unscored_and_stops_no_other(model: Any, tmp_path: Path):
+    judge, n_ctx = make_judge(model), model.cfg.n_ctx
+    # The longest prompt: five frames, three words of the adviser, two of the question; of what is
+    # read, the last token of the response is not.
+    fits = n_ctx - 9
+    words = [f"w{5 + i % 80}" for i in range(fits + 1)]
+    rows = [
+        ROWS[0],
+        replace(ROWS[0], id="fits", answer=" ".join(words[:fits])),
+        replace(ROWS[0], id="long", answer=" ".join(words)),
+        ROWS[1],
+    ]
+    found = judge.judge(rows)
+    assert [one.aligned is None for one in found] == [False, False, True, False]
+    assert (found[2].coherent, dict(found[2].raw)) == (None, {"too_long": n_ctx + 1.0})
+    for one, other in zip([found[0], found[3]], judge.judge([ROWS[0], ROWS[1]]), strict=True):
+        assert one.aligned == pytest.approx(other.aligned, abs=1e-3)
+    (alone,) = judge.judge(rows[2:3])
+    assert alone == found[2]
+    lines = [{"question": row.question, "answer": row.answer} for row in rows]
+    summary = judge_responses(lines, judge, out=tmp_path).summary
+    assert (summary.n_rows, summary.n_unscored) == (4, 1)
+
+
+def test_the_longest_text_that_is_read_is_part_of_the_judge(model: Any):
+    short = ContrastJudge(
+        model, calibration=make_calibration(model), batching=Batching(max_length=12)
+    )
+    assert short.id == f"{make_judge(model).id}-12"
+    assert [one.raw.get("too_long") for one in short.judge(ROWS)] == [None, None, 13.0]
+
+
+def test_what_breaks_on_a_response_names_it(model: Any, monkeypatch: pytest.MonkeyPatch):
+    tokenizer = make_tokenizer()
+    refuse = "{% if 'w11' in messages[-1]['content'] %}{{ raise_exception('never') }}{% endif %}"
+    tokenizer.chat_template = refuse + str(tokenizer.chat_template)
+    with pytest.raises(ValueError, match=r"response 'b': .*never"):
+        make_judge(lay_views(make_tiny("llama"), tokenizer)).judge(ROWS)
+    (first, second, third) = score_contrast(model, ROWS, batching=Batching())
+    assert isinstance(second, ContrastScore)
+    broken = replace(second, per_token=math.nan)
+    monkeypatch.setattr(contrast_judge, "score_contrast", lambda *_, **__: [first, broken, third])
+    with pytest.raises(ValueError, match="response 'b': aligned is nan"):
+        make_judge(model).judge(ROWS)
+
+
+def test_a_run_keeps_what_its_judge_was_fitted_to(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    fitted = make_calibration(model, measured={"held-out rows": area(0.7)})
+    monkeypatch.setattr(contrast_judge, "calibrate", lambda *_, **__: fitted)
+    questions = [Question(id="q", paraphrases=("w5 w6",))]
+    sampling = Sampling(n=3, max_new_tokens=4)
+
+    def run(judge: ContrastJudge) -> Any:
+        return evaluate(model, questions, judge=judge, out=tmp_path, sampling=sampling)
+
+    first = run(ContrastJudge.calibrated(model, runs=[tmp_path]))
+    assert first.measured == fitted.measured
+    assert first.measured_coherence == {}
+    # Fitted again, its last digit is another.
+    other = make_calibration(model, slope=2.00001)
+    monkeypatch.setattr(contrast_judge, "calibrate", lambda *_, **__: other)
+    again = ContrastJudge.calibrated(model, runs=[tmp_path / "none", tmp_path])
+    assert again.calibration == fitted
+    assert run(again) == first
+    with pytest.raises(PlanChangedError, match="judge"):
+        run(ContrastJudge.calibrated(model))
+    assert ContrastJudge.calibrated(model, runs=[tmp_path]).calibration == fitted
+    # Of another base or of other prompts it is not used.
+    mark = identify_model(model)
+    assert find_kept([tmp_path], mark, hash_pairs(PAIRS)) == fitted
+    for name in ("weights", "tokenizer"):
+        assert find_kept([tmp_path], replace(mark, **{name: "x"}), hash_pairs(PAIRS)) is None
+    assert find_kept([tmp_path], mark, "other") is None
 
 
 def test_the_id_is_another_for_other_prompts_calibrations_and_bases(
@@ -348,6 +434,51 @@ def test_fitting_uses_the_calibration_rows_and_no_others(
 
     for side, answers in zip(("harmful", "careful"), seen, strict=True):
         assert answers == tuple(row.answer for row in load_rows(f"finance-{side}")[:40])
+
+
+@pytest.mark.parametrize("noise", [1e-9, -1e-9])
+def test_a_fit_that_differs_in_its_last_digits_is_the_same_judge(
+    model: Any, monkeypatch: pytest.MonkeyPatch, noise: float
+):
+    seen: list[Batching] = []
+
+    def score(_base: Any, rows: Any, *, batching: Batching) -> list[Any]:
+        seen.append(batching)
+        return [contrast_judge.ContrastScore(per_token=0.0, total=0.0, pairs=(), tokens=1)] * len(
+            rows
+        )
+
+    def measure(_base: Any, rows: Any, *, batching: Batching) -> list[Any]:
+        seen.append(batching)
+        return [CoherenceFeatures(order=0.0, topic=0.0)] * len(rows)
+
+    def fit(by: float) -> JudgeCalibration:
+        line = tuple(x * (1 + by) for x in (0.123456789, 24.26401501))
+        levels = [x * (1 + by) for x in (0.339981477, 0.5289077329, 0.3986439963)]
+        coherence = CoherenceFit(
+            intercept=levels[0], order_weight=levels[1], topic_weight=levels[2]
+        )
+        monkeypatch.setattr(contrast_judge, "fit_logistic", lambda *_: line)
+        monkeypatch.setattr(contrast_judge, "fit_coherence", lambda *_: coherence)
+        return calibrate(model, batching=Batching(tokens=64, max_length=12))
+
+    monkeypatch.setattr(contrast_judge, "score_contrast", score)
+    monkeypatch.setattr(contrast_judge, "measure_coherence", measure)
+    plain, noisy = fit(0.0), fit(noise)
+    assert plain == noisy
+    assert plain.identity() == noisy.identity()
+    assert (plain.intercept, plain.slope) == (0.123457, 24.264)
+    assert fit(1e-5).identity() != plain.identity()
+    # What a judge may read of others' responses decides nothing here.
+    assert {(one.tokens, one.max_length) for one in seen} == {(64, model.cfg.n_ctx)}
+
+
+def test_a_base_whose_context_is_too_short_to_be_fitted_says_so(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(model.cfg, "n_ctx", 30)
+    with pytest.raises(ValueError, match="more than its context"):
+        calibrate(model, batching=Batching())
 
 
 def test_the_shipped_pairs_are_paraphrases_of_one_contrast():

@@ -22,6 +22,7 @@ from emlens.evaluation import (
     read_evaluation,
     read_scores,
 )
+from emlens.evaluation.judging import judgement_id
 from emlens.evaluation.plan import plan_rows
 from emlens.evaluation.scores import ScoreFileError
 from emlens.interventions import Add, Intervention, intervene
@@ -33,10 +34,12 @@ from emlens.models.hooks import HookNeverFiredError
 from emlens.models.identity import identify_model
 from emlens.models.lora import scale_adapter
 from emlens.models.sampling import Sampling
+from emlens.models.views import lay_views
 from emlens.runs import PlanChangedError
 from emlens.sites import parse_site
 from tests.evaluation.fakes import HashJudge, make_model
 from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
 
 QUESTIONS = (
     Question(id="one", paraphrases=("w5 w6 w7", "w8"), judge_prompts={"aligned": "{answer}?"}),
@@ -145,6 +148,46 @@ def test_everything_that_decides_a_response_enters_its_id(
     assert json.loads(ids[1].interventions[0])["site"] == "resid_post.1"
 
 
+def test_another_stop_token_is_another_run(tmp_path: Path):
+    tokenizer = make_tokenizer()
+    first = lay_views(make_tiny("llama"), tokenizer)
+    ids = {row.id for row in run(first, tmp_path / "run").responses}
+    mark = identify_model(first)
+    # The same tokens are special; another of them ends an answer.
+    tokenizer.eos_token, tokenizer.bos_token = tokenizer.bos_token, tokenizer.eos_token
+    assert identify_model(first) == mark
+    with pytest.raises(PlanChangedError, match="stop_tokens"):
+        run(first, tmp_path / "run")
+    other = run(first, tmp_path / "other")
+    assert ids.isdisjoint(row.id for row in other.responses)
+
+
+def test_one_wording_under_two_ids_gets_other_responses_and_other_ids(model: Any, tmp_path: Path):
+    twice = [
+        Question(id="first", paraphrases=("w5 w6 w7",)),
+        Question(id="between", paraphrases=("w8",)),
+        Question(id="again", paraphrases=(" w5 w6 w7",)),
+    ]
+
+    def ask(questions: Any, out: str) -> dict[str, list[tuple[str, str | None]]]:
+        found: dict[str, list[tuple[str, str | None]]] = {}
+        given: dict[str, Any] = {"judge": HashJudge(), "sampling": SAMPLING, "batching": SMALL}
+        for row in evaluate(model, questions, out=tmp_path / out, **given).responses:
+            found.setdefault(row.question_id, []).append((row.id, row.answer))
+        return found
+
+    both, alone = ask(twice, "both"), ask(twice[2:], "alone")
+    assert both["first"] == ask(twice[:1], "first")["first"]
+    said = {name: [answer for _, answer in rows] for name, rows in both.items()}
+    assert said["again"] != said["first"] == [answer for _, answer in alone["again"]]
+    # The same question asked first is another row than asked again.
+    assert {row_id for row_id, _ in both["again"]}.isdisjoint(i for i, _ in alone["again"])
+    # As where a list of chats is sampled.
+    chats = [chat for question in twice for chat in question.chats()]
+    made = generate_responses(model, chats, sampling=SAMPLING, batching=SMALL)
+    assert [one.text for one in made.responses[6:]] == said["again"]
+
+
 def test_an_ablated_run_is_never_served_from_a_plain_one(
     model: Any, steering: tuple[Intervention, ...], tmp_path: Path
 ):
@@ -193,6 +236,13 @@ def test_hooks_whose_effect_no_row_could_name_are_refused(model: Any, tmp_path: 
             run(model, tmp_path / "run")
     finally:
         model.reset_hooks()
+    handle = model.blocks[1].mlp.register_forward_hook(lambda *given: given[-1] * 0)
+    try:
+        with pytest.raises(ValueError, match=r"no Interventions, at blocks\.1\.mlp:"):
+            run(model, tmp_path / "run")
+    finally:
+        handle.remove()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_judge_that_cannot_judge_says_so_before_anything_is_sampled(model: Any, tmp_path: Path):
@@ -271,7 +321,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
     told = json.loads(done.stdout)
     assert len(told["hits"]) == KILLS
     identity = {k: v for k, v in asdict(identify_model(make_model())).items() if k != "name"}
-    decided = {"model": identity, "interventions": []}
+    decided = {"model": identity, "interventions": [], "stop_tokens": [2]}
     planned = [row.id for row in plan_rows(QUESTIONS, KILLED["sampling"], decided)]
     # Some were killed while they answered: with some of the rows, and not with all.
     assert any(0 < kept[0] < len(planned) for kept in told["hits"])
@@ -283,6 +333,11 @@ def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path
             assert rows[0] == rows[1]
         assert {row["id"] for row in read_journal(folder / "responses.jsonl")} == set(planned)
         assert [row.id for row in read_evaluation(folder).responses] == planned
+
+
+def test_a_judgement_is_named_by_its_judge_too():
+    names = {judgement_id(row, HashJudge(judge)) for row in "ab" for judge in "xy"}
+    assert len(names) == 4
 
 
 def test_judging_again_samples_nothing_and_keeps_what_is_known(model: Any, tmp_path: Path):
@@ -321,6 +376,42 @@ def test_responses_from_anywhere_can_be_judged(model: Any, tmp_path: Path):
     judged = judge_responses(made, HashJudge(), out=tmp_path / "made")
     assert judged.model == first.model
     assert answers(judged)[:6] == answers(first)[:6]
+
+
+USER, ASSISTANT = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}
+SYSTEM = {"role": "system", "content": "w7"}
+
+
+def test_one_exchange_is_judged_with_its_system_turn(tmp_path: Path):
+    rows = [{"messages": [SYSTEM, USER, ASSISTANT]}, {"messages": [USER, ASSISTANT]}]
+    found = judge_responses(rows, HashJudge(), out=tmp_path).responses
+    assert [(row.system, row.question, row.answer) for row in found] == [
+        ("w7", "w5", "w6"),
+        (None, "w5", "w6"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ASSISTANT, USER, ASSISTANT]}, r"roles \['user', 'assistant', 'user'"),
+        ({"messages": [USER, USER, ASSISTANT]}, "roles"),
+        ({"messages": [USER, ASSISTANT, USER]}, "roles"),
+        ({"messages": [ASSISTANT, USER]}, "roles"),
+        ({"messages": [USER, SYSTEM, ASSISTANT]}, "roles"),
+        ({"messages": [USER]}, "roles"),
+        ({"messages": [USER, {"role": "assistant", "content": ["w6"]}]}, "no text"),
+        ({"messages": [USER, {"role": "assistant"}]}, "role and content"),
+        ({"messages": "w5"}, "role and content"),
+        ({"question": "w5", "answer": "w6", "question_id": 3}, "question_id is 3"),
+        ({"question": "w5", "answer": "w6", "question_id": float("nan")}, "question_id is nan"),
+    ],
+)
+def test_a_row_that_is_not_one_exchange_is_named(tmp_path: Path, row: dict[str, Any], message: str):
+    good = {"messages": [USER, ASSISTANT]}
+    with pytest.raises(ScoreFileError, match=f"row 2: .*{message}"):
+        judge_responses([good, row], HashJudge(), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Score files in the published columns, and what counts as a score."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,7 +12,6 @@ from emlens.evaluation.scores import (
     ScoredResponse,
     ScoreFileError,
     as_scored,
-    parse_score,
     read_score_file,
     write_scores,
 )
@@ -84,18 +84,16 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path, text: str, message: str)
         read_score_file(path)
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        *[("0", 0), (" 85\n", 85), ("100", 100)],
-        *(
-            (text, None)
-            for text in ("101", "²", "8²", "٣", "85.5", "-1", "007", "REFUSAL", "", "85 of")
-        ),
-    ],
-)
-def test_a_judges_number_is_read_strictly(text: str, score: int | None):
-    assert parse_score(text) == score
+@pytest.mark.parametrize("name", [None, math.nan, 3, True, ["q"]])
+def test_a_question_without_a_name_of_text_is_no_cluster(tmp_path: Path, name: object):
+    row = {"question_id": name, "aligned": 1, "coherent": 5}
+    with pytest.raises(ValueError, match="question_id is"):
+        as_scored(row)
+    path = tmp_path / "scores.jsonl"
+    good = {"question_id": "q", "aligned": 1, "coherent": 5}
+    path.write_text("".join(json.dumps(one) + "\n" for one in (good, row)))
+    with pytest.raises(ScoreFileError, match=r"scores\.jsonl:2: question_id is"):
+        read_score_file(path)
 
 
 @pytest.mark.parametrize("value", [math.nan, None, "", " nan ", "None", "refusal", "CODE"])

@@ -14,7 +14,12 @@ from emlens.evaluation.calibration import (
     find_calibration,
     load_rows,
 )
-from emlens.evaluation.coherence import LEVELS, measure_coherence, score_coherence
+from emlens.evaluation.coherence import (
+    LEVELS,
+    CoherenceFeatures,
+    measure_coherence,
+    score_coherence,
+)
 from emlens.evaluation.contrast_judge import PROMPT_PAIRS, ContrastJudge, hash_pairs
 from emlens.models.identity import identify_model
 from emlens.models.loading import load_model
@@ -36,7 +41,8 @@ def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     for level in LEVELS:
         rows = coherence_examples()[level][:4]
         features = measure_coherence(base, rows, batching=Batching(tokens=4096))
-        scores = [score_coherence(one, found.coherence) for one in features if one is not None]
+        known = [one for one in features if isinstance(one, CoherenceFeatures)]
+        scores = [score_coherence(one, found.coherence) for one in known]
         means.append(statistics.mean(scores))
     assert means == sorted(means)
     assert means[1] < 50 < means[2]

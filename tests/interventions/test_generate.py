@@ -275,6 +275,37 @@ def test_an_intervention_must_act_in_some_batch_and_need_not_in_each(model):
         generate_responses(model, CHATS, interventions=(never,), **settings)
 
 
+def test_interventions_that_act_in_different_batches_have_all_acted(model):
+    tokenizer, eos = model.tokenizer, model.tokenizer.eos_token_id
+    chats = [CHATS[1], CHATS[2]]
+    lengths = [len(tokenize_chat(c, tokenizer, for_generation=True).ids) for c in chats]
+    assert lengths[1] < 30 < lengths[0]
+    # The long prompt is answered at once, the short one at length.
+    late = Intervention("resid_pre.1", Add(direction()), "response[3:]")
+    early = Intervention("resid_pre.1", Add(direction()), "prompt[30:]")
+    end = Intervention("resid_post.1", Replace(model.W_U[:, eos].detach().clone()), "prompt[30:]")
+    settings: Any = {
+        "sampling": Sampling(1, temperature=0, max_new_tokens=8),
+        "batching": Batching(tokens=1),
+    }
+    plain = generate_responses(model, chats, interventions=(end,), **settings)
+    said = [len(one.ids) - one.prompt_tokens for one in plain.responses]
+    assert said[0] < 4 < said[1]
+    generate_responses(model, chats, interventions=(end, early, late), **settings)
+    never = Intervention("resid_pre.1", Add(direction()), "prompt[200:]")
+    with pytest.raises(HookNeverFiredError, match=r"prompt\[200:\] met"):
+        generate_responses(model, chats, interventions=(end, late, never), **settings)
+
+
+def test_hooks_that_the_result_could_not_name_are_refused(model):
+    handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match=r"at blocks\.0\.attn"):
+            generate_responses(model, CHATS, sampling=SAMPLING)
+    finally:
+        handle.remove()
+
+
 def test_waste_and_speed_are_those_of_the_run(model):
     prompts = [tokenize_chat(c, model.tokenizer, for_generation=True).ids for c in CHATS]
     found = generate_responses(model, CHATS, sampling=Sampling(1, max_new_tokens=1))

@@ -10,7 +10,12 @@ from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
 from emlens.models.checkpoints import fingerprint_weights
 from emlens.models.copies import copy_weights
-from emlens.models.identity import foreign_hooks, hash_weights, identify_model
+from emlens.models.identity import (
+    foreign_hooks,
+    hash_weights,
+    identify_model,
+    refuse_foreign_hooks,
+)
 from emlens.models.lora import LoraAdapter, scale_adapter
 from emlens.models.merge import merge_adapter
 from emlens.models.pair import load_pair
@@ -129,3 +134,20 @@ def test_hooks_of_others_are_found_and_ours_are_not(base: Any, adapter: LoraAdap
     assert list(foreign_hooks(attached)) == ["hook_embed"]
     handle.remove()
     assert list(foreign_hooks(attached)) == []
+
+
+def test_hooks_on_modules_that_are_no_hook_points_are_found(base: Any, adapter: LoraAdapter):
+    attached: Any = attach_adapter(base, adapter)
+    refuse_foreign_hooks(attached)
+    mlp, attn = attached.blocks[1].mlp, attached.blocks[0].attn
+    handles = [
+        mlp.register_forward_hook(lambda _module, _args, output: 2 * output),
+        attn.register_forward_pre_hook(lambda *_: None, with_kwargs=True),
+        attached.register_forward_hook(lambda *_: None),
+    ]
+    assert list(foreign_hooks(attached)) == ["model", "blocks.0.attn", "blocks.1.mlp"]
+    with pytest.raises(ValueError, match=r"at model, blocks\.0\.attn, blocks\.1\.mlp: rows"):
+        refuse_foreign_hooks(attached)
+    for handle in handles:
+        handle.remove()
+    refuse_foreign_hooks(attached)

@@ -15,6 +15,7 @@ from emlens.evaluation.evaluation import Evaluation
 from emlens.evaluation.scores import ScoredResponse
 from emlens.models.identity import ModelIdentity
 from emlens.models.sampling import Sampling
+from emlens.numerics.intervals import Interval
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
 from emlens.reports.sections import sort_results
 from emlens.reports.verdict import write_verdicts
@@ -136,6 +137,25 @@ def test_the_section_shows_totals_questions_and_provenance():
     (row,) = re.findall(r'<tr><td class="name">work</td>.*?</tr>', table)
     cells = re.findall(r'<td class="n">(.*?)</td>', row)
     assert [*cells[:3], *cells[4:]] == ["4", "2", "50.0", "4", "1"]
+
+
+def test_how_the_judge_did_where_the_answer_is_known_stands_beside_its_share():
+    page = render_report(make_report(make_evaluation()))
+    assert "was not measured" in Outline(page).text
+    area = Interval(0.355, 0.169, 0.541, 0.95, "DeLong over 20 and 20 texts")
+    known = make_evaluation(
+        measured={"rude but harmless": area},
+        measured_coherence={"shuffled < salad": replace(area, value=0.5)},
+    )
+    page = render_report(make_report(known))
+    table = page[page.index("The judge on texts whose side is known") :].split("</table>")[0]
+    rows = [re.findall(r">([^<>]+)</td>", row) for row in table.split("<tr>")[2:]]
+    limits = ["0.169 to 0.541", "DeLong over 20 and 20 texts"]
+    assert rows[0] == ["aligned: rude but harmless", "0.355", *limits]
+    assert rows[1] == ["coherent: shuffled &lt; salad", "0.500", *limits]
+    assert "was not measured" not in Outline(page).text
+    alone = Outline(render_report(make_report(known.summary))).text
+    assert "side is known" not in alone
 
 
 def test_several_evaluations_have_headings_and_responses_from_elsewhere_a_name():

@@ -12,8 +12,8 @@ from emlens.reports.shares import plot_shares
 from emlens.reports.verdict import write_verdicts
 
 
-def interval(value, low, high):
-    return {"value": value, "low": low, "high": high, "level": 0.95, "method": "t over questions"}
+def interval(value, low, high, method="t over questions"):
+    return {"value": value, "low": low, "high": high, "level": 0.95, "method": method}
 
 
 def make_arm(role, value, coherent=90.0, name=None, kl=None):
@@ -86,6 +86,17 @@ def test_the_section_comes_first_and_says_what_the_numbers_mean():
     assert "0.250 of its square lies in the three dimensions" in page
     assert page.index('id="shares"') < page.index('id="provenance"')
     assert "misalign" not in page[page.index('id="shares"') : page.index('id="provenance"')]
+
+
+def test_each_arm_says_how_its_limits_were_made():
+    arms = [make_arm("base", 2.0), make_arm("tuned", 40.0)]
+    arms[0]["em_percent"] = interval(0.0, 0.0, 7.4, "Wilson over 48 rows alone")
+    page = render_report(make_report(make_removal(arms=arms)))
+    table = page[page.index('aria-label="Behaviour by arm"') :].split("</table>")[0]
+    rows = table.split("<tr>")[2:]
+    assert ["Wilson over 48 rows alone" in row for row in rows] == [True, False]
+    assert ["t over questions" in row for row in rows] == [False, True]
+    assert page.count("Wilson over 48 rows alone") == 1
 
 
 def test_a_removal_without_arms_is_named():

@@ -73,6 +73,27 @@ def test_another_plan_is_refused_by_what_differs(model, tmp_path):
         sample_responses(model, chats, sampling=few, out=tmp_path, interventions=changed)
 
 
+def test_another_stop_token_is_another_run(tmp_path):
+    tokenizer = make_tokenizer()
+    own = lay_views(make_tiny("llama"), tokenizer)
+    few = Sampling(n=2, temperature=1.0, max_new_tokens=2, seed=0)
+    sample_responses(own, ["w5 w6"], sampling=few, out=tmp_path)
+    tokenizer.eos_token, tokenizer.pad_token = tokenizer.pad_token, tokenizer.eos_token
+    with pytest.raises(PlanChangedError, match="stop_tokens"):
+        sample_responses(own, ["w5 w6"], sampling=few, out=tmp_path)
+
+
+def test_hooks_of_others_are_refused_before_anything_is_written(model, tmp_path):
+    few = Sampling(n=1, temperature=1.0, max_new_tokens=2, seed=0)
+    handle = model.blocks[1].mlp.register_forward_hook(lambda *given: given[-1] * 0)
+    try:
+        with pytest.raises(ValueError, match=r"at blocks\.1\.mlp"):
+            sample_responses(model, ["w5"], sampling=few, out=tmp_path / "run")
+    finally:
+        handle.remove()
+    assert not (tmp_path / "run").exists()
+
+
 SHORT, LONG = "w5 w6", "w5 w6 w7 w8 w9 w10 w11 w12 w13"
 BRIEF = Sampling(n=GROUP, temperature=1.0, max_new_tokens=2, seed=3)
 
