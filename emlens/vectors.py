@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
+from emlens.numerics.projection import unit_vectors
 from emlens.numerics.validation import WidthError, ZeroVectorError, check_finite
 from emlens.sites import Site, SiteError, parse_site
 
@@ -142,15 +143,12 @@ class Direction(Result):
         Raises:
             ZeroVectorError: the estimate is zero, so that it points nowhere.
         """
-        # Scaled first: the squares of tiny entries would vanish.
-        largest = self.vector.double().abs().max()
-        if not largest > 0:
+        if not bool(self.vector.any()):
             raise ZeroVectorError(
                 f"the vector at {self.site} ({self.provenance.construction}) is zero and has no "
                 "direction: the two means it was made from are the same there"
             )
-        scaled = self.vector.double() / largest
-        return scaled / torch.linalg.vector_norm(scaled)
+        return unit_vectors(self.vector.double())
 
     def __eq__(self, other: object) -> bool:
         """Same site, vector and everything else; tensors entry by entry."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.numerics.projection import random_cosine_std
+from emlens.numerics.projection import random_cosine_std, unit_vectors
 from emlens.numerics.validation import WidthError
 from emlens.vectors import Direction, Directions
 
@@ -135,13 +135,7 @@ def _entries_of(directions: Directions, prefix: str) -> list[_Entry]:
 
 def _cosines(rows: Float[Tensor, "m d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
     """Cosines without an [m n d] tensor; NaN where a row is zero."""
-    return (_unit(rows) @ _unit(others).T).clamp(-1, 1)
-
-
-def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    # Scaled first: the squares of tiny entries would vanish.
-    rows = rows / rows.abs().amax(1, keepdim=True)
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (unit_vectors(rows) @ unit_vectors(others).T).clamp(-1, 1)
 
 
 def _chance(
