@@ -1,9 +1,10 @@
 """Reading activations of one model, or of a pair at the same moment, one batch at a time.
 
 The one way in for whoever measures on teacher-forced chats: it publishes which tokens run, makes no
-logits, and stops after the last site asked for.
+logits, and stops after the last site that is asked for or that anybody's hook acts on.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from emlens.data import Batch
-from emlens.models.attach import attached_adapter, is_hooked_by_user
+from emlens.models.acting import describe_acting
+from emlens.models.attach import attached_adapter, hooked_by_user, is_hooked_by_user
 from emlens.models.hooks import watch_sites
 from emlens.models.pair import ModelPair
 from emlens.models.paired import forward_many, tuned_parts
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.tokens_in_flight import TokensInFlight, publish_tokens
 from emlens.models.views import origin_of
-from emlens.sites import Site
+from emlens.sites import Site, block_of
 
 Readable = HookedTransformer | ModelPair
 """One model, or a base and its fine-tune read together."""
@@ -110,8 +112,10 @@ def read_sites(
             base(ids, attention_mask=mask, return_type=None, stop_at_layer=_stop(sites))
 
 
-def _stop(sites: Sequence[Site]) -> int | None:
-    """The first block that no site needs; None where one lies behind all blocks."""
-    if any(site.layer is None and site.stream not in ("embed", "pos_embed") for site in sites):
-        return None
-    return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
+def _first_unneeded(hook_names: Sequence[str]) -> int | None:
+    """The first block that no hook point needs; None where one lies behind all blocks."""
+    blocks = [block_of(name) for name in hook_names]
+    known = [block for block in blocks if block is not None]
+    return max(known, default=-1) + 1 if len(known) == len(blocks) else None
+        # A hook that the pass stops before would have seen, or changed, nothing.
+        last = _first_unneeded([*(site.hook_name for site in sites), *hooked_by_user(base)])
