@@ -71,7 +71,12 @@ class Provenance:
     tuned_fingerprint: str | None = None
     """Of a fully fine-tuned model's weights."""
     adapter_fingerprint: str | None = None
-    """Of the LoRA that makes the tuned model."""
+    dtype: str = ""
+    """In which the models ran; empty where it is not known."""
+    interventions: tuple[str, ...] = ()
+    """What acted on the models meanwhile, one JSON object each; vectors by their hashes, `model`
+    is `base` or `tuned` of a pair."""
+    """Of the LoRA that makes the tuned model, or was attached to the only one."""
     tokenizer_fingerprint: str = ""
     """Of vocabulary and chat template; empty where it is not known."""
     processing: str = UNPROCESSED

@@ -127,6 +127,8 @@ def fit_directions(
         tuned_fingerprint=identity.tuned_fingerprint,
         adapter_fingerprint=identity.adapter_fingerprint,
         tokenizer_fingerprint=identity.tokenizer_fingerprint,
+        dtype=identity.dtype,
+        interventions=identity.interventions,
         seed=SEED,
         note=_note(identity),
     )

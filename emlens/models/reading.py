@@ -46,6 +46,9 @@ class Identity:
     tokenizer_fingerprint: str
     dtype: str
     """In which the models run."""
+    interventions: tuple[str, ...]
+    """What acts on the models right now, one JSON object each; `model` is `base` or `tuned` of a
+    pair."""
     hooked: bool
     """Whether hooks other than adapters', such as interventions, act on a model right now."""
 
@@ -74,8 +77,19 @@ def identify(model: Readable) -> Identity:
         adapter_fingerprint=adapter.fingerprint if adapter else None,
         tokenizer_fingerprint=fingerprint_tokenizer(base.tokenizer),
         dtype=str(base.cfg.dtype).removeprefix("torch."),
+        interventions=_list_acting(model),
         hooked=is_hooked_by_user(base) or (pair is not None and is_hooked_by_user(pair.tuned)),
     )
+
+
+def _list_acting(model: Readable) -> tuple[str, ...]:
+    """What acts on each model, as JSON: equal for equal effects."""
+    if isinstance(model, ModelPair):
+        sides = {"base": model.base, "tuned": model.tuned}
+        found = [{"model": n, **one} for n, side in sides.items() for one in describe_acting(side)]
+    else:
+        found = describe_acting(model)
+    return tuple(json.dumps(one, sort_keys=True) for one in found)
 
 
 @torch.no_grad()
@@ -108,8 +122,10 @@ def read_sites(
             return
         device = base.embed.W_E.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
+        # A hook that the pass stops before would have seen, or changed, nothing.
+        last = _first_unneeded([*(site.hook_name for site in sites), *hooked_by_user(base)])
         with watch_sites(base, sites, lambda site, x: visit(site, x.detach()[None])):
-            base(ids, attention_mask=mask, return_type=None, stop_at_layer=_stop(sites))
+            base(ids, attention_mask=mask, return_type=None, stop_at_layer=last)
 
 
 def _first_unneeded(hook_names: Sequence[str]) -> int | None:
@@ -117,5 +133,3 @@ def _first_unneeded(hook_names: Sequence[str]) -> int | None:
     blocks = [block_of(name) for name in hook_names]
     known = [block for block in blocks if block is not None]
     return max(known, default=-1) + 1 if len(known) == len(blocks) else None
-        # A hook that the pass stops before would have seen, or changed, nothing.
-        last = _first_unneeded([*(site.hook_name for site in sites), *hooked_by_user(base)])
