@@ -15,6 +15,7 @@ from torch import Tensor
 from emlens.artifacts import Result
 from emlens.numerics.projection import random_cosine_std, unit_vectors
 from emlens.numerics.validation import WidthError
+from emlens.sites import SiteError
 from emlens.vectors import Direction, Directions
 
 
@@ -81,6 +82,7 @@ def compare_directions(
     Raises:
         ValueError: fewer than two directions.
         WidthError: directions of several widths.
+        SiteError: directions of sites with different axes, such as heads and the residual stream.
     """
     entries = _list_entries(directions)
     if len(entries) < 2:
@@ -88,6 +90,13 @@ def compare_directions(
     widths = {entry.direction.width for entry in entries}
     if len(widths) > 1:
         raise WidthError(f"directions: widths {sorted(widths)}; cosines need one width")
+    axes = {entry.direction.site.axes: entry.label for entry in entries}
+    if len(axes) > 1:
+        named = " and ".join(f"{label} of {one}" for one, label in axes.items())
+        raise SiteError(
+            f"directions: {named} have axes whose entries mean different things, although their "
+            "widths agree; compare directions of one kind of site"
+        )
     vectors = torch.stack([entry.direction.vector.double().cpu() for entry in entries])
     return CosineMatrix(
         labels=tuple(entry.label for entry in entries),

@@ -70,7 +70,8 @@ def plan_interventions(
         interventions: in the order in which they act where they meet.
 
     Raises:
-        SiteError: a site the model does not have, or that has no vector for each token.
+        SiteError: a site the model does not have, that has no vector for each token, or whose axes
+            are not those of the site that the vector was made at.
         WidthError: a vector of another width than its site.
         OtherModelError: a vector made from another model, fine-tune, tokenizer or processing.
         ContradictoryInterventionsError: see `check_contradictions`.
@@ -84,7 +85,8 @@ def plan_interventions(
             operator = intervention.operator
             if isinstance(operator, PerLayer):
                 operator = operator.at(site)
-            _check_width(model, site, operator)
+            _check_fit(model, site, operator)
+            _check_axes(intervention, site)
             plans.setdefault(site, SitePlan(site)).acts.append((operator, intervention.where))
     for plan in plans.values():
         check_contradictions(plan.site, plan.acts)
@@ -126,4 +128,15 @@ def _check_fit(model: HookedModel, site: Site, operator: Operator) -> None:
         raise WidthError(
             f"interventions: {type(operator).__name__} at {site} has vectors of width "
             f"{operator.width}, and the site has {width}: they come from another model or site"
+        )
+
+
+def _check_axes(intervention: Intervention, site: Site) -> None:
+    """Widths may agree by chance: as many values over heads as there are in the residual stream."""
+    made = intervention.made_for
+    if made is not None and made.axes and made.axes != site.axes:
+        raise SiteError(
+            f"interventions: the {intervention.label} vector was made at a site with axes "
+            f"{made.axes}, and {site} has {site.axes}: their entries mean different things. Name a "
+            "site with the axes of its own, or fit a direction there"
         )

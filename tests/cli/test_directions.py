@@ -151,6 +151,19 @@ def test_a_direction_of_another_model_is_refused_unless_that_is_asked_for(
 def test_an_ablated_fine_tune_is_exported_and_read_back(
     cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
 ):
+def test_a_direction_of_another_fine_tune_is_refused_unless_that_is_asked_for(
+    cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
+):
+    words = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl"]
+    words += ["--max-new-tokens", 2, "--ablate", f"{fitted}@resid_post.1", "--at", "writes"]
+    refused = cli(*words, "--tuned", tiny / "other", "--out", tmp_path / "a")
+    assert refused.code == 2
+    assert "from the fine-tune by adapter" in refused.err
+    allowed = cli(*words, "--tuned", tiny / "other", "--allow-other-model", "--out", tmp_path / "b")
+    assert allowed.code == 0, allowed.err
+    assert cli(*words, "--out", tmp_path / "base").code == 0
+
+
     words = ["export", "--base", tiny / "base", "--tuned", tiny / "tuned", "--out", tmp_path / "x"]
     words += ["--ablate", f"{fitted}@resid_post.1", "--json"]
     done = cli(*words, "--at", "writes")
