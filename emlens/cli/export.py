@@ -37,6 +37,8 @@ def export(flags: ExportFlags) -> None:
         interventions = flags.interventions()
         if flags.dry_run:
             check_sources(flags.base, flags.tuned)
+            if flags.out.exists() and not flags.out.is_dir():
+                raise typer.BadParameter(f"--out {flags.out}: is a file; name a new folder")
             if flags.out.is_dir() and any(flags.out.iterdir()):
                 raise typer.BadParameter(f"--out {flags.out}: is not empty; name a new folder")
             names = ("base", "tuned", "add", "ablate", "at", "positions")

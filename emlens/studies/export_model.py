@@ -28,10 +28,11 @@ WEIGHTS_TOLERANCE = 2.0**-21
 bit; only Gemma's norms, kept as 1 + w in float32 and written as w, are rounded on the way."""
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 """Largest difference of a logit, of the largest one, that is rounding without further question."""
-KL_FACTOR = 2.0
+KL_FACTOR = 4.0
 """How much farther than the model under hooks the folder may be from the same model in float64.
 Half precision rounds both, each in its own way: the one its weights after the fold, the other its
-activations in the hooks. A fold that is wrong is far outside."""
+activations in the hooks: 0.7 to 1.8 was measured on SmolLM2. A fold that is wrong is far
+outside."""
 KL_FLOOR = 1e-9
 """Nats a token that are nothing."""
 

@@ -199,3 +199,6 @@ def test_a_dry_export_into_a_folder_in_use_is_refused(cli: Cli, tiny: Path, tmp_
     done = cli("export", "--base", tiny / "base", "--out", tmp_path, "--dry-run")
     assert done.code == 2
     assert "is not empty" in done.err
+    beside = cli("export", "--base", tiny / "base", "--out", tmp_path / "note.txt", "--dry-run")
+    assert beside.code == 2
+    assert "is a file" in beside.err
