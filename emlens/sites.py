@@ -224,6 +224,17 @@ def check_sites(sites: Sequence[Site], hook_names: Collection[str]) -> None:
             )
 
 
+def block_of(hook_name: str) -> int | None:
+    """Return the block that a hook point lies in: -1 before the first, None after the last.
+
+    Args:
+        hook_name: any key of a model's `hook_dict`.
+    """
+    if match := _HOOK_NAME.fullmatch(hook_name):
+        return int(match[1])
+    return -1 if _OUTSIDE_HOOKS.get(hook_name) in ("embed", "pos_embed") else None
+
+
 def _expand_one(item: str | Site, n_layers: int) -> list[Site]:
     if isinstance(item, Site):
         return [item]

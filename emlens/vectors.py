@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
+from emlens.numerics.projection import unit_vectors
 from emlens.numerics.validation import WidthError, ZeroVectorError, check_finite
+from emlens.prompt_sets import check_prompt_sets
 from emlens.sites import Site, SiteError, parse_site
 
 CONSTRUCTIONS = (
@@ -33,14 +35,8 @@ CONSTRUCTIONS = (
 """How a vector can have been made; the first six are differences of means."""
 UNPROCESSED = "unprocessed"
 """Weights as the checkpoint holds them."""
-PROMPT_ROLES = ("fit", "choose", "evaluate")
-"""What prompts are used for; no prompt may serve two of them."""
 
 ControlKind = Literal["covariance", "shuffled"]
-
-
-class OverlappingPromptsError(ValueError):
-    """One prompt serves two of fitting, choosing and evaluating."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +66,16 @@ class Provenance:
     tuned_fingerprint: str | None = None
     """Of a fully fine-tuned model's weights."""
     adapter_fingerprint: str | None = None
-    """Of the LoRA that makes the tuned model."""
+    """Of the LoRA that makes the tuned model, or was attached to the only one."""
     tokenizer_fingerprint: str = ""
     """Of vocabulary and chat template; empty where it is not known."""
     processing: str = UNPROCESSED
     """Of the weights: emlens never folds norms or centres weights on loading."""
+    dtype: str = ""
+    """In which the models ran; empty where it is not known."""
+    interventions: tuple[str, ...] = ()
+    """What acted on the models meanwhile, one JSON object each; vectors by their hashes, `model`
+    is `base` or `tuned` of a pair."""
     seed: int | None = None
     """Of a random vector."""
     note: str = ""
@@ -113,6 +114,8 @@ class Direction(Result):
     """Median norm of the base's activations at the site; None where nobody measured it."""
     split_half_cosine: float | None = None
     """Cosine between the estimates from two halves of the texts; None where there are none."""
+    fit_prompts: tuple[str, ...] = field(default=(), repr=False)
+    """Sorted hashes of the prompts that it was fitted on, if any; `evaluate` asks none of them."""
     provenance: Provenance
 
     def __post_init__(self) -> None:
@@ -142,15 +145,12 @@ class Direction(Result):
         Raises:
             ZeroVectorError: the estimate is zero, so that it points nowhere.
         """
-        # Scaled first: the squares of tiny entries would vanish.
-        largest = self.vector.double().abs().max()
-        if not largest > 0:
+        if not bool(self.vector.any()):
             raise ZeroVectorError(
                 f"the vector at {self.site} ({self.provenance.construction}) is zero and has no "
                 "direction: the two means it was made from are the same there"
             )
-        scaled = self.vector.double() / largest
-        return scaled / torch.linalg.vector_norm(scaled)
+        return unit_vectors(self.vector.double())
 
     def __eq__(self, other: object) -> bool:
         """Same site, vector and everything else; tensors entry by entry."""
@@ -163,7 +163,8 @@ class Direction(Result):
 
     @property
     def _labels(self) -> tuple[object, ...]:
-        return (self.site, self.resid_norm, self.split_half_cosine, self.provenance)
+        known = (self.resid_norm, self.split_half_cosine, self.fit_prompts)
+        return (self.site, *known, self.provenance)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row: site, norms, split-half cosine, how it was made."""
@@ -218,7 +219,10 @@ class Directions(Result):
                 f"top3_share has shape {tuple(self.top3_share.shape)}, expected "
                 f"[{len(self.directions)}]: one value a site"
             )
-        _check_prompt_sets(self.prompt_sets)
+        check_prompt_sets(self.prompt_sets)
+        if "fit" in self.prompt_sets:  # known to each that is taken out, too
+            linked = _with_fit_prompts(self.directions, self.prompt_sets["fit"])
+            object.__setattr__(self, "directions", linked)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -264,13 +268,16 @@ class Directions(Result):
     def controls(self, kind: ControlKind) -> tuple["Directions", ...]:
         """Return the random directions, each as long as the estimate at its site.
 
+        Sites whose estimate is zero are left out: nothing is as long, and nothing to compare with.
+
         Args:
             kind: `covariance`: drawn with the activations' covariance; `shuffled`: fitted on
                 labels dealt at random.
 
         Raises:
             ValueError: an unknown kind, or directions that carry none of it.
-            ZeroVectorError: a random vector is zero: the activations do not vary at its site.
+            ZeroVectorError: every estimate is zero; or a random vector is zero although the
+                estimate is not: the activations do not vary at its site.
         """
         made = {"covariance": "random:covariance", "shuffled": "shuffled"}
         if kind not in made:
@@ -281,11 +288,17 @@ class Directions(Result):
                 f"kind: these directions carry no {kind} controls: fit_directions makes them, "
                 "imported directions have none"
             )
+        alive = [index for index, own in enumerate(self.directions) if bool(own.vector.any())]
+        if not alive:
+            raise ZeroVectorError(
+                f"directions: all {len(self)} are zero, and no control is as long; what they were "
+                "made from is the same at every site"
+            )
         return tuple(
             Directions(
                 directions=tuple(
-                    _as_control(own, row, made[kind])
-                    for own, row in zip(self.directions, rows[:, k], strict=True)
+                    _as_control(self.directions[index], rows[index, k], made[kind])
+                    for index in alive
                 ),
                 prompt_sets=self.prompt_sets,
             )
@@ -306,6 +319,23 @@ class Directions(Result):
                 f"and {len(hashes)} others were given"
             )
         return dataclasses.replace(self, prompt_sets={**self.prompt_sets, role: hashes})
+
+    def without_prompts(self, role: str) -> "Directions":
+        """Return the same directions without the record of one use of prompts.
+
+        Without that of `fit`, `evaluate` also asks what they were fitted on: say so where you show
+        the result.
+
+        Raises:
+            ValueError: an unknown use, or one whose prompts are not listed.
+        """
+        if role not in self.prompt_sets:
+            raise ValueError(
+                f"role: no prompts to {role} with are listed, only {sorted(self.prompt_sets)}"
+            )
+        rest = {name: hashes for name, hashes in self.prompt_sets.items() if name != role}
+        directions = _with_fit_prompts(self.directions, ()) if role == "fit" else self.directions
+        return dataclasses.replace(self, directions=directions, prompt_sets=rest)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a site; `shuffled_norm` is the largest norm that shuffled labels gave."""
@@ -331,20 +361,20 @@ class Directions(Result):
 
 def _as_control(own: Direction, row: Tensor, construction: str) -> Direction:
     made = dataclasses.replace(own.provenance, construction=construction)
-    control = Direction(site=own.site, vector=row, resid_norm=own.resid_norm, provenance=made)
+    control = Direction(
+        site=own.site,
+        vector=row,
+        resid_norm=own.resid_norm,
+        fit_prompts=own.fit_prompts,
+        provenance=made,
+    )
     return dataclasses.replace(control, vector=control.direction * own.norm)
 
 
-def _check_prompt_sets(prompt_sets: dict[str, tuple[str, ...]]) -> None:
-    for role in prompt_sets:
-        if role not in PROMPT_ROLES:
-            raise ValueError(f"prompt_sets: got {role!r}, expected one of {list(PROMPT_ROLES)}")
-    used: dict[str, str] = {}
-    for role, prompts in prompt_sets.items():
-        shared = [prompt for prompt in prompts if used.setdefault(prompt, role) != role]
-        if shared:
-            raise OverlappingPromptsError(
-                f"prompt_sets: {len(shared)} prompts serve to {used[shared[0]]} and to {role} "
-                f"(the first is {shared[0]}): a direction is judged on prompts that it was neither "
-                "fitted nor chosen on"
-            )
+def _with_fit_prompts(
+    directions: Sequence[Direction], prompts: tuple[str, ...]
+) -> tuple[Direction, ...]:
+    return tuple(
+        own if own.fit_prompts == prompts else dataclasses.replace(own, fit_prompts=prompts)
+        for own in directions
+    )

@@ -1,6 +1,7 @@
 """Directions: their provenance, lookup, controls and prompt sets, and the way to disk and back."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emlens.numerics.validation import NonFiniteError, WidthError, ZeroVectorError
+from emlens.prompt_sets import OverlappingPromptsError
 from emlens.results import load_result
 from emlens.sites import Site, SiteError
-from emlens.vectors import Direction, Directions, OverlappingPromptsError, Provenance
+from emlens.vectors import Direction, Directions, Provenance
 
 MADE = Provenance(
     construction="data@tuned",
@@ -150,6 +152,50 @@ def test_controls_are_as_long_as_the_estimate_and_say_what_they_are():
             assert theirs.provenance.is_control
     assert not MADE.is_control
     assert own.controls("shuffled")[0].directions[0].provenance.construction == "shuffled"
+
+
+@pytest.mark.parametrize("kind", ["covariance", "shuffled"])
+def test_a_site_without_a_direction_has_no_controls_and_the_others_keep_theirs(kind):
+    rows = torch.randn(3, 16, 6, generator=torch.Generator().manual_seed(1))
+    rows[0] = 0 if kind == "shuffled" else rows[0]
+    name = "covariance_matched" if kind == "covariance" else "shuffled"
+    given: Any = {name: rows}
+    first, *rest = make_directions().directions
+    dead = dataclasses.replace(first, vector=torch.zeros(6))
+    controls = Directions(directions=(dead, *rest), **given).controls(kind)
+    assert len(controls) == 16
+    for control in controls:
+        assert control.sites == tuple(own.site for own in rest)
+        assert [one.norm for one in control] == pytest.approx([own.norm for own in rest])
+    assert torch.allclose(
+        controls[2].directions[0].direction, rows[1, 2].double() / rows[1, 2].norm()
+    )
+    given = {name: rows[:1]}
+    alone = Directions(directions=(dead,), **given)
+    with pytest.raises(ZeroVectorError, match="all 1 are zero"):
+        alone.controls(kind)
+
+
+def test_a_direction_taken_out_knows_the_prompts_it_was_fitted_on():
+    sets = {"fit": ("p", "q"), "evaluate": ("r",)}
+    rows = torch.randn(3, 2, 6, generator=torch.Generator().manual_seed(1))
+    own = make_directions(prompt_sets=sets, shuffled=rows)
+    assert own["resid_post.2"].fit_prompts == ("p", "q")
+    assert own.controls("shuffled")[0]["resid_post.2"].fit_prompts == ("p", "q")
+    assert make_directions().with_prompts("fit", ["q", "p"])["resid_post.2"].fit_prompts == (
+        "p",
+        "q",
+    )
+    freed = own.without_prompts("fit")
+    assert freed.prompt_sets == {"evaluate": ("r",)}
+    assert {one.fit_prompts for one in freed} == {()}
+    assert own.without_prompts("evaluate")["resid_post.2"].fit_prompts == ("p", "q")
+    # A collection of such directions, without a record of its own, leaves theirs.
+    assert Directions(directions=own.directions).directions == own.directions
+    with pytest.raises(
+        ValueError, match=r"no prompts to choose with are listed, only \['evaluate'"
+    ):
+        own.without_prompts("choose")
 
 
 def test_controls_that_are_not_there_are_named():

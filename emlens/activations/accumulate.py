@@ -45,7 +45,7 @@ class ActivationAccumulator:
 
     def __init__(self, width: int, statistics: Sequence[str]) -> None:
         names = check_statistics(statistics)
-        self.width = width
+        self.width, self.statistics = width, names
         # The covariance holds mean and variance already.
         plain = "covariance" not in names and bool({"mean", "variance"} & set(names))
         self.covariance = CovarianceAccumulator(width) if "covariance" in names else None
@@ -57,18 +57,26 @@ class ActivationAccumulator:
 
         Raises:
             WidthError: x is not a matrix of this width.
-            NonFiniteError: x holds NaN or infinity. What was counted before stays as it was.
+            NonFiniteError: x holds NaN or infinity, or norms too large to count. What was counted
+                before stays as it was.
         """
-        # Norms are counted last: whatever the others refuse has changed nothing yet.
-        if self.covariance is not None:
-            self.covariance.update(x)
-        if self.moments is not None:
-            self.moments.update(x)
-        if self.sizes is not None:
+        self.merge(self._count_apart(x))
+
+    def _count_apart(self, x: Float[Tensor, "n d"]) -> "ActivationAccumulator":
+        """Count some tokens in a new accumulator of the same kind; this one stays as it was.
+
+        So that whatever one statistic refuses, no other has taken in. Raises as `update` does.
+        """
+        found = ActivationAccumulator(self.width, self.statistics)
+        for part in (found.covariance, found.moments):
+            if part is not None:
+                part.update(x)
+        if found.sizes is not None:
             if x.ndim != 2 or x.shape[1] != self.width:
                 raise WidthError(f"x has shape {tuple(x.shape)}, expected [n, {self.width}]")
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            self.sizes.update(torch.linalg.vector_norm(wide, dim=1))
+            found.sizes.update(torch.linalg.vector_norm(wide, dim=1))
+        return found
 
     def merge(self, other: "ActivationAccumulator") -> None:
         """Take in what another accumulator of the same kind has seen; it stays as it was."""
@@ -130,9 +138,17 @@ class StatisticsAccumulator:
         ]
 
     def update(self, site: int, position: int, streams: Sequence[Float[Tensor, "n d"]]) -> None:
-        """Take in the activations of some tokens at one site, one tensor a stream."""
-        for cells, stream in zip(self.cells, streams, strict=True):
-            cells[site][position].update(stream)
+        """Take in the activations of some tokens at one site, one tensor a stream.
+
+        Raises:
+            WidthError: a stream that is not a matrix of this width.
+            NonFiniteError: a stream that holds NaN or infinity. What was counted before stays as it
+                was, in every stream.
+        """
+        cells = [stream_cells[site][position] for stream_cells in self.cells]
+        found = [cell._count_apart(x) for cell, x in zip(cells, streams, strict=True)]
+        for cell, counted in zip(cells, found, strict=True):
+            cell.merge(counted)
 
     def merge(self, other: "StatisticsAccumulator") -> None:
         """Take in what was counted over other chats; it stays as it was.

@@ -6,6 +6,7 @@ They are large: a token takes d_model values a site. Where a mean or a variance 
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -17,9 +18,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emlens.activations.reading import ReadingPlan, Selection, SitesLike, plan_reading
+from emlens.activations.reading import (
+    ReadingPlan,
+    Selection,
+    SitesLike,
+    plan_reading,
+    require_one,
+)
 from emlens.artifacts import write_tensors_atomic
-from emlens.data import Batching, Chat
+from emlens.data import Batching, Chat, Positions, PositionsError, parse_positions
 from emlens.encoding import ArtifactError
 from emlens.models.acting import describe_acting
 from emlens.models.identity import foreign_hooks, identify_model
@@ -188,7 +195,8 @@ def capture_activations(
     """Write the activations of every selected token to disk; the same call again resumes.
 
     One shard holds one batch at all sites, in the models' dtype, and appears whole or not at all:
-    whatever ends the run loses at most the shard in flight.
+    whatever ends the run loses at most the shard in flight. Under interventions a batch that is
+    kept already may run once more, so that each is seen to act in this call too.
 
     Args:
         model: one model, or a pair: then base and tuned are written.
@@ -202,9 +210,10 @@ def capture_activations(
         PlanChangedError: the folder holds a capture of other models, interventions, texts, sites or
             positions; or shards made under hooks that are no interventions, which no plan can tell
             from others.
-        ValueError: no tokenizer, or positions that a chat does not have.
+        ValueError: no tokenizer, several positions, or some that a chat does not have.
     """
-    plan = plan_reading(model, chats, sites=sites, positions=positions, batching=batching)
+    one = require_one(positions)
+    plan = plan_reading(model, chats, sites=sites, positions=one, batching=batching)
     run = RunFolder.start(out, _describe(plan))
     shards = ActivationShards(run.path, dict(run.plan))
     for stray in (run.path / _FOLDER).glob(".*.tmp"):  # of a run that was killed while writing
@@ -220,11 +229,44 @@ def capture_activations(
         for stream, values in zip(shards.streams, chosen[0].take(x), strict=True):
             held[_tensor_name(stream, site)] = values.cpu()
 
-    for shard, chosen in enumerate(plan.read(keep, "capturing (tokens)", skip=done), start=done):
+    todo = range(done, shards.n_shards)
+    for shard, chosen in zip(todo, plan.read(keep, "capturing (tokens)", chosen=todo), strict=True):
         held[_ROWS] = torch.stack([chosen[0].rows, chosen[0].tokens], dim=1)
         write_tensors_atomic(shards.shard_path(shard), held)
         held.clear()
+    if again := _list_again(plan, done):
+        list(plan.read(_look_away, "acting once more (tokens)", chosen=again))
     return ActivationShards.open(run.path)
+
+
+def _look_away(_site: Site, _x: Tensor, _chosen: tuple[Selection, ...]) -> None:
+    """For batches that are run for their interventions' sake."""
+
+
+def _list_again(plan: ReadingPlan, done: int) -> list[int]:
+    """Batches that are kept already and run once more, so that whatever acts now has acted.
+
+    For each positions of what acts, one that has such a token, unless a batch still to be made has.
+    """
+    acting = [one for model in _models_of(plan).values() for one in describe_acting(model)]
+    again: set[int] = set()
+    for named in dict.fromkeys(str(one.get("positions", "all")) for one in acting):
+        positions = parse_positions(named)
+        meets = (k for k in reversed(range(len(plan.batches))) if _meets(plan, k, positions))
+        # The last ones are the shortest, and those still to be made.
+        found = next(meets, len(plan.batches) - 1)
+        if found < done:
+            again.add(found)
+    return sorted(again)
+
+
+def _meets(plan: ReadingPlan, batch: int, positions: Positions) -> bool:
+    """Whether a batch has a token that positions name."""
+    for row in plan.batches[batch]:
+        with suppress(PositionsError):
+            if bool(positions.mask(plan.tokenized[row]).any()):
+                return True
+    return False
 
 
 def _tensor_name(stream: str, site: Site) -> str:

@@ -3,7 +3,7 @@
 Nothing is run here but through `read`, one batch at a time.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,31 +91,33 @@ class ReadingPlan:
         """Tokens that positions select in some of the chats."""
         return sum(int(position.mask(self.tokenized[row]).sum()) for row in rows)
 
-    def read(self, visit: Visitor, task: str, *, skip: int = 0) -> Iterator[tuple[Selection, ...]]:
+    def read(
+        self, visit: Visitor, task: str, *, chosen: Iterable[int] | None = None
+    ) -> Iterator[tuple[Selection, ...]]:
         """Run the batches in turn; yields the selections of each after all its sites were visited.
 
         Args:
             visit: called once a site and batch with the activations of all models, base first, and
                 one selection for each of the positions; must not keep or change the tensor.
             task: name of the work, for progress.
-            skip: leave out that many batches at the start.
+            chosen: numbers of the batches to run; by default all.
         """
-        todo = self.batches[skip:]
+        todo = self.batches if chosen is None else [self.batches[number] for number in chosen]
         sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in todo]
         for rows in track(todo, task, sizes=sizes):
             batch = pad_batch(self.tokenized, rows, pad_id=self.pad_id)
             tokens = frame_batch(batch, self.tokenized)
             masks = [position_mask(batch, self.tokenized, p) for p in self.positions]
             device = base_of(self.model).embed.W_E.device
-            chosen = tuple(_select(mask, tokens.rows, tokens.absolute, device) for mask in masks)
+            found = tuple(_select(mask, tokens.rows, tokens.absolute, device) for mask in masks)
             read_sites(
                 self.model,
                 batch,
                 tokens,
                 sites=self.sites,
-                visit=lambda site, x, chosen=chosen: visit(site, x, chosen),
+                visit=lambda site, x, found=found: visit(site, x, found),
             )
-            yield chosen
+            yield found
 
 
 def _select(mask: Tensor, rows: Tensor, absolute: Tensor, device: torch.device) -> Selection:
@@ -127,6 +129,20 @@ def _select(mask: Tensor, rows: Tensor, absolute: Tensor, device: torch.device) 
         tokens=absolute[mask],
         covers_batch=bool(mask.all()),
     )
+
+
+def require_one(positions: PositionsLike) -> str:
+    """Return the one name of positions, where a result holds no more.
+
+    Raises:
+        ValueError: several names, or none.
+    """
+    if not isinstance(positions, str):
+        raise ValueError(
+            f"positions: got {list(positions)}, expected one name, such as 'response': one result "
+            "holds the tokens of one; call once for each"
+        )
+    return positions
 
 
 def plan_reading(

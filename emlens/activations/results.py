@@ -24,6 +24,11 @@ class ActivationStatistics(Result):
     """Of a full checkpoint."""
     adapter_fingerprint: str | None
     tokenizer_fingerprint: str
+    dtype: str
+    """In which the models ran."""
+    interventions: tuple[str, ...]
+    """What acted on the models, one JSON object each; vectors by their hashes, `model` is `base` or
+    `tuned` of a pair."""
     streams: tuple[str, ...]
     """`model`; of a pair `base`, `tuned` and `difference` (tuned minus base, token by token)."""
     sites: tuple[str, ...]

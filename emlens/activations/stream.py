@@ -74,7 +74,10 @@ def accumulate_activations(
 
 
 def summarise_activations(plan: ReadingPlan, found: StatisticsAccumulator) -> ActivationStatistics:
-    """Turn what was counted into the result, with the names of the models of a plan."""
+    """Turn what was counted into the result, with the names of the models of a plan.
+
+    What acts on the models at this moment is put on record with it: call it where they were read.
+    """
     streams, sites, positions = found.labels
     identity = identify(plan.model)
     norms = found.stacked("norm")
@@ -85,6 +88,8 @@ def summarise_activations(plan: ReadingPlan, found: StatisticsAccumulator) -> Ac
         tuned_fingerprint=identity.tuned_fingerprint,
         adapter_fingerprint=identity.adapter_fingerprint,
         tokenizer_fingerprint=identity.tokenizer_fingerprint,
+        dtype=identity.dtype,
+        interventions=identity.interventions,
         streams=streams,
         sites=sites,
         positions=positions,

@@ -1,5 +1,6 @@
 """`emlens evaluate` and `emlens judge`: responses sampled and judged, or judged again."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,25 @@ class EvaluateFlags(ModelFlags):
         ),
     ] = None
     judge: JudgeName = "contrast"
+    allow_fit_prompts: Annotated[
+        bool,
+        typer.Option(
+            "--allow-fit-prompts", help="Ask also prompts that a direction was fitted on."
+        ),
+    ] = False
     samples: Samples = 50
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     max_new_tokens: MaxNewTokens = 600
     seed: Seed = 0
     batch_tokens: BatchTokens = 16384
+
+    def interventions(self) -> tuple[Any, ...]:
+        """As for every command that runs a model; what they were fitted on only where it counts."""
+        made = super().interventions()
+        if self.allow_fit_prompts:
+            made = tuple(dataclasses.replace(one, fit_prompts=()) for one in made)
+        return made
 
     def targets(self) -> list[tuple[str | None, Path]]:
         """Each fine-tune (None is the base itself) and the run folder it goes into."""
@@ -209,6 +223,7 @@ def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
         "add": flags.add,
         "ablate": flags.ablate,
         "at": flags.at,
+        "positions": flags.positions,
         "judge": flags.judge,
         "questions": len(questions),
         "wordings": wordings,

@@ -26,7 +26,7 @@ class ExportFlags(ModelFlags):
 
 @takes_flags
 def export(flags: ExportFlags) -> None:
-    """Write a model that needs no emlens, load it again, and compare its logits.
+    """Write a model that needs no emlens, load it again, and compare its weights and logits.
 
     Interventions are folded into the weights where that is exact; others are refused by name.
     """
@@ -37,10 +37,12 @@ def export(flags: ExportFlags) -> None:
         interventions = flags.interventions()
         if flags.dry_run:
             check_sources(flags.base, flags.tuned)
+            if flags.out.exists() and not flags.out.is_dir():
+                raise typer.BadParameter(f"--out {flags.out}: is a file; name a new folder")
             if flags.out.is_dir() and any(flags.out.iterdir()):
                 raise typer.BadParameter(f"--out {flags.out}: is not empty; name a new folder")
-            plan = {name: getattr(flags, name) for name in ("base", "tuned", "add", "ablate", "at")}
-            print_plan(plan, flags.out, json=flags.json)
+            names = ("base", "tuned", "add", "ablate", "at", "positions")
+            print_plan({name: getattr(flags, name) for name in names}, flags.out, json=flags.json)
             return
         from emlens.studies import export_model
 
@@ -50,9 +52,15 @@ def export(flags: ExportFlags) -> None:
         print_json(done.to_dict())
     else:
         print_line(
-            f"{done.folder}: read back, largest difference of a logit "
+            f"{done.folder}: read back, largest difference of a weight "
+            f"{done.weights_difference:.2g} of its tensor's largest, of a logit "
             f"{done.largest_difference:.2g} at logits up to {done.largest_logit:.3g}"
         )
+        if done.kl_folder is not None:
+            print_line(
+                f"KL from the same model in float64: {done.kl_folder:.2g} nats a token, "
+                f"{done.kl_hooked:.2g} of the model as it was studied"
+            )
     if not done.same:
-        typer.echo("what was read back is not the model that was written", err=True)
+        typer.echo("what was read back is not the model that was studied", err=True)
         raise typer.Exit(1)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.interventions import Ablate, Add, AllowOther, At, read_interventions
+from emlens.cli.interventions import Ablate, Add, AllowOther, At, Where, read_interventions
 from emlens.cli.options import (
     Base,
     BatchTokens,
@@ -51,6 +51,7 @@ class ModelFlags(CommonFlags):
     add: Add = None
     ablate: Ablate = None
     at: At = None
+    positions: Where = None
     allow_other_model: AllowOther = False
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -59,7 +60,11 @@ class ModelFlags(CommonFlags):
     def interventions(self) -> tuple[Any, ...]:
         """What `--add` and `--ablate` ask for."""
         return read_interventions(
-            self.add, self.ablate, self.at, allow_other_model=self.allow_other_model
+            self.add,
+            self.ablate,
+            self.at,
+            positions=self.positions,
+            allow_other_model=self.allow_other_model,
         )
 
 
@@ -182,6 +187,7 @@ def _show_plan(flags: GenerateFlags, n_chats: int) -> None:
         "add": flags.add,
         "ablate": flags.ablate,
         "at": flags.at,
+        "positions": flags.positions,
         "prompts": n_chats,
         "responses": n_chats * flags.samples,
         "sampling": vars(_sampling(flags)),

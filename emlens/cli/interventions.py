@@ -1,4 +1,4 @@
-"""`--add`, `--ablate` and `--at`: directions in files, as interventions on a model."""
+"""`--add`, `--ablate`, `--at`, `--positions`: directions in files, as interventions on a model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,8 +29,20 @@ At = Annotated[
         "stream, or sites such as resid_post; again.",
     ),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(
+        "--positions",
+        metavar="SPAN",
+        help="Tokens that --add and --ablate act on: all (the default), prompt, response or "
+        "last_prompt, with a slice as in response[:5].",
+    ),
+]
 AllowOther = Annotated[
-    bool, typer.Option("--allow-other-model", help="Use directions of another model's weights.")
+    bool,
+    typer.Option(
+        "--allow-other-model", help="Use directions of another model, fine-tune or tokenizer."
+    ),
 ]
 UNITS = ("raw", "delta_norm", "resid_norm")
 
@@ -140,16 +152,22 @@ def read_interventions(
     ablate: Sequence[str] | None,
     at: Sequence[str] | None,
     *,
+    positions: str | None = None,
     allow_other_model: bool,
 ) -> tuple[Any, ...]:
     """Turn the flags into interventions, additions after ablations.
 
     Raises:
         typer.BadParameter: flags that do not say what is to be done.
+        PositionsError: positions that do not follow the grammar.
         ArtifactError: a file that holds no result.
     """
     if at and not ablate:
         raise typer.BadParameter("--at says where --ablate acts, and there is no --ablate")
+    if positions and not (add or ablate):
+        raise typer.BadParameter(
+            "--positions says on what --add and --ablate act; neither is given"
+        )
     additions = [parse_addition(text) for text in add or ()]
     where: Any = parse_at(at) if ablate else None
     if not additions and not ablate:
@@ -157,9 +175,10 @@ def read_interventions(
     from emlens.interventions import ablate_direction, add_direction
 
     made: list[Any] = []
+    alike: Any = {"positions": positions or "all", "allow_other_model": allow_other_model}
     for text in ablate or ():
         found = parse_direction(text).load()
-        made += ablate_direction(found, at=where, allow_other_model=allow_other_model)
+        made += ablate_direction(found, at=where, **alike)
     for addition in additions:
         found = addition.file.load()
         for direction in [found] if found.kind == "direction" else found:
@@ -167,6 +186,6 @@ def read_interventions(
                 direction,
                 coefficient=addition.coefficient,
                 units=addition.units,
-                allow_other_model=allow_other_model,
+                **alike,
             )
     return tuple(made)

@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.numerics.projection import random_cosine_std
+from emlens.numerics.projection import random_cosine_std, unit_vectors
 from emlens.numerics.validation import WidthError
+from emlens.sites import SiteError
 from emlens.vectors import Direction, Directions
 
 
@@ -81,6 +82,7 @@ def compare_directions(
     Raises:
         ValueError: fewer than two directions.
         WidthError: directions of several widths.
+        SiteError: directions of sites with different axes, such as heads and the residual stream.
     """
     entries = _list_entries(directions)
     if len(entries) < 2:
@@ -88,6 +90,13 @@ def compare_directions(
     widths = {entry.direction.width for entry in entries}
     if len(widths) > 1:
         raise WidthError(f"directions: widths {sorted(widths)}; cosines need one width")
+    axes = {entry.direction.site.axes: entry.label for entry in entries}
+    if len(axes) > 1:
+        named = " and ".join(f"{label} of {one}" for one, label in axes.items())
+        raise SiteError(
+            f"directions: {named} have axes whose entries mean different things, although their "
+            "widths agree; compare directions of one kind of site"
+        )
     vectors = torch.stack([entry.direction.vector.double().cpu() for entry in entries])
     return CosineMatrix(
         labels=tuple(entry.label for entry in entries),
@@ -135,13 +144,7 @@ def _entries_of(directions: Directions, prefix: str) -> list[_Entry]:
 
 def _cosines(rows: Float[Tensor, "m d"], others: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
     """Cosines without an [m n d] tensor; NaN where a row is zero."""
-    return (_unit(rows) @ _unit(others).T).clamp(-1, 1)
-
-
-def _unit(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    # Scaled first: the squares of tiny entries would vanish.
-    rows = rows / rows.abs().amax(1, keepdim=True)
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return (unit_vectors(rows) @ unit_vectors(others).T).clamp(-1, 1)
 
 
 def _chance(

@@ -70,13 +70,18 @@ class DirectionAccumulator:
             draws: what `design.draws` gave for the tokens.
 
         Raises:
-            NonFiniteError: a tensor holds NaN or infinity.
+            WidthError: a tensor of another width, or weights of other tokens.
+            NonFiniteError: a tensor holds NaN or infinity, or norms too large to count. What was
+                counted before stays as it was.
         """
-        self.effects.update(averaged, effects)
-        self.draws.update(varying, draws)
-        self.moments.update(varying)
+        # Counted apart first: whatever one part refuses, no other has taken in.
+        found = DirectionAccumulator(self.design, self.effects.width)
+        found.effects.update(averaged, effects)
+        found.draws.update(varying, draws)
+        found.moments.update(varying)
         wide = base.to(torch.promote_types(base.dtype, torch.float32))
-        self.sizes.update(torch.linalg.vector_norm(wide, dim=1))
+        found.sizes.update(torch.linalg.vector_norm(wide, dim=1))
+        self.merge(found)
 
     def merge(self, other: "DirectionAccumulator") -> None:
         """Take in what was counted over other tokens of the same design; it stays as it was."""

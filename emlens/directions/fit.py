@@ -12,7 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.activations.reading import ReadingPlan, Selection, SitesLike, plan_reading
+from emlens.activations.reading import (
+    ReadingPlan,
+    Selection,
+    SitesLike,
+    plan_reading,
+    require_one,
+)
 from emlens.data import Batching, Chat, ContrastTexts, prompt_hashes, text_hash
 from emlens.directions.design import FitDesign, make_design
 from emlens.directions.estimate import DirectionAccumulator, SiteEstimate
@@ -94,7 +100,8 @@ def fit_directions(
     positive = texts.positive if recipe.positive else ()
     negative = texts.negative if recipe.negative else ()
     chats = (*positive, *negative)
-    asked = plan_reading(model, chats, sites=sites, positions=positions, batching=batching)
+    one = require_one(positions)
+    asked = plan_reading(model, chats, sites=sites, positions=one, batching=batching)
     plan = dataclasses.replace(asked, sites=_in_order(model, asked.sites))
     labels = [True] * len(positive) + [False] * len(negative)
     n_tokens = [plan.count_tokens(plan.positions[0], [row]) for row in range(len(chats))]
@@ -120,6 +127,8 @@ def fit_directions(
         tuned_fingerprint=identity.tuned_fingerprint,
         adapter_fingerprint=identity.adapter_fingerprint,
         tokenizer_fingerprint=identity.tokenizer_fingerprint,
+        dtype=identity.dtype,
+        interventions=identity.interventions,
         seed=SEED,
         note=_note(identity),
     )

@@ -42,5 +42,6 @@ def _draw(like: Direction, number: int, seed: int) -> Direction:
         site=like.site,
         vector=vector * ((like.norm or 1.0) / vector.norm()),
         resid_norm=like.resid_norm,
+        fit_prompts=like.fit_prompts,
         provenance=made,
     )

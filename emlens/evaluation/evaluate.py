@@ -25,6 +25,7 @@ from emlens.interventions import (
 )
 from emlens.interventions.generate import Response, ResponseRequest, stream_responses
 from emlens.interventions.met import meets
+from emlens.interventions.seen_prompts import check_unseen
 from emlens.journal import Journal
 from emlens.models.generate import stop_tokens
 from emlens.models.hooks import HookNeverFiredError
@@ -64,14 +65,18 @@ def evaluate(
     Raises:
         PlanChangedError: the folder holds a run of another plan; what differs is named.
         ValueError: no questions, ids used twice, no tokenizer, or hooks of unknown effect.
+        OverlappingPromptsError: an intervention whose direction was fitted on prompts that are
+            asked; `directions.without_prompts("fit")` lets it.
         JournalLockedError: another process is writing this run.
         HookNeverFiredError: interventions that met no token in any row, those of earlier calls
             counted.
     """
     _check(model, questions)
+    everything = (*active_interventions(model), *interventions)
+    check_unseen(everything, [chat for question in questions for chat in question.chats()])
     judge.judge(())  # a judge that cannot judge says so before anything is sampled
     identity = identify_model(model)
-    acting = describe_interventions((*active_interventions(model), *interventions))
+    acting = describe_interventions(everything)
     decided = _decide(model, identity, acting)
     run = RunFolder.start(out, _plan(decided, questions, judge, sampling, batching))
     keep_calibration(run.path, judge)

@@ -1,4 +1,5 @@
 from .active import active_interventions, describe_interventions
+from .contradictions import ContradictoryInterventionsError
 from .fold import FoldError, fold_into_weights
 from .from_directions import (
     Units,
@@ -17,10 +18,7 @@ from .hooking import intervene
 from .intervention import Intervention, MadeFor
 from .operators import Ablate, Add, Cap, PerLayer, Replace
 from .other_model import OtherModelError
-from .plan import (
-    ContradictoryInterventionsError,
-    write_sites,
-)
+from .plan import write_sites
 
 __all__ = [
     "Ablate",

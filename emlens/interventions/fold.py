@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from emlens.interventions.active import active_interventions, describe_interventions
+from emlens.interventions.active import describe_interventions
 from emlens.interventions.intervention import EVERYWHERE, Intervention
 from emlens.interventions.plan import Fused, SitePlan, plan_interventions
 from emlens.models.attach import attached_adapter
+from emlens.models.changes import name_changes
 from emlens.models.layout import from_matrix, to_matrix
 from emlens.models.lora import architecture_of, read_parameter
 from emlens.models.merge import merge_adapter
@@ -47,13 +48,14 @@ def fold_into_weights(model: AnyModel, interventions: Sequence[Intervention]) ->
 
     Raises:
         FoldError: an intervention that is not exact as weights, and why; a model with norms after
-            its writes (Gemma); interventions that act on the model at the moment.
+            its writes (Gemma); interventions or hooks of unknown effect that act on the model at
+            the moment.
         ValueError: whatever `intervene` would refuse.
     """
-    if active_interventions(model):
+    if changes := name_changes(model):
         raise FoldError(
-            "model: interventions act on it at the moment, and folding would not see them; leave "
-            "the `with intervene(...)` first and pass them here"
+            f"model: {changes}. Folding would not see what they do; what is to become weights is "
+            "passed as interventions="
         )
     host: Any = model
     if interventions and (architecture := architecture_of(host)).post_norms:

@@ -42,7 +42,8 @@ def add_direction(
             estimated; `resid_norm`: m = the base's median activation norm at the direction's site.
         at: where; by default at the site that each direction was estimated at.
         positions: on which tokens.
-        allow_other_model: also on weights, tokenizers or processing that it was not made from.
+        allow_other_model: also on weights, fine-tunes, tokenizers or processing that it was not
+            made from; sites must have the axes of its own on any model.
 
     Raises:
         ValueError: unknown units; `resid_norm` for a direction without one, or elsewhere than at
@@ -88,7 +89,8 @@ def ablate_direction(
             `writes` is the direction gone from every residual stream.
         positions: on which tokens.
         toward: a mean activation; x - v^ (v^ . (x - toward)) instead.
-        allow_other_model: also on weights, tokenizers or processing that it was not made from.
+        allow_other_model: also on weights, fine-tunes, tokenizers or processing that it was not
+            made from; sites must have the axes of its own on any model.
 
     Raises:
         ValueError: one mean for directions of several layers, or a site that no direction is for.
@@ -124,7 +126,8 @@ def cap_direction(
         side: `above` cuts what exceeds the threshold, `below` fills up what falls short of it.
         at: `site`, residual sites, or `writes`.
         positions: on which tokens.
-        allow_other_model: also on weights, tokenizers or processing that it was not made from.
+        allow_other_model: also on weights, fine-tunes, tokenizers or processing that it was not
+            made from; sites must have the axes of its own on any model.
 
     Raises:
         ValueError: an unknown side, or a site that no direction is for.
@@ -148,22 +151,28 @@ def _place(
     """One intervention for each place named, or for each direction at its own site."""
     given = tuple(direction) if isinstance(direction, Directions) else (direction,)
 
-    def put(site: SiteLike, operator: Operator | PerLayer, source: Direction) -> Intervention:
+    def put(
+        site: SiteLike, operator: Operator | PerLayer, sources: Sequence[Direction]
+    ) -> Intervention:
+        # On any model a vector stays one of its own space.
+        own = _made_for(sources[0])
+        made_for = MadeFor(axes=own.axes) if allow_other_model else own
         return Intervention(
             site if isinstance(site, Site) or site == WRITES else _read(site),
             operator,
             positions,
-            made_for=None if allow_other_model else _made_for(source),
-            label=source.provenance.construction,
+            made_for=made_for,
+            label=sources[0].provenance.construction,
+            fit_prompts=tuple(sorted({name for one in sources for name in one.fit_prompts})),
         )
 
     if at == "site":
-        return tuple(put(one.site, build(one), one) for one in given)
+        return tuple(put(one.site, build(one), (one,)) for one in given)
     places = (at,) if isinstance(at, str | Site) else tuple(at)
     if not places:
         raise SiteError("at: got no place; expected 'site', 'writes' or at least one site")
     operator = build(given[0]) if len(given) == 1 else _per_layer(given, build)
-    return tuple(put(site, operator, given[0]) for site in places)
+    return tuple(put(site, operator, given) for site in places)
 
 
 def _read(site: str) -> Site | str:
@@ -185,7 +194,10 @@ def _per_layer(given: Sequence[Direction], build: Callable[[Direction], Operator
             )
         operators[one.site.layer] = build(one)
     if len({_made_for(one) for one in given}) > 1:
-        raise ValueError("directions: they were made from different models; place them one by one")
+        raise ValueError(
+            "directions: they were made from different models, or at sites of different axes; "
+            "place them one by one"
+        )
     return PerLayer(operators)
 
 
@@ -197,6 +209,8 @@ def _made_for(direction: Direction) -> MadeFor:
         weights=(made.base_fingerprint, *tuned),
         tokenizer=made.tokenizer_fingerprint,
         processing=made.processing,
+        adapter=made.adapter_fingerprint or "",
+        axes=direction.site.axes,
     )
 
 
@@ -206,10 +220,16 @@ def _check_own_site(direction: Direction | Directions, at: At) -> None:
     places = (at,) if isinstance(at, str | Site) else tuple(at)
     own = {direction.site} if isinstance(direction, Direction) else set(direction.sites)
     elsewhere = [str(site) for site in places if site == WRITES or _read_site(site) not in own]
-    if elsewhere or isinstance(direction, Directions):
+    if elsewhere:
         raise ValueError(
             f"units: 'resid_norm' is the median norm at a direction's own site, not at "
-            f"{', '.join(elsewhere[:3]) or 'others'}; use at='site', or units='raw'"
+            f"{', '.join(elsewhere[:3])}; use at='site', or units='raw'"
+        )
+    if len(own) > 1:
+        raise ValueError(
+            f"at: got {', '.join(map(str, places))}, where each of {len(own)} directions would act "
+            "in units of 'resid_norm' that belong to one; use at='site', each at its own, or pass "
+            "one of them, directions[site]"
         )
 
 

@@ -18,7 +18,7 @@ from emlens.models.protocol import HookedModel
 from emlens.models.tokens_in_flight import TokensInFlight, select_positions, tokens_in_flight
 from emlens.numerics.affine import LowRankAffine
 from emlens.numerics.validation import WidthError
-from emlens.sites import Site
+from emlens.sites import Site, block_of
 
 Change = Callable[[Tensor, Tensor | None], Tensor]
 """(values [batch pos d], mask [batch pos] or None for all) -> values."""
@@ -32,9 +32,10 @@ class PositionsNeverMetError(HookNeverFiredError):
 def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iterator[None]:
     """Change a model's activations while the context lasts, however it ends.
 
-    Affine operators that meet at one site on the same tokens are one low-rank map there.
-    Interventions at one site act in the order given, a nested context's after the outer one's, and
-    all of them see an attached adapter's update. Hooks registered inside see what they leave.
+    Affine operators next to each other in the list that meet at one site on the same tokens are one
+    low-rank map there. Interventions at one site act in the order given, a nested context's after
+    the outer one's, and all of them see an attached adapter's update. Hooks registered inside see
+    what they leave.
 
     Named positions other than `all` need to know which tokens a pass holds: every function of
     emlens that runs chats says so, a bare `model(ids)` does not. `all` acts on every column.
@@ -44,11 +45,13 @@ def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iter
         interventions: in the order in which they act where they meet; none is allowed.
 
     Raises:
-        SiteError: a site the model does not have, or that has no vector for each token.
+        SiteError: a site the model does not have, that has no vector for each token, or whose axes
+            are not those of the site that the vector was made at.
         WidthError: a vector of another width than its site.
-        OtherModelError: a vector made from another model, tokenizer or processing.
-        ContradictoryInterventionsError: a replacement beside anything else on the same tokens,
-            those of contexts around this one included.
+        OtherModelError: a vector made from another model, fine-tune, tokenizer or processing.
+        ContradictoryInterventionsError: on tokens they may share, those of contexts around this one
+            included: a replacement beside anything else, one vector moved toward different values,
+            or caps that leave no value between them.
         HookNeverFiredError: on a clean exit: a site was never reached, or no token was ever
             selected by an intervention's positions (PositionsNeverMetError).
     """
@@ -94,11 +97,18 @@ class _Selection:
         self.masks: dict[Positions, Tensor] = {}
         self.acted: dict[Positions, Tensor] = {}
 
-    def mask(self, positions: Positions) -> Tensor | None:
-        """Where to act [batch pos], or None for everywhere."""
+    def mask(self, positions: Positions, site: Site) -> Tensor | None:
+        """Where to act at a site [batch pos], or None for everywhere."""
         if positions == EVERYWHERE:
             return None
         tokens = tokens_in_flight(self.model)
+        if tokens is None and block_of(site.hook_name) is None:
+            raise PositionsError(
+                f"positions: {positions} cannot be told at {site}: what comes after the last block "
+                "is computed for chosen tokens only (in generation, for the last of each row), and "
+                f"nothing says which. Act at resid_post.{self.model.cfg.n_layers - 1}, or use "
+                "positions='all'"
+            )
         if tokens is None:
             raise PositionsError(
                 f"positions: {positions} cannot be told under a bare model(ids): run chats "
@@ -131,7 +141,7 @@ class _SiteChange:
         self.fired = True
         values = output if output.ndim == 3 else output.flatten(2)
         for change, positions in self.steps:
-            mask = self.selection.mask(positions)
+            mask = self.selection.mask(positions, self.site)
             if mask is not None and mask.shape != values.shape[:2]:
                 raise WidthError(
                     f"interventions: {self.site} holds {tuple(values.shape[:2])} values [batch "

@@ -1,6 +1,6 @@
 """An intervention as a value: where, what, on which tokens, and for which model it was made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from emlens.data import Positions, parse_positions
 from emlens.interventions.operators import Operator, PerLayer
@@ -23,6 +23,12 @@ class MadeFor:
     """Fingerprint of vocabulary, special tokens and chat template; not compared where empty."""
     processing: str = ""
     """What was done to the weights after loading; not compared where empty."""
+    adapter: str = ""
+    """Fingerprint of the LoRA of the fine-tune; compared with one that is attached, where both are
+    known."""
+    axes: tuple[str, ...] = ()
+    """Of the site that the vector was made at: other sites must have the same, on any model. Not
+    compared where there is none."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,11 @@ class Intervention:
     positions: Positions | str = EVERYWHERE
     """Named tokens; text is read on construction."""
     made_for: MadeFor | None = None
-    """The models it may be used on; None for any."""
+    """The models and sites it may be used on; None for any."""
     label: str = ""
     """How the vector was made, for people."""
+    fit_prompts: tuple[str, ...] = field(default=(), repr=False)
+    """Hashes of the prompts that its vector was fitted on; no part of what it does."""
 
     def __post_init__(self) -> None:
         if isinstance(self.positions, str):

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.numerics.affine import LowRankAffine, ablation, compose, translation
+from emlens.numerics.projection import unit_vectors
 from emlens.numerics.validation import WidthError, ZeroVectorError, check_finite, check_same
 from emlens.sites import Site, SiteError
 
@@ -178,9 +179,7 @@ def _joint_ablation(members: Sequence[Ablate]) -> LowRankAffine:
 
 def unit(vector: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
     """The direction of a vector, in float64 on the CPU."""
-    wide = vector.double().cpu()
-    wide = wide / wide.abs().max()
-    return wide / torch.linalg.vector_norm(wide)
+    return unit_vectors(vector.double().cpu())
 
 
 def _check_vector(name: str, vector: Tensor) -> None:

@@ -1,9 +1,10 @@
-"""The refusal to use a vector, unasked, on another model than the one it was made from."""
+"""The refusal to use a vector, unasked, on another model than those it was made from."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from emlens.interventions.intervention import Intervention, MadeFor
+from emlens.models.attach import attached_adapter
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.views import origin_of
 from emlens.vectors import UNPROCESSED
@@ -19,7 +20,8 @@ class OtherModelError(ValueError):
 def check_model(model: Any, intervention: Intervention) -> None:
     """Require that an intervention was made for a model, or for any.
 
-    Weights, tokenizer and processing are compared as far as both sides know them.
+    Weights, attached adapter, tokenizer and processing are compared as far as both sides know
+    them. A base without an adapter takes what was made on a fine-tune of it.
 
     Raises:
         OtherModelError: it was made for another; what differs is named.
@@ -48,6 +50,12 @@ def _list_differences(model: Any, made: MadeFor) -> list[str]:
         differs.append(
             f"with tokenizer {made.tokenizer}, not {tokenizer}: vocabulary, special tokens or "
             "chat template differ"
+        )
+    adapter = attached_adapter(model)
+    if adapter is not None and made.adapter and adapter.fingerprint != made.adapter:
+        differs.append(
+            f"from the fine-tune by adapter {made.adapter}, not {adapter.fingerprint} "
+            f"({adapter.name})"
         )
     if made.processing not in ("", UNPROCESSED):
         differs.append(f"from weights that are {made.processing!r}, not {UNPROCESSED!r}")

@@ -1,20 +1,16 @@
-"""From interventions to what happens at each hook point of one model; refuses what contradicts."""
+"""From interventions to what happens at each hook point of one model, where they can act in it.
+
+What they may not do together is in `contradictions`.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
 from emlens.data import Positions
+from emlens.interventions.contradictions import check_contradictions
 from emlens.interventions.intervention import WRITES, Intervention
-from emlens.interventions.operators import (
-    Ablate,
-    Add,
-    Affine,
-    Operator,
-    PerLayer,
-    Replace,
-    as_affine,
-)
+from emlens.interventions.operators import Ablate, Add, Affine, Operator, PerLayer, as_affine
 from emlens.interventions.other_model import check_model
 from emlens.models.protocol import HookedModel
 from emlens.numerics.affine import LowRankAffine
@@ -23,10 +19,6 @@ from emlens.sites import Site, SiteError, check_sites, expand_sites
 
 Fused = dict[tuple[int, ...], LowRankAffine]
 """Identities of operators that meet at a site -> the one map they make."""
-
-
-class ContradictoryInterventionsError(ValueError):
-    """Interventions at one site of which one makes another pointless."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +70,11 @@ def plan_interventions(
         interventions: in the order in which they act where they meet.
 
     Raises:
-        SiteError: a site the model does not have, or that has no vector for each token.
+        SiteError: a site the model does not have, that has no vector for each token, or whose axes
+            are not those of the site that the vector was made at.
         WidthError: a vector of another width than its site.
-        OtherModelError: a vector made from another model, tokenizer or processing.
-        ContradictoryInterventionsError: a replacement beside anything else on the same tokens.
+        OtherModelError: a vector made from another model, fine-tune, tokenizer or processing.
+        ContradictoryInterventionsError: see `check_contradictions`.
     """
     plans: dict[Site, SitePlan] = {}
     for intervention in interventions:
@@ -92,10 +85,11 @@ def plan_interventions(
             operator = intervention.operator
             if isinstance(operator, PerLayer):
                 operator = operator.at(site)
-            _check_width(model, site, operator)
+            _check_fit(model, site, operator)
+            _check_axes(intervention, site)
             plans.setdefault(site, SitePlan(site)).acts.append((operator, intervention.where))
     for plan in plans.values():
-        check_contradictions(plan)
+        check_contradictions(plan.site, plan.acts)
     return plans
 
 
@@ -123,39 +117,7 @@ def write_sites(model: HookedModel) -> tuple[Site, ...]:
     return (*outside, *blocks)
 
 
-def check_contradictions(plan: SitePlan) -> None:
-    """Refuse a replacement that shares tokens with anything else at its site.
-
-    Raises:
-        ContradictoryInterventionsError: which, and where.
-    """
-    for index, (operator, where) in enumerate(plan.acts):
-        if not isinstance(operator, Replace):
-            continue
-        for other_index, (other, elsewhere) in enumerate(plan.acts):
-            if other_index == index or not may_overlap(where, elsewhere):
-                continue
-            raise ContradictoryInterventionsError(
-                f"interventions: {plan.site} is replaced at {where} and also meets "
-                f"{type(other).__name__} at {elsewhere}: one of the two would be without effect. "
-                "Keep one, or give them positions that share no token"
-            )
-
-
-def may_overlap(a: Positions, b: Positions) -> bool:
-    """Whether two named positions can share a token, as far as their names tell."""
-    prompt, response = {"prompt", "last_prompt"}, {"response", "response+eot"}
-    if (a.span in prompt and b.span in response) or (a.span in response and b.span in prompt):
-        return False
-    same = a.span == b.span or {a.span, b.span} == response
-    edges = [edge for p in (a, b) for edge in (p.start, p.stop) if edge is not None]
-    if not same or any(edge < 0 for edge in edges):
-        return True
-    first, second = sorted((a, b), key=lambda p: p.start or 0)
-    return first.stop is None or first.stop > (second.start or 0)
-
-
-def _check_width(model: HookedModel, site: Site, operator: Operator) -> None:
+def _check_fit(model: HookedModel, site: Site, operator: Operator) -> None:
     if not site.is_positional:
         raise SiteError(
             f"interventions: {site} has axes {site.axes}; expected a site with one vector (or one "
@@ -166,4 +128,15 @@ def _check_width(model: HookedModel, site: Site, operator: Operator) -> None:
         raise WidthError(
             f"interventions: {type(operator).__name__} at {site} has vectors of width "
             f"{operator.width}, and the site has {width}: they come from another model or site"
+        )
+
+
+def _check_axes(intervention: Intervention, site: Site) -> None:
+    """Widths may agree by chance: as many values over heads as there are in the residual stream."""
+    made = intervention.made_for
+    if made is not None and made.axes and made.axes != site.axes:
+        raise SiteError(
+            f"interventions: the {intervention.label} vector was made at a site with axes "
+            f"{made.axes}, and {site} has {site.axes}: their entries mean different things. Name a "
+            "site with the axes of its own, or fit a direction there"
         )

@@ -55,13 +55,18 @@ def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTran
     return shell
 
 
+def hooked_by_user(model: HookedTransformer) -> Iterator[str]:
+    """Names of the hook points that carry a hook other than those of an attached adapter."""
+    for name, point in model.hook_dict.items():
+        hooks = (*point._forward_hooks.values(), *point._forward_pre_hooks.values())
+        owners = (getattr(hook, "__self__", None) for hook in hooks)
+        if any(not isinstance(owner, _Reader | _Writer) for owner in owners):
+            yield name
+
+
 def is_hooked_by_user(model: HookedTransformer) -> bool:
     """Whether a hook point carries a hook other than those of an attached adapter."""
-    return any(
-        not isinstance(getattr(hook, "__self__", None), _Reader | _Writer)
-        for point in model.hook_dict.values()
-        for hook in (*point._forward_hooks.values(), *point._forward_pre_hooks.values())
-    )
+    return any(True for _ in hooked_by_user(model))
 
 
 def require_attachable(adapter: LoraAdapter) -> None:

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM
 
 from emlens.models.attach import attached_adapter
+from emlens.models.changes import name_changes
 from emlens.models.config import Architecture
 from emlens.models.layout import Place, join_parts, to_matrix
 from emlens.models.lora import architecture_of, read_parameter
@@ -33,11 +34,19 @@ def save_checkpoint(model: HookedTransformer, folder: str | Path) -> Path:
         folder: where to; must not hold anything yet.
 
     Raises:
-        ValueError: a folder in use, or a bias that the Hugging Face class cannot hold.
+        ValueError: a folder in use, or a file; interventions or other hooks that act on the model,
+            which no folder holds; or a bias that the Hugging Face class cannot hold.
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder: {folder} is a file; name a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"folder: {folder} is not empty; name a new one")
+    if changes := name_changes(model):
+        raise ValueError(
+            f"model: {changes}. The folder would hold the weights without them; "
+            "fold_into_weights(model, interventions) makes interventions part of the weights"
+        )
     adapter = attached_adapter(model)
     if adapter is not None:
         model = merge_adapter(share_model(model), adapter)
@@ -71,7 +80,12 @@ def _to_hugging_face(model: HookedTransformer) -> Any:
         if config.tie_word_embeddings and name == f"{architecture.unembed}.weight":
             continue
         if bool(tensors[name].any()):
-            raise ValueError(f"{name} is not zero, and {architecture.name} cannot hold it")
+            raise ValueError(
+                f"{name} is not zero, and {architecture.name} cannot hold it: what was folded adds "
+                "something to every token (an addition, or an ablation toward a mean). Keep that "
+                "as hooks (intervene), ablate without toward=, or export a model whose class has "
+                "such biases, as GPT-2 and GPT-NeoX"
+            )
     hf.load_state_dict({n: tensors[n].contiguous() for n in expected}, strict=False, assign=True)
     hf.tie_weights()
     if origin.generation_config is not None:

@@ -1,9 +1,10 @@
 """Reading activations of one model, or of a pair at the same moment, one batch at a time.
 
 The one way in for whoever measures on teacher-forced chats: it publishes which tokens run, makes no
-logits, and stops after the last site asked for.
+logits, and stops after the last site that is asked for or that anybody's hook acts on.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,14 +14,15 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from emlens.data import Batch
-from emlens.models.attach import attached_adapter, is_hooked_by_user
+from emlens.models.acting import describe_acting
+from emlens.models.attach import attached_adapter, hooked_by_user, is_hooked_by_user
 from emlens.models.hooks import watch_sites
 from emlens.models.pair import ModelPair
 from emlens.models.paired import forward_many, tuned_parts
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.tokens_in_flight import TokensInFlight, publish_tokens
 from emlens.models.views import origin_of
-from emlens.sites import Site
+from emlens.sites import Site, block_of
 
 Readable = HookedTransformer | ModelPair
 """One model, or a base and its fine-tune read together."""
@@ -44,6 +46,9 @@ class Identity:
     tokenizer_fingerprint: str
     dtype: str
     """In which the models run."""
+    interventions: tuple[str, ...]
+    """What acts on the models right now, one JSON object each; `model` is `base` or `tuned` of a
+    pair."""
     hooked: bool
     """Whether hooks other than adapters', such as interventions, act on a model right now."""
 
@@ -72,8 +77,19 @@ def identify(model: Readable) -> Identity:
         adapter_fingerprint=adapter.fingerprint if adapter else None,
         tokenizer_fingerprint=fingerprint_tokenizer(base.tokenizer),
         dtype=str(base.cfg.dtype).removeprefix("torch."),
+        interventions=_list_acting(model),
         hooked=is_hooked_by_user(base) or (pair is not None and is_hooked_by_user(pair.tuned)),
     )
+
+
+def _list_acting(model: Readable) -> tuple[str, ...]:
+    """What acts on each model, as JSON: equal for equal effects."""
+    if isinstance(model, ModelPair):
+        sides = {"base": model.base, "tuned": model.tuned}
+        found = [{"model": n, **one} for n, side in sides.items() for one in describe_acting(side)]
+    else:
+        found = describe_acting(model)
+    return tuple(json.dumps(one, sort_keys=True) for one in found)
 
 
 @torch.no_grad()
@@ -106,12 +122,14 @@ def read_sites(
             return
         device = base.embed.W_E.device
         ids, mask = batch.ids.to(device), batch.mask.to(device)
+        # A hook that the pass stops before would have seen, or changed, nothing.
+        last = _first_unneeded([*(site.hook_name for site in sites), *hooked_by_user(base)])
         with watch_sites(base, sites, lambda site, x: visit(site, x.detach()[None])):
-            base(ids, attention_mask=mask, return_type=None, stop_at_layer=_stop(sites))
+            base(ids, attention_mask=mask, return_type=None, stop_at_layer=last)
 
 
-def _stop(sites: Sequence[Site]) -> int | None:
-    """The first block that no site needs; None where one lies behind all blocks."""
-    if any(site.layer is None and site.stream not in ("embed", "pos_embed") for site in sites):
-        return None
-    return max((site.layer + 1 for site in sites if site.layer is not None), default=0)
+def _first_unneeded(hook_names: Sequence[str]) -> int | None:
+    """The first block that no hook point needs; None where one lies behind all blocks."""
+    blocks = [block_of(name) for name in hook_names]
+    known = [block for block in blocks if block is not None]
+    return max(known, default=-1) + 1 if len(known) == len(blocks) else None

@@ -12,8 +12,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from emlens.numerics.projection import orthonormal_basis
+from emlens.numerics.projection import orthonormal_basis, unit_vectors
 from emlens.numerics.validation import WidthError, ZeroVectorError, check_finite, check_same
+
+NEARLY_DEPENDENT = 1e-6
+"""Singular value, of the largest, from which unit vectors are independent: one vector, rounded to
+float32, is not two. Two values for both would be reached by an enormous shift only."""
+MISSED = 1e-5
+"""How far from a value a component may end, of the largest value: that of rounded vectors."""
 
 
 class ConflictingTargetsError(ValueError):
@@ -186,22 +192,20 @@ def ablation(
         ConflictingTargetsError: dependent vectors with values that contradict each other.
     """
     check_finite("vectors", vectors)
-    wide = vectors.double()
-    wide = wide / wide.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(wide.dtype).tiny)
-    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    if not bool((norms > 0).all()):
+    zero = ~vectors.any(dim=1)
+    if bool(zero.any()):
         raise ZeroVectorError(
-            f"vectors: {int((norms == 0).sum())} of {len(vectors)} are zero and have no direction: "
+            f"vectors: {int(zero.sum())} of {len(vectors)} are zero and have no direction: "
             "the two means they were made from are the same there"
         )
-    units = wide / norms
+    units = unit_vectors(vectors.double())
     Q = orthonormal_basis(units).mT
     if values is None:
         return LowRankAffine(-Q, Q, units.new_zeros(units.shape[1]))
     check_same("values' length", len(values), "the number of vectors", len(vectors))
     wanted = values.to(units)
-    c = torch.linalg.pinv(units) @ wanted
-    if not torch.allclose(units @ c, wanted, rtol=1e-8, atol=1e-8 * float(wanted.abs().max())):
+    c = torch.linalg.pinv(units, rtol=NEARLY_DEPENDENT) @ wanted
+    if float((units @ c - wanted).abs().max()) > MISSED * float(wanted.abs().max()):
         raise ConflictingTargetsError(
             f"values: no vector has the components {wanted.tolist()} along these directions at "
             "once; some of them are parallel or dependent, with different values"

@@ -16,6 +16,16 @@ def with_canonical_signs(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
     return rows * torch.where(signs == 0, torch.ones_like(signs), signs)
 
 
+def unit_vectors(vectors: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Vectors along the last axis divided by their norms; NaN where one is zero.
+
+    Each is divided by its entry of largest size first: the squares of tiny entries would vanish,
+    and those of large ones overflow.
+    """
+    scaled = vectors / vectors.abs().amax(-1, keepdim=True)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+
+
 def cosine_similarity(
     a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"]
 ) -> Float[Tensor, "*batch"]:
@@ -31,11 +41,7 @@ def cosine_similarity(
     """
     if a.shape != b.shape:
         raise WidthError(f"a has shape {tuple(a.shape)}, b {tuple(b.shape)}; they must be equal")
-    # Scaled first: the square of a large bfloat16 or float32 entry need not overflow.
-    a = a / a.abs().amax(-1, keepdim=True)
-    b = b / b.abs().amax(-1, keepdim=True)
-    norms = torch.linalg.vector_norm(a, dim=-1) * torch.linalg.vector_norm(b, dim=-1)
-    return ((a * b).sum(-1) / norms).clamp(-1, 1)
+    return (unit_vectors(a) * unit_vectors(b)).sum(-1).clamp(-1, 1)
 
 
 def random_cosine_std(width: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from emlens.data import Batching, prompt_hashes, split_by_score, text_hash
+from emlens.data import Batching, Chat, prompt_hashes, split_by_score, text_hash
 from emlens.directions import fit_directions
 from emlens.directions.fit import Construction
 from emlens.evaluation import (
@@ -28,6 +28,7 @@ from emlens.models.generate import Sampling
 from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
+from emlens.prompt_sets import check_prompt_sets
 from emlens.runs import RunFolder
 from emlens.studies.effects import measure_kl
 from emlens.studies.removal import (
@@ -87,6 +88,7 @@ def remove_direction(
         ContrastError: the fine-tune's responses do not fall into two classes.
         ValueError: a class of fewer than 20 texts.
     """
+    check_prompt_sets(_hash_prompts(questions))  # before anything is sampled
     run = RunFolder.start(out, _plan(pair, judge, questions, settings))
     study = _Removal(pair, judge, questions, settings, Stages(run), Path(out))
     directions = study.stages.keep(DIRECTIONS, Directions, study.fit)
@@ -134,6 +136,20 @@ def _plan(
             "neutral": list(map(text_hash, questions.choose_neutral)),
         },
         "neutral": list(map(text_hash, questions.neutral)),
+    }
+
+
+def _hash_prompts(questions: RemovalQuestions) -> dict[str, tuple[str, ...]]:
+    """Use -> hashes of all prompts that serve it, damage measured on neutral text included."""
+
+    def ask(asked: Sequence[Question]) -> list[Chat]:
+        return [chat for question in asked for chat in question.chats()]
+
+    choose = questions.choose
+    return {
+        "fit": prompt_hashes(ask(questions.fit)),
+        "choose": prompt_hashes([*choose.positive, *choose.negative, *questions.choose_neutral]),
+        "evaluate": prompt_hashes([*ask(questions.evaluate), *questions.neutral]),
     }
 
 
@@ -230,12 +246,10 @@ class _Removal:
             sites=s.sites,
             seed=s.seed,
         )
-        q = self.questions
-        choose = (*q.choose.positive, *q.choose.negative, *q.choose_neutral)
-        asked = [chat for question in q.evaluate for chat in question.chats()]
-        return directions.with_prompts("choose", prompt_hashes(choose)).with_prompts(
-            "evaluate", prompt_hashes([*asked, *q.neutral])
-        )
+        asked = _hash_prompts(self.questions)
+        for role in ("choose", "evaluate"):
+            directions = directions.with_prompts(role, asked[role])
+        return directions
 
     def choose(self, directions: Directions) -> Choice:
         """Take each candidate out of every write, and look at neutral and at fixed texts."""

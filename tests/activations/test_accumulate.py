@@ -56,6 +56,36 @@ def test_a_bad_batch_changes_no_statistic():
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("statistics", [EVERYTHING, ("mean", "norm")])
+def test_norms_too_large_to_count_change_no_statistic(statistics):
+    found = ActivationAccumulator(4, statistics)
+    found.update(samples(5))
+    before = found.values()
+    with pytest.raises(NonFiniteError, match=r"less than 2\^128"):
+        found.update(1e60 * samples(5))  # squares of these are numbers still
+    assert found.count == 5
+    for name, value in found.values().items():
+        assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e60])
+def test_a_bad_stream_leaves_the_others_as_they_were(bad):
+    found = make_accumulator(statistics=EVERYTHING)
+    for site in range(2):
+        found.update(site, 0, [samples(6), samples(6, seed=1)])
+    before = {name: found.stacked(name) for name in EVERYTHING}
+    second = samples(6)
+    second[3, 2] = bad
+    with pytest.raises(NonFiniteError):
+        found.update(0, 0, [samples(6, seed=2), second])
+    assert found.count_tokens().tolist() == [6]
+    for name, value in before.items():
+        after = found.stacked(name)
+        assert value is not None
+        assert after is not None
+        assert torch.equal(after, value)
+
+
 def test_statistics_are_checked_by_name():
     with pytest.raises(ValueError, match=r"'varance' is not known; nearest: variance"):
         ActivationAccumulator(4, ["mean", "varance"])

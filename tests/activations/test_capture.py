@@ -1,5 +1,6 @@
 """Captured activations: what is on disk, resuming after a kill, refusing another plan."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,14 @@ from emlens.data import Batching
 from emlens.encoding import ArtifactError
 from emlens.interventions import Ablate, Intervention, intervene
 from emlens.models import load_adapter, load_pair
+from emlens.models.hooks import HookNeverFiredError
 from emlens.models.views import lay_views
 from emlens.runs import PlanChangedError
 from emlens.sites import SiteError
 from tests.activations.chats import make_chats, token_ids
 from tests.interventions.vectors import draw
 from tests.models.adapters import make_peft
-from tests.models.tiny import make_ids, make_tiny, make_tokenizer
+from tests.models.tiny import make_tiny, make_tokenizer
 
 SITES = ["resid_post.0", "post.1"]
 SMALL = Batching(tokens=40)
@@ -174,13 +176,43 @@ def test_a_hooked_capture_is_not_taken_for_a_plain_one(tmp_path):
         capture(tmp_path / "run", model=hooked())
 
 
-def ablated(out, vector, *, times=1):
+def ablated(out, vector, *, times=1, **where):
     """A capture while something is taken out after the first block, so many times over."""
     model = tiny()
-    acting = Intervention("resid_post.0", Ablate(vector))
+    acting = Intervention("resid_post.0", Ablate(vector), **where)
     with intervene(model, [acting] * times):
-        model(make_ids(1, 3))  # so that the context has acted where nothing is left to capture
         return capture(out, model=model)
+
+
+@pytest.mark.parametrize("positions", ["all", "response", "prompt[8:]", "last_prompt"])
+def test_a_finished_capture_under_an_intervention_is_opened_again(tmp_path, positions):
+    shards = ablated(tmp_path / "run", draw(24), positions=positions)
+    kept = [shards.shard_path(shard).stat().st_mtime_ns for shard in range(shards.n_shards)]
+    again = ablated(tmp_path / "run", draw(24), positions=positions)
+    assert [again.shard_path(k).stat().st_mtime_ns for k in range(again.n_shards)] == kept
+
+
+def test_a_capture_goes_on_where_no_batch_is_left_that_the_intervention_meets(tmp_path):
+    # The longest prompts are in the first batch.
+    shards = ablated(tmp_path / "run", draw(24), positions="prompt[8:]")
+    whole = shards.shard_path(shards.n_shards - 1).read_bytes()
+    shards.shard_path(shards.n_shards - 1).unlink()
+    again = ablated(tmp_path / "run", draw(24), positions="prompt[8:]")
+    assert again.shard_path(shards.n_shards - 1).read_bytes() == whole
+
+
+def test_an_intervention_that_no_chat_has_a_token_for_is_an_error_however_often_one_asks(tmp_path):
+    for _ in range(2):
+        with pytest.raises(HookNeverFiredError, match=r"prompt\[40:\]"):
+            ablated(tmp_path / "run", draw(24), positions="prompt[40:]")
+
+
+def test_several_positions_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"got \['prompt', 'response'\], expected one name"):
+        inspect.unwrap(capture_activations)(
+            tiny(), make_chats(), sites=SITES, positions=["prompt", "response"], out=tmp_path / "x"
+        )
+    assert not (tmp_path / "x").exists()
 
 
 def test_captures_under_two_interventions_are_kept_apart(tmp_path):

@@ -1,5 +1,8 @@
 """Streaming over tiny models, against a plain loop over Hugging Face outputs."""
 
+import json
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from emlens.activations import (
     summarise_activations,
 )
 from emlens.data import Batching
+from emlens.interventions import Ablate, Add, Intervention, describe_interventions, intervene
 from emlens.models import load_adapter, load_pair
 from emlens.models.tokens_in_flight import tokens_in_flight
 from emlens.models.views import lay_views
@@ -19,6 +23,7 @@ from emlens.numerics.validation import WidthError
 from emlens.results import load_result
 from emlens.sites import SiteError
 from tests.activations.chats import make_chats, token_ids
+from tests.interventions.vectors import draw
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_tiny, make_tokenizer
 
@@ -128,6 +133,38 @@ def test_blocks_behind_the_last_site_are_not_run():
     assert ran == []
     stream_activations(model, make_chats(2), sites="resid_post.2", positions="all")
     assert ran == [2]
+
+
+@pytest.mark.parametrize("site", ["mlp_out.2", "ln_final_normalized", "embed"])
+def test_what_acts_behind_the_last_site_is_reached_too(site):
+    model, chats = tiny(), make_chats(2)
+    plain = stream_activations(model, chats, sites="resid_post.0", positions="all")
+    with intervene(model, [Intervention(site, Add(draw(24)))]):
+        got = stream_activations(model, chats, sites="resid_post.0", positions="all")
+    assert got.mean is not None
+    assert plain.mean is not None
+    assert torch.equal(got.mean, plain.mean) == (site != "embed")
+    seen: list[Any] = []
+    point: Any = model.hook_dict["blocks.2.attn.hook_z"]
+    handle = point.register_forward_hook(lambda module, given, x: seen.append(x))
+    stream_activations(model, chats, sites="resid_post.0", positions="all")
+    handle.remove()
+    assert seen
+
+
+def test_what_acted_and_in_which_precision_is_on_record():
+    model, chats = tiny(dtype=torch.bfloat16), make_chats(2)
+    plain = stream_activations(model, chats, sites="resid_post.0", positions="all")
+    assert (plain.dtype, plain.interventions) == ("bfloat16", ())
+    acting = [Intervention("mlp_out.0", Ablate(draw(24)))]
+    with intervene(model, acting):
+        got = stream_activations(model, chats, sites="resid_post.0", positions="all")
+    assert [json.loads(one) for one in got.interventions] == describe_interventions(acting)
+    pair = load_pair(tiny(), load_adapter(make_peft("llama")))
+    with intervene(pair.tuned, acting):
+        both = stream_activations(pair, chats, sites="resid_post.0", positions="all")
+    (one,) = (json.loads(one) for one in both.interventions)
+    assert one == {"model": "tuned", **describe_interventions(acting)[0]}
 
 
 def test_the_tokens_that_run_are_published():

@@ -1,10 +1,13 @@
 """Directions from judged responses on the command line, and what is done with them."""
 
 import csv
+import importlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from emlens.directions import compare_directions
 from emlens.results import load_result
@@ -191,6 +194,19 @@ def test_a_direction_of_another_model_is_refused_unless_that_is_asked_for(
     assert cli(*words, "--allow-other-model", "--out", tmp_path / "b").code == 0
 
 
+def test_a_direction_of_another_fine_tune_is_refused_unless_that_is_asked_for(
+    cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
+):
+    words = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl"]
+    words += ["--max-new-tokens", 2, "--ablate", f"{fitted}@resid_post.1", "--at", "writes"]
+    refused = cli(*words, "--tuned", tiny / "other", "--out", tmp_path / "a")
+    assert refused.code == 2
+    assert "from the fine-tune by adapter" in refused.err
+    allowed = cli(*words, "--tuned", tiny / "other", "--allow-other-model", "--out", tmp_path / "b")
+    assert allowed.code == 0, allowed.err
+    assert cli(*words, "--out", tmp_path / "base").code == 0
+
+
 def test_an_ablated_fine_tune_is_exported_and_read_back(
     cli: Cli, tiny: Path, fitted: Path, tmp_path: Path
 ):
@@ -205,3 +221,24 @@ def test_an_ablated_fine_tune_is_exported_and_read_back(
     again = cli(*words, "--at", "resid_post")
     assert again.code == 2
     assert "FoldError" in again.err
+
+
+def test_an_export_that_came_back_as_another_model_fails_the_check(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    study = importlib.import_module("emlens.studies.export_model")
+    write = study.save_checkpoint
+
+    def damaged(model: Any, folder: Path) -> Path:
+        path = write(model, folder)
+        (file,) = path.glob("*.safetensors")
+        tensors = load_file(file)
+        next(iter(tensors.values())).view(-1)[0] += 0.01
+        save_file(tensors, file, metadata={"format": "pt"})
+        return path
+
+    monkeypatch.setattr(study, "save_checkpoint", damaged)
+    done = cli("export", "--base", tiny / "base", "--out", tmp_path / "x", "--json")
+    assert done.code == 1
+    assert done.json["same"] is False
+    assert "is not the model that was studied" in done.err

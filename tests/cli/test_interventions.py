@@ -8,11 +8,14 @@ import pytest
 import torch
 import typer
 
+import emlens.cli.evaluate as evaluating
 from emlens.cli.interventions import parse_addition, parse_at, parse_direction, read_interventions
+from emlens.data import Chat, Message, PositionsError, prompt_hashes
 from emlens.results import load_result
 from emlens.sites import Site
 from emlens.vectors import Direction, Directions, Provenance
 from tests.cli.conftest import Cli
+from tests.evaluation.fakes import HashJudge
 
 
 @pytest.fixture
@@ -94,12 +97,71 @@ def test_where_an_ablation_acts_is_never_assumed():
     assert read_interventions(None, None, None, allow_other_model=False) == ()
 
 
+def test_positions_are_those_of_everything_that_is_added_and_ablated(saved: Path):
+    given: dict[str, Any] = {"add": [f"{saved}:2:raw"], "ablate": [str(saved)], "at": ["site"]}
+
+    def read(positions: str | None) -> set[str]:
+        made = read_interventions(**given, positions=positions, allow_other_model=False)
+        assert len(made) == 6
+        return {str(one.where) for one in made}
+
+    assert read(None) == {"all"}
+    assert read("response[:5]") == {"response[:5]"}
+    with pytest.raises(PositionsError, match="nearest"):
+        read("responce")
+    with pytest.raises(typer.BadParameter, match="neither is given"):
+        read_interventions(None, None, None, positions="response", allow_other_model=False)
+
+
+def test_named_positions_are_acted_on_alone(cli: Cli, tiny: Path, saved: Path, tmp_path: Path):
+    wide = Direction(
+        site=Site(1, "resid_post"),
+        vector=torch.randn(24, generator=torch.Generator().manual_seed(0)),
+        provenance=Provenance(construction="imported"),
+    ).save(tmp_path / "wide")
+    words = ["generate", "--base", tiny / "base", "--prompts", tiny / "chats.jsonl", "--json"]
+    words += ["--max-new-tokens", 4, "--add", f"{wide}:40:raw", "--allow-other-model"]
+    found = {}
+    for positions in ("all", "response", "prompt"):
+        done = cli(*words, "--positions", positions, "--out", tmp_path / positions)
+        assert done.code == 0, done.err
+        assert f'"positions": "{positions}"' in done.json["interventions"][0]
+        found[positions] = [one["ids"] for one in done.json["responses"]]
+    assert found["all"] != found["response"] != found["prompt"] != found["all"]
+    never = cli(*words, "--positions", "prompt[500:]", "--out", tmp_path / "never")
+    assert never.code != 0
+    assert "prompt[500:]" in never.err
+
+
+def test_questions_that_a_saved_direction_was_fitted_on_need_a_flag(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(evaluating, "load_judge", lambda name, flags, base=None: HashJudge())
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"id": "q", "prompt": "What about 1?"}\n')
+    asked = prompt_hashes([Chat((Message("user", "What about 1?"),))])
+    vector = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    made = Provenance(construction="imported")
+    own = Direction(site=Site(1, "resid_post"), vector=vector, provenance=made)
+    path = Directions(directions=(own,), prompt_sets={"fit": asked}).save(tmp_path / "found")
+    words = ["evaluate", "--base", tiny / "base", "--questions", questions, "--samples", 1]
+    words += ["--max-new-tokens", 2, "--out", tmp_path / "run", "--allow-other-model"]
+    words += ["--ablate", path, "--at", "writes"]
+    refused = cli(*words)
+    assert refused.code == 2
+    assert "--allow-fit-prompts" in refused.err
+    assert not (tmp_path / "run").exists()
+    done = cli(*words, "--allow-fit-prompts")
+    assert done.code == 0, done.err
+
+
 REFUSED = {
     "no place": (["--ablate", "nowhere"], "needs --at"),
     "nothing to place": (["--at", "writes"], "no --ablate"),
     "no file": (["--ablate", "nowhere", "--at", "writes"], "cannot be read"),
     "no units": (["--add", "nowhere:1"], "COEF:UNITS"),
     "nothing to scale": (["--scale", "1"], "no --tuned"),
+    "nothing on positions": (["--positions", "response"], "neither is given"),
     "no factor": (["--tuned", "nowhere", "--scale", "x"], "not a number"),
 }
 
@@ -137,3 +199,6 @@ def test_a_dry_export_into_a_folder_in_use_is_refused(cli: Cli, tiny: Path, tmp_
     done = cli("export", "--base", tiny / "base", "--out", tmp_path, "--dry-run")
     assert done.code == 2
     assert "is not empty" in done.err
+    beside = cli("export", "--base", tiny / "base", "--out", tmp_path / "note.txt", "--dry-run")
+    assert beside.code == 2
+    assert "is a file" in beside.err

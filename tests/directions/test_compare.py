@@ -9,7 +9,7 @@ import torch
 from emlens.directions import CosineMatrix, compare_directions, sample_directions
 from emlens.numerics.validation import WidthError
 from emlens.results import load_result
-from emlens.sites import Site
+from emlens.sites import Site, SiteError
 from emlens.vectors import Direction, Directions, Provenance
 
 MADE = Provenance(construction="data@tuned", base_fingerprint="b")
@@ -105,6 +105,15 @@ def test_one_direction_or_several_widths_are_refused():
         compare_directions(make_directions((0,)))
     with pytest.raises(WidthError, match=r"widths \[4, 8\]"):
         compare_directions([*make_directions((0,)), *make_directions((0,), 4)])
+
+
+def test_a_width_that_agrees_by_chance_is_no_angle():
+    own = make_directions((0, 1), controls=False)
+    heads = dataclasses.replace(own.directions[1], site=Site(1, "z"))
+    with pytest.raises(SiteError, match=r"resid_post\.0.*'d_model'.*z\.1.*'d_head'"):
+        compare_directions([own.directions[0], heads])
+    other = dataclasses.replace(own.directions[1], site=Site(1, "mlp_out"))
+    assert len(compare_directions([own.directions[0], other]).labels) == 2
 
 
 def test_a_matrix_survives_saving(tmp_path):

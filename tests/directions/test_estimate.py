@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from emlens.directions.design import HALVES, N_RANDOM, N_SHUFFLED, make_design
 from emlens.directions.estimate import DirectionAccumulator, large_dimension_share
+from emlens.numerics.validation import NonFiniteError
 
 WIDTH = 12
 
@@ -160,6 +161,26 @@ def test_any_chunking_and_order_gives_the_same(seed, n_cuts, sharded):
     assert got.split_half_cosine == pytest.approx(whole.split_half_cosine, abs=1e-10)
     assert got.top3_share == pytest.approx(whole.top3_share, abs=1e-10)
     assert got.resid_norm == whole.resid_norm
+
+
+@pytest.mark.parametrize(
+    ("part", "bad"),
+    [(0, float("nan")), (1, float("inf")), (2, float("nan")), (2, 1e60)],  # 1e60: beyond all bins
+)
+def test_what_any_part_refuses_changes_no_sum(part, bad):
+    x, rows, tokens, positive, lengths, _ = make_run(12, 9, size=1.0)
+    design = design_of(positive, lengths)
+    found = accumulated(design, x, rows, tokens, [torch.arange(len(x))])
+    before = found.result()
+    averaged, varying, base = given = [x.clone() for _ in range(3)]
+    given[part][4, 1] = bad
+    effects, draws = design.effects[:, rows], design.draws(rows, tokens)
+    with pytest.raises(NonFiniteError):
+        found.update(averaged, varying, base, effects, draws)
+    after = found.result()
+    for name in ("vector", "shuffled", "covariance_matched"):
+        assert torch.equal(getattr(after, name), getattr(before, name))
+    assert (after.top3_share, after.resid_norm) == (before.top3_share, before.resid_norm)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,6 +1,8 @@
 """Fits on tiny pairs: the identities of the constructions, planted truth, provenance, refusals."""
 
 import dataclasses
+import inspect
+import json
 
 import numpy as np
 import pytest
@@ -9,13 +11,21 @@ import torch
 from emlens.activations.reading import SitesLike
 from emlens.data import Batching, ContrastTexts, prompt_hashes
 from emlens.directions import fit_directions
+from emlens.interventions import (
+    Ablate,
+    Intervention,
+    ablate_direction,
+    describe_interventions,
+    intervene,
+)
 from emlens.models import load_adapter, load_pair, scale_adapter
 from emlens.models.lora import LoraAdapter, LoraModule
 from emlens.models.pair import ModelPair
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.views import lay_views, origin_of
+from emlens.prompt_sets import OverlappingPromptsError
 from emlens.results import load_result
-from emlens.vectors import Directions, OverlappingPromptsError
+from emlens.vectors import Directions
 from tests.activations.chats import make_chats, token_ids
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_tiny, make_tokenizer
@@ -236,6 +246,40 @@ def test_prompts_of_the_fit_are_listed_and_may_serve_nothing_else():
     pair = load_pair(tiny(), load_adapter(make_peft("llama")))
     half = fit(pair, "model@positive")
     assert half.prompt_sets == {"fit": prompt_hashes(TEXTS.positive)}
+    (acting,) = ablate_direction(half["resid_post.1"], at="writes")
+    assert acting.fit_prompts == prompt_hashes(TEXTS.positive)
+    (several,) = ablate_direction(half, at="writes")
+    assert several.fit_prompts == prompt_hashes(TEXTS.positive)
+
+
+def test_what_acted_and_in_which_precision_is_on_record():
+    pair = load_pair(tiny(), load_adapter(make_peft("llama")))
+    plain = fit(pair, "model@positive").directions[0].provenance
+    assert (plain.dtype, plain.interventions) == ("float32", ())
+    acting = [Intervention("mlp_out.0", Ablate(torch.arange(24.0)))]
+    with intervene(pair.base, acting):
+        made = fit(pair, "model@positive").directions[0].provenance
+    (one,) = (json.loads(one) for one in made.interventions)
+    assert one == {"model": "base", **describe_interventions(acting)[0]}
+    with intervene(pair.base, acting):
+        alone = fit(pair.base, "data").directions[0].provenance
+    assert [json.loads(one) for one in alone.interventions] == describe_interventions(acting)
+
+
+def test_several_positions_are_refused_by_name():
+    with pytest.raises(ValueError, match="expected one name"):
+        inspect.unwrap(fit_directions)(
+            tiny(), TEXTS, construction="data", sites="resid_post", positions=["prompt", "response"]
+        )
+
+
+def test_all_controls_leave_out_the_layers_that_a_fine_tune_does_not_reach():
+    base = tiny()
+    adapter, _ = planted(base)
+    got = fit(load_pair(base, adapter), "model@positive")
+    assert got["resid_post.0"].norm == 0
+    for kind in ("covariance", "shuffled"):
+        assert {str(one.site) for one in got.controls(kind)[0]} == {"resid_post.1", "resid_post.2"}
 
 
 def test_baselines_come_with_every_fit_and_survive_saving(tmp_path):

@@ -6,6 +6,7 @@ import torch
 from emlens.interventions import (
     Ablate,
     Add,
+    Cap,
     ContradictoryInterventionsError,
     Intervention,
     Replace,
@@ -14,7 +15,7 @@ from emlens.interventions import (
     intervene,
     write_sites,
 )
-from emlens.models.hooks import HookNeverFiredError
+from emlens.models.hooks import HookNeverFiredError, watch_sites
 from emlens.numerics.validation import WidthError
 from emlens.sites import SiteError, parse_site
 from tests.interventions.vectors import (
@@ -148,6 +149,62 @@ def test_a_replacement_and_anything_else_on_the_same_tokens_contradict(operators
     with expectation, intervene(model, outer), intervene(model, inner):
         pass
     assert count_hooks(model) == hooks
+
+
+V, W, M = draw(D_MODEL), draw(D_MODEL, seed=1), draw(D_MODEL, seed=7)
+BETWEEN = Intervention("resid_post.1", Add(W))
+CONTRADICTIONS = [
+    # One vector toward two values, whatever its length and sign, next to each other or not.
+    ([(Ablate(V), "all"), (Ablate(V, M), "all")], "toward different values"),
+    ([(Ablate(V, M), "all"), (Ablate(-3 * V.float()), "all")], "toward different values"),
+    ([(Ablate(V, M), "response"), (Ablate(V), "all")], "toward different values"),
+    ([(Ablate(V, M), "response[:4]"), (Ablate(V), "response[3:]")], "toward different values"),
+    ([(Ablate(V), "all"), (Ablate(W), "all"), (Ablate(V - W, M), "all")], "depend on each other"),
+    ([(Ablate(V, M), "all"), (Ablate(2 * V, M), "all")], None),
+    ([(Ablate(V, M), "prompt"), (Ablate(V), "response")], None),
+    ([(Ablate(V, M), "all"), (Ablate(W), "all")], None),
+    # No token has all three, though each shares some with the first.
+    ([(Ablate(V), "all"), (Ablate(W), "prompt"), (Ablate(V - W, M), "response")], None),
+    ([(Cap(V, 1.0, "above"), "all"), (Cap(V, 2.0, "below"), "all")], "no value between them"),
+    ([(Cap(2 * V, 2.0, "below"), "prompt"), (Cap(V, 1.0, "above"), "all")], "below 2 and above 1"),
+    ([(Cap(V, 1.0, "above"), "all"), (Cap(-V, -2.0, "above"), "all")], "no value between them"),
+    ([(Cap(V, 2.0, "above"), "all"), (Cap(V, 1.0, "below"), "all")], None),
+    ([(Cap(V, 1.0, "above"), "all"), (Cap(V, 1.0, "below"), "all")], None),
+    ([(Cap(V, 1.0, "above"), "all"), (Cap(-V, 2.0, "below"), "all")], None),
+    ([(Cap(V, 1.0, "above"), "all"), (Cap(W, 2.0, "below"), "all")], None),
+    ([(Cap(V, 1.0, "above"), "prompt"), (Cap(V, 2.0, "below"), "response")], None),
+]
+
+
+@pytest.mark.parametrize(("acts", "message"), CONTRADICTIONS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_no_order_could_satisfy_is_refused_wherever_tokens_may_be_shared(
+    acts, message, nested
+):
+    model = load_tiny()
+    first, *rest = [Intervention("resid_post.1", operator, where) for operator, where in acts]
+    outer, inner = ([first], [BETWEEN, *rest]) if nested else ([], [first, BETWEEN, *rest])
+    expectation = (
+        pytest.raises(HookNeverFiredError)
+        if message is None
+        else pytest.raises(ContradictoryInterventionsError, match=rf"resid_post\.1.*{message}")
+    )
+    with expectation, intervene(model, outer), intervene(model, inner):
+        pass
+    assert count_hooks(model) == 0
+
+
+def test_nested_ablations_of_oblique_vectors_act_one_after_the_other():
+    model, ids, seen = load_tiny(), make_ids(1, 6), []
+    site = parse_site("resid_mid.1")
+    run_hooked(model, ids, {site: lambda y, hook: seen.append(y.double())})
+    with (
+        intervene(model, [Intervention(site, Ablate(V))]),
+        intervene(model, [Intervention(site, Ablate(W))]),
+        watch_sites(model, [site], lambda _, y: seen.append(y.double())),
+    ):
+        model(ids)
+    assert close(seen[1], project_out(W)(project_out(V)(seen[0])))
 
 
 @pytest.mark.parametrize(

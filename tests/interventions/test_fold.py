@@ -1,6 +1,7 @@
 """Weights that do what the hooks did, and folders that do it in other people's code."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -167,7 +168,8 @@ def test_an_affine_ablation_is_exported_where_the_class_has_biases(name, tmp_pat
 def test_an_affine_ablation_is_not_exported_where_the_class_has_no_bias(tmp_path):
     model = load_tiny("llama")
     chosen = ablate_direction(make_direction(model), at="writes", toward=draw(24, seed=7))
-    with pytest.raises(ValueError, match=r"bias is not zero, and LlamaForCausalLM cannot hold it"):
+    said = r"bias is not zero, and LlamaForCausalLM cannot hold it.*ablate without toward="
+    with pytest.raises(ValueError, match=said):
         save_checkpoint(fold_into_weights(model, chosen), tmp_path / "out")
 
 
@@ -226,13 +228,26 @@ def test_a_direction_of_a_folded_model_is_not_one_of_the_model_it_was_folded_fro
         run(model, own, ids)
 
 
-def test_folding_under_active_interventions_is_refused():
-    model = load_tiny()
+def test_weights_are_not_taken_from_a_model_that_is_changed_meanwhile(tmp_path):
+    model: Any = load_tiny()
     chosen = ablate_direction(make_direction(model), at="writes")
+
+    def both_refuse(message):
+        with pytest.raises(FoldError, match=message):
+            fold_into_weights(model, chosen)
+        with pytest.raises(ValueError, match=message):
+            save_checkpoint(model, tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
     with intervene(model, chosen):
         model(make_ids(1, 4))
-        with pytest.raises(FoldError, match="leave the"):
-            fold_into_weights(model, chosen)
+        both_refuse(r"interventions act on it at writes; leave the `with intervene")
+    model.add_hook("blocks.1.hook_resid_post", lambda value, hook: value + 1)
+    try:
+        both_refuse(r"no Interventions sit on it at blocks\.1\.hook_resid_post; remove")
+    finally:
+        model.reset_hooks()
+    save_checkpoint(fold_into_weights(model, chosen), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -25,12 +25,17 @@ from emlens.interventions import (
     intervene,
 )
 from emlens.interventions.active import hash_tensor
+from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attach_adapter
+from emlens.models.lora import scale_adapter
+from emlens.models.merge import merge_adapter
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.views import lay_views
 from emlens.numerics.validation import NonFiniteError, WidthError, ZeroVectorError
 from emlens.sites import SiteError, parse_site
 from emlens.vectors import Direction, Directions, Provenance
 from tests.interventions.vectors import D_MODEL, draw, load_tiny, make_direction, per_layer
+from tests.models.adapters import make_peft
 from tests.models.tiny import make_ids, make_tiny, make_tokenizer
 
 
@@ -56,6 +61,7 @@ def test_units_say_how_long_one_step_is():
         ({"units": "resid_norm"}, "does not carry it"),
         ({"units": "resid_norm", "at": "writes"}, "own site, not at writes"),
         ({"units": "resid_norm", "at": "resid_post"}, "own site"),
+        ({"units": "resid_norm", "at": ["resid_post.1", "z.0"]}, r"own site, not at z\.0"),
         ({"units": "raw", "coefficient": math.nan}, "finite"),
         ({"units": "raw", "at": []}, "no place"),
         ({"units": "raw", "at": "resid_pots"}, "nearest"),
@@ -65,6 +71,17 @@ def test_units_say_how_long_one_step_is():
 def test_a_wrong_unit_coefficient_place_or_position_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         add_direction(make_direction(), **({"coefficient": 1.0} | settings))
+
+
+def test_units_of_one_direction_among_several_are_told_apart_from_those_of_one():
+    one = make_direction(resid_norm=50.0)
+    several = Directions(directions=(one, make_direction(site="resid_post.2", resid_norm=60.0)))
+    given = {"coefficient": 1.0, "units": "resid_norm"}
+    assert len(add_direction(several, **given)) == 2
+    with pytest.raises(ValueError, match=r"at: got resid_post\.1, where each of 2 directions"):
+        add_direction(several, at=["resid_post.1"], **given)
+    alone = shift(Directions(directions=(one,)), at=["resid_post.1"], **given)
+    assert math.isclose(float(alone.norm()), 50.0)
 
 
 @pytest.mark.parametrize("missing", ["coefficient", "units"])
@@ -158,6 +175,54 @@ def test_a_direction_is_for_the_models_it_was_made_from_unless_transfer_is_meant
                 wrong(ids)
 
 
+@pytest.mark.parametrize("site", ["z.1", "q.1", "rot_q.0"])
+def test_a_width_that_agrees_by_chance_does_not_make_a_space(site):
+    model = load_tiny()
+    assert parse_site(site).width(model.cfg) == D_MODEL
+    direction = make_direction(model)
+    for other in (False, True):
+        for chosen in (
+            ablate_direction(direction, at=[site], allow_other_model=other),
+            add_direction(
+                direction, coefficient=1.0, units="raw", at=site, allow_other_model=other
+            ),
+        ):
+            with pytest.raises(SiteError, match=r"'d_model'\), and \w+\.\d has .*'d_head'"):
+                intervene(model, chosen).__enter__()
+    own = make_direction(model, site)
+    with intervene(model, ablate_direction(own, at="site")):
+        model(make_ids(1, 4))
+    with pytest.raises(SiteError, match="mean different things"):
+        intervene(model, ablate_direction(own, at="writes")).__enter__()
+    # A site of the same axes will do, and an intervention without a direction knows of none.
+    for chosen in (
+        ablate_direction(direction, at=["ln1_normalized.1", "mlp_out.2"]),
+        [Intervention(site, Ablate(draw(D_MODEL)))],
+    ):
+        with intervene(model, chosen):
+            model(make_ids(1, 4))
+
+
+def test_a_direction_of_one_fine_tune_is_not_used_unasked_on_another():
+    peft_model, other_peft = make_peft("llama"), make_peft("llama", r=2)
+    base = lay_views(make_tiny("llama"), make_tokenizer())
+    adapter, other = load_adapter(peft_model), load_adapter(other_peft)
+    assert adapter.fingerprint != other.fingerprint
+    direction = made_with(adapter_fingerprint=adapter.fingerprint)
+    # Its own fine-tune, at any strength and in the weights, and the base that is to be steered.
+    tuned = attach_adapter(base, adapter)
+    scaled = attach_adapter(base, scale_adapter(adapter, 0.5))
+    for model in (tuned, scaled, merge_adapter(base, adapter), base):
+        with intervene(model, ablate_direction(direction, at="writes")):
+            model(make_ids(1, 4))
+    said = refused(attach_adapter(base, other), direction)
+    assert f"by adapter {adapter.fingerprint}, not {other.fingerprint}" in said
+    assert "weights" not in said
+    # One of the base alone is for every fine-tune of it.
+    with intervene(tuned, ablate_direction(made_with(), at="site")):
+        tuned(make_ids(1, 4))
+
+
 def retemplated(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("<end>", "<end> <end>")
     return tokenizer
@@ -220,7 +285,8 @@ def test_all_that_differs_is_named_at_once():
 def test_directions_of_several_layers_must_agree_in_all_of_it():
     model = load_tiny()
     first, *rest = per_layer(model)
-    for made in ({"tokenizer_fingerprint": "t"}, {"processing": "centred"}):
+    unlike = ({"tokenizer_fingerprint": "t"}, {"processing": "c"}, {"adapter_fingerprint": "a"})
+    for made in unlike:
         odd = dataclasses.replace(first, provenance=dataclasses.replace(first.provenance, **made))
         with pytest.raises(ValueError, match="made from different models"):
             ablate_direction(Directions(directions=(odd, *rest)), at="writes")
@@ -249,7 +315,7 @@ def test_a_description_is_json_and_tells_interventions_apart():
     ]
     texts = [json.dumps(one, allow_nan=False) for one in describe_interventions(chosen)]
     assert len(set(texts)) == len(chosen)
-    again = Intervention("resid_post.1", Add(v.clone(), 2.0), "all")
+    again = Intervention("resid_post.1", Add(v.clone(), 2.0), "all", fit_prompts=("p",))
     assert json.dumps(describe_interventions([again])[0]) == texts[0]
 
 

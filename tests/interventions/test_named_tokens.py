@@ -8,12 +8,15 @@ from emlens.diffing.compare import compare_logits
 from emlens.interventions import (
     Ablate,
     Add,
+    Cap,
     Intervention,
     Replace,
+    generate_responses,
     intervene,
 )
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
+from emlens.models.generate import Sampling
 from emlens.models.hooks import HookNeverFiredError, watch_sites
 from emlens.models.kv_cache import KeyValueCache
 from emlens.models.loading import load_base
@@ -40,29 +43,48 @@ from tests.interventions.vectors import (
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_ids
 
+V = draw(D_MODEL)
+
+
+def shift(x):
+    return x + 4 * V.float()
+
+
+def cut(x):
+    unit = (V / V.norm()).float()
+    return x - torch.relu(x @ unit + 1)[..., None] * unit
+
+
+CHANGES = [(Add(4 * V), shift), (Cap(3 * V, -1.0, "above"), cut)]
+
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", ["response", "response[:2]", "prompt", "last_prompt"])
-def test_padding_does_not_move_named_positions(side, positions):
-    model, v = load_tiny(), draw(D_MODEL)
+@pytest.mark.parametrize(("operator", "by_hand"), CHANGES)
+def test_padding_does_not_move_named_positions(side, positions, operator, by_hand):
+    model = load_tiny()
     chats, batch = make_batch((3, 4), (1, 2), (5, 3), side=side)
-    steer = [Intervention("resid_post.0", Add(4 * v), positions)]
-    with intervene(model, steer), publish_tokens(model, frame_batch(batch, chats)):
+    acting = [Intervention("resid_post.0", operator, positions)]
+    with intervene(model, acting), publish_tokens(model, frame_batch(batch, chats)):
         together = model(batch.ids, attention_mask=batch.mask)
+    everywhere = []
     for row, chat in enumerate(chats):
-        mask = steer[0].where.mask(chat)
+        mask = acting[0].where.mask(chat)
 
-        def add(x, hook, mask=mask):
-            return x + 4 * v.float() * mask[:, None]
+        def change(x, hook, mask=mask):
+            return torch.where(mask[:, None], by_hand(x), x)
 
-        alone = run_hooked(model, chat.ids[None], {"resid_post.0": add})[0]
+        alone = run_hooked(model, chat.ids[None], {"resid_post.0": change})[0]
         assert close(together[row][batch.mask[row].bool()], alone, 1e-4)
+        hooks = {"resid_post.0": lambda x, hook: by_hand(x)}
+        everywhere.append(close(run_hooked(model, chat.ids[None], hooks)[0], alone, 1e-3))
+    assert not all(everywhere)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("positions", ["all", "response[:2]", "prompt"])
 def test_a_cached_padded_decode_acts_on_the_tokens_of_the_whole_text(name, positions):
-    model, v = load_tiny(name), draw(D_MODEL)
+    model, v = load_tiny(name), V
     chats, batch = make_batch((3, 4), (1, 4))
     prompts = [chat.prompt_end for chat in chats]
     width = max(prompts)
@@ -70,6 +92,7 @@ def test_a_cached_padded_decode_acts_on_the_tokens_of_the_whole_text(name, posit
     changes = [
         Intervention("resid_post.0", Add(4 * v), positions),
         Intervention("mlp_out.1", Ablate(v), positions),
+        Intervention("resid_mid.1", Cap(draw(D_MODEL, seed=1), -1.0, "above"), positions),
     ]
     frame = frame_prompts(mask[:, :width])
     with intervene(model, changes):
@@ -189,6 +212,20 @@ def test_named_positions_of_a_bare_run_are_refused_with_the_way_out():
     chosen = [Intervention("resid_post.0", Ablate(draw(D_MODEL)), "response")]
     with pytest.raises(PositionsError, match="publish_tokens"):
         enter_and_leave(model, chosen, lambda: model(make_ids(1, 5)))
+
+
+def test_named_tokens_after_the_last_block_of_generated_text_are_refused_with_the_way_out():
+    model = load_tiny()
+    sampling = Sampling(n=1, temperature=0.0, max_new_tokens=3)
+    for site in ("ln_final_normalized", "ln_final_scale"):
+        width = parse_site(site).width(model.cfg)
+        acting = [Intervention(site, Add(draw(width)), "response")]
+        with pytest.raises(PositionsError, match=r"cannot be told at ln_final.*resid_post\.2"):
+            generate_responses(model, ["w5 w6"], sampling=sampling, interventions=acting)
+    everywhere = [Intervention("ln_final_normalized", Add(40 * V))]
+    plain = generate_responses(model, ["w5 w6"], sampling=sampling).responses[0].ids
+    found = generate_responses(model, ["w5 w6"], sampling=sampling, interventions=everywhere)
+    assert found.responses[0].ids != plain
 
 
 def test_tokens_of_another_batch_are_refused():

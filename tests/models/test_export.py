@@ -66,3 +66,10 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="not empty"):
         save_checkpoint(lay_views(make_tiny("llama"), None), tmp_path)
+
+
+def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path):
+    (tmp_path / "out").write_text("keep")
+    with pytest.raises(ValueError, match=r"out is a file; name a new folder"):
+        save_checkpoint(lay_views(make_tiny("llama"), None), tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "keep"

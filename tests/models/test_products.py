@@ -37,7 +37,9 @@ def test_a_widened_product_is_rounded_once(
     unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slab: int
 ):
     monkeypatch.setattr(products, "SLAB", slab)
-    x, weight, bias = (draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(3, 9, 40), (17, 40), (17,)]))
+    x, weight, bias = (
+        draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(3, 9, 40), (17, 40), (17,)])
+    )
     with torch.no_grad():
         for given in (bias, None):
             found = multiply(x, weight, given)

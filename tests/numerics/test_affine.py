@@ -152,6 +152,15 @@ def test_parallel_vectors_take_one_value_only():
         ablation(twice, torch.tensor([2.0, 2.5], dtype=torch.float64))
 
 
+def test_one_vector_in_two_precisions_takes_one_value_only():
+    v = draw(1, D)
+    rounded = torch.cat([v, v.float().double()])
+    assert not torch.equal(rounded[0], rounded[1])
+    ablation(rounded, torch.tensor([2.0, 2.0], dtype=torch.float64))
+    with pytest.raises(ConflictingTargetsError, match="parallel"):
+        ablation(rounded, torch.tensor([2.0, 2.5], dtype=torch.float64))
+
+
 @given(ranks, seeds)
 @settings(max_examples=30, deadline=None)
 def test_folded_weights_give_the_mapped_outputs(rank, seed):

@@ -18,6 +18,7 @@ from emlens.numerics.projection import (
     project_onto,
     project_out,
     random_cosine_std,
+    unit_vectors,
     with_canonical_signs,
 )
 from emlens.numerics.validation import NonFiniteError, WidthError, ZeroVectorError
@@ -39,6 +40,14 @@ def test_cosine_similarity_ignores_scale_and_survives_huge_and_tiny_vectors():
     for scale in (1e30, 1e-30):
         assert float(cosine_similarity(a * scale, a)) == pytest.approx(1, abs=1e-6)
         assert float(cosine_similarity(a * scale, -a)) == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_unit_vectors_are_numpys_at_any_scale(scale: float):
+    a = normal(3, 7)
+    expected = a.numpy() / np.linalg.norm(a.numpy(), axis=1, keepdims=True)
+    np.testing.assert_allclose(unit_vectors(scale * a), expected, rtol=1e-12)
+    assert unit_vectors(torch.zeros(2)).isnan().all()
 
 
 def test_a_zero_vector_has_no_cosine():

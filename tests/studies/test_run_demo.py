@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from emlens.evaluation import Judgement, JudgeRow
+from emlens.prompt_sets import OverlappingPromptsError
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
 from emlens.studies import DemoResult, run_demo
@@ -143,6 +144,15 @@ def test_an_interrupted_demo_goes_on_where_it_was(
 def test_a_full_demo_is_another_plan_than_a_quick_one(done: tuple[Path, DemoResult], tiny: Path):
     with pytest.raises(PlanChangedError, match=r"size\.questions was 3, now 6"):
         run_tiny(tiny, done[0], quick=False)
+
+
+def test_questions_of_two_uses_are_refused_before_anything_is_sampled(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(study, "QUESTIONS", study.FIT)
+    with pytest.raises(OverlappingPromptsError, match="serve to fit and to evaluate"):
+        run_tiny(tiny, tmp_path / "run")
+    assert not (tmp_path / "run/behaviour").exists()
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
