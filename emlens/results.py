@@ -30,6 +30,8 @@ RESULT_CLASSES = MappingProxyType(
         "judge_report": "emlens.evaluation.judge_report:JudgeReport",
         "spillover_lexicon": "emlens.evaluation.spillover:SpilloverLexicon",
         "training_run": "emlens.organisms.training:TrainingRun",
+        "adapter_trajectory": "emlens.organisms.trajectory:AdapterTrajectory",
+        "phase_transition": "emlens.organisms.transition:PhaseTransition",
         "diff_run": "emlens.studies.diff_finetunes:DiffRun",
         "answers": "emlens.studies.answer_questions:Answers",
         "sampled_responses": "emlens.studies.sample_responses:SampledResponses",

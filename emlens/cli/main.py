@@ -23,6 +23,7 @@ from emlens.cli import (
     report,
     scores,
     train,
+    transition,
 )
 from emlens.sources import SourceUnavailableError
 
@@ -99,6 +100,7 @@ app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.command("diff", epilog=diff.EXAMPLE)(diff.diff)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("transition", epilog=transition.EXAMPLE)(transition.transition)
 app.add_typer(directions.app, name="directions")
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("evaluate", epilog=evaluate.EVALUATE_EXAMPLE)(evaluate.evaluate)

@@ -4,6 +4,7 @@ from .evaluate import evaluate
 from .evaluation import Evaluation, read_evaluation, read_scores
 from .judge_report import JudgeReport, measure_judge
 from .judges import Judge, Judgement, JudgeRow
+from .local_judge import LocalJudge
 from .questions import Question, load_questions
 from .rejudge import judge_responses
 from .scores import ScoredResponse, write_scores
@@ -20,6 +21,7 @@ __all__ = [
     "JudgeReport",
     "JudgeRow",
     "Judgement",
+    "LocalJudge",
     "Question",
     "ScoredResponse",
     "SpilloverLexicon",
