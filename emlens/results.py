@@ -41,6 +41,10 @@ RESULT_CLASSES = MappingProxyType(
         "direction_choice": "emlens.studies.removal:Choice",
         "disturbance": "emlens.studies.removal:Disturbance",
         "ablation_screen": "emlens.studies.screen_ablations:AblationScreen",
+        "odds_curve": "emlens.studies.trace_transition:OddsCurve",
+        "transition_trace": "emlens.studies.trace_transition:TransitionTrace",
+        "solution_curves": "emlens.studies.compare_solutions:SolutionCurves",
+        "solution_comparison": "emlens.studies.compare_solutions:SolutionComparison",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",
     }
