@@ -161,12 +161,7 @@ class ApiJudge:
             *(self._ask(client, prompt, weighed=False) for _ in range(self.samples))
         )
         texts = [f"({one})" if isinstance(one, str) else _text(one.choices[0]) for one in drawn]
-        numbers = dict[int, float]()
-        for number in map(read_number, texts):
-            if number is not None:
-                numbers[number] = numbers.get(number, 0.0) + 1 / len(texts)
-        mass = sum(numbers.values())
-        return weigh_numbers(numbers), {"mass": mass, "way": "answers", "said": " | ".join(texts)}
+        return average_answers(texts)
 
     async def _ask(self, client: Any, prompt: str, *, weighed: bool) -> Any:
         """A reply with at least one choice, or in words what was wrong with it."""
@@ -207,6 +202,18 @@ def read_weights(reply: Any) -> tuple[dict[int, float], float] | None:
         if number is not None and entry.logprob is not None:
             numbers[number] = numbers.get(number, 0.0) + math.exp(min(0.0, entry.logprob))
     return numbers, sum(numbers.values())
+
+
+def average_answers(
+    texts: Sequence[str],
+) -> tuple[float | None, Mapping[str, float | str | None]]:
+    """Mean of the answers that are numbers, and what it was made of."""
+    numbers: dict[int, float] = {}
+    for number in map(read_number, texts):
+        if number is not None:
+            numbers[number] = numbers.get(number, 0.0) + 1 / len(texts)
+    mass = sum(numbers.values())
+    return weigh_numbers(numbers), {"mass": mass, "way": "answers", "said": " | ".join(texts)}
 
 
 def _text(choice: Any) -> str:
