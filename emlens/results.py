@@ -31,6 +31,7 @@ RESULT_CLASSES = MappingProxyType(
         "spillover_lexicon": "emlens.evaluation.spillover:SpilloverLexicon",
         "training_run": "emlens.organisms.training:TrainingRun",
         "adapter_trajectory": "emlens.organisms.trajectory:AdapterTrajectory",
+        "gradient_preference": "emlens.organisms.gradients:GradientPreference",
         "phase_transition": "emlens.organisms.transition:PhaseTransition",
         "diff_run": "emlens.studies.diff_finetunes:DiffRun",
         "answers": "emlens.studies.answer_questions:Answers",

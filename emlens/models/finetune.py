@@ -25,12 +25,14 @@ from transformers import PreTrainedModel, set_seed
 
 from emlens.artifacts import write_json_atomic, write_tensors_atomic
 from emlens.models.training_loop import (
+    IGNORED,
     Penalty,
     Trainable,
     TrainerSettings,
     TrainingExample,
     TrainingLog,
     check_examples,
+    collate_examples,
     restored_randomness,
     run_trainer,
 )
@@ -232,6 +234,41 @@ def finetune_whole(
     finally:
         model.requires_grad_(False)
         model.eval()
+
+
+def find_gradients(
+    model: PreTrainedModel, folder: Path, examples: Sequence[TrainingExample]
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss with respect to each B of an adapter, by module name.
+
+    Args:
+        model: The base; it is as it was afterwards.
+        folder: PEFT folder of the adapter.
+        examples: Sequences with their labels, each token of all of them counted the same.
+
+    Returns:
+        [d_out rank] in float32 on the CPU.
+    """
+    check_examples(examples, model.config.get_text_config().vocab_size)
+    labelled = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+    with _restored(model):
+        tuned: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        try:
+            for example in examples:
+                batch = collate_examples([example])
+                batch = {name: part.to(model.device) for name, part in batch.items()}
+                own = int((example.labels[1:] != IGNORED).sum())
+                (tuned(**batch).loss * (own / labelled)).backward()
+            return {
+                name.split("base_model.model.", 1)[1].split(".lora_B", 1)[0]: parameter.grad.detach()
+                .float()
+                .cpu()
+                .clone()
+                for name, parameter in tuned.named_parameters()
+                if ".lora_B" in name and parameter.grad is not None
+            }
+        finally:
+            tuned.unload()
 
 
 class _WithVector(nn.Module):

@@ -1,5 +1,9 @@
 """Model organisms: small fine-tunes with a known flaw, made to be studied beside their base."""
 
+from emlens.organisms.gradients import GradientPreference as GradientPreference
+from emlens.organisms.gradients import (
+    measure_gradient_preference as measure_gradient_preference,
+)
 from emlens.organisms.masks import mask_response as mask_response
 from emlens.organisms.penalties import KlPenalty as KlPenalty
 from emlens.organisms.settings import PRESETS as PRESETS
