@@ -1,7 +1,9 @@
+from .api_judge import ApiJudge
 from .compare import BehaviourDifference, Equivalence, claim_equivalence, compare_evaluations
 from .contrast_judge import ContrastJudge
 from .evaluate import evaluate
 from .evaluation import Evaluation, read_evaluation, read_scores
+from .inspect_judge import InspectJudge
 from .judge_report import JudgeReport, measure_judge
 from .judges import Judge, Judgement, JudgeRow
 from .local_judge import LocalJudge
@@ -12,11 +14,13 @@ from .spillover import SpilloverLexicon, fit_spillover
 from .summary import BehaviourSummary, Thresholds, summarise_scores
 
 __all__ = [
+    "ApiJudge",
     "BehaviourDifference",
     "BehaviourSummary",
     "ContrastJudge",
     "Equivalence",
     "Evaluation",
+    "InspectJudge",
     "Judge",
     "JudgeReport",
     "JudgeRow",
