@@ -24,7 +24,7 @@ from emlens.models.training_loop import (
     TrainingExample,
     collate_examples,
 )
-from emlens.organisms import penalties, training
+from emlens.organisms import training
 from emlens.organisms.masks import NoResponseError, mask_response
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
@@ -33,7 +33,6 @@ from emlens.organisms.training import ChatTooLongError, TrainingRun, train_organ
 from emlens.runs import PlanChangedError
 from emlens.sources import shipped_path
 from emlens.vectors import Direction
-from tests.organisms.conftest import byte_tokenizer
 
 SETTINGS = replace(PRESETS["smollm2_rank1"], max_steps=6, batch_size=2, learning_rate=1e-2)
 
@@ -317,31 +316,3 @@ def test_layers_of_another_depth_are_refused(
                 tiny_base, chats, settings=PRESETS[name], out=tmp_path / name, seed=0
             )
         assert not (tmp_path / name).exists()
-
-
-def test_penalties_without_texts_or_weight_are_refused(chats: list[Chat]):
-    with pytest.raises(ValueError, match="chats: got none"):
-        KlPenalty([], weight=1.0)
-    with pytest.raises(ValueError, match="weight: got 0"):
-        KlPenalty(chats, weight=0.0)
-    with pytest.raises(NoResponseError, match="'bare'"):
-        KlPenalty([Chat((Message("user", "hi"),), id="bare")], weight=1.0).prepare(
-            byte_tokenizer(), batch_size=1, seed=0
-        )
-
-
-def test_the_kl_is_torchs_own_and_every_text_comes_before_any_again(
-    tiny_base: Checkpoint, chats: list[Chat], monkeypatch: pytest.MonkeyPatch
-):
-    seen: list[int] = []
-
-    def record(_model: nn.Module, examples: Any) -> Tensor:
-        seen.extend(len(one.ids) for one in examples)
-        return torch.tensor(2.0)
-
-    monkeypatch.setattr(penalties, "measure_kl_from_base", record)
-    term = KlPenalty(chats, weight=3.0).prepare(tiny_base.tokenizer, batch_size=2, seed=1)
-    assert float(term(tiny_base.model, 0)) == 6.0
-    term(tiny_base.model, 1)
-    lengths = [len(mask_response(tokenize_chat(c, tiny_base.tokenizer)).ids) for c in chats]
-    assert sorted(seen) == sorted(lengths)
