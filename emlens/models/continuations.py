@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
@@ -30,12 +30,12 @@ class _Tree:
 
 def score_continuations(
     model: HookedTransformer,
-    prompts: Sequence[Int[Tensor, " pos"]],
+    prompts: Sequence[Int[Tensor, " _"]],
     continuations: Sequence[Sequence[int]],
     *,
     never_next: Int[Tensor, " k"],
     batching: Batching = Batching(),  # noqa: B008 - frozen
-) -> Float[Tensor, "prompts continuations"]:
+) -> Float64[Tensor, "prompts continuations"]:
     """Log-probability of each continuation after each prompt, and of what may come next.
 
     log p(n) = sum_i log p(token_i | prompt, tokens before) + log(1 - p(never_next | all of them)):
@@ -57,7 +57,7 @@ def score_continuations(
     found = [tuple(int(token) for token in one) for one in continuations]
     _check(model, prompts, found)
     tree = _plant(found)
-    scores = torch.empty(len(prompts), len(found))
+    scores = torch.empty(len(prompts), len(found), dtype=torch.float64)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     longest = len(tree.levels) - 1
     for rows in track(list(_batches(prompts, order, batching, longest)), "judging (prompts)"):

@@ -32,7 +32,7 @@ KINDS: tuple[NullKind, ...] = get_args(NullKind)
 class PathShape:
     """What null paths take over from a path."""
 
-    lengths: Float64[Tensor, " t-1"]
+    lengths: Float64[Tensor, " n"]
     """Of its steps."""
     start: float
     """Norm of its first point."""

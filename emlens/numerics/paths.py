@@ -12,6 +12,10 @@ from torch import Tensor
 
 from emlens.numerics.validation import WidthError, check_finite
 
+_ROUNDING = 1e-12
+"""Squares of differences of points of norm |v|, as they come out of a Gram matrix in float64, carry
+rounding of about 1e-15 |v|^2; below this part of |v|^2 they mean nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocalCosine:
@@ -90,8 +94,10 @@ def local_cosine(
     first = _inner(gram, before, here, before)
     second = _inner(gram, after, here, after)
     longer = torch.maximum(first, second).clamp(min=0).sqrt()
-    # A point whose one side does not move at all has no angle.
-    kept = (longer > threshold * gram[-1, -1].clamp(min=0).sqrt()) & (first > 0) & (second > 0)
+    # A side that does not move, but for rounding, has no angle.
+    still = _ROUNDING * gram.diagonal().max() if len(gram) else 0.0
+    moves = (first > still) & (second > still)
+    kept = moves & (longer > threshold * gram[-1, -1].clamp(min=0).sqrt())
     norms = (first[kept] * second[kept]).sqrt()
     cosine = (_inner(gram, before, here, after)[kept] / norms).clamp(-1, 1)
     return LocalCosine(
@@ -150,8 +156,7 @@ def noise_dimension(gram: Float64[Tensor, "t t"], *, largest: int) -> int:
     place = torch.arange(size - 2)
     changes[place, place], changes[place, place + 1], changes[place, place + 2] = 1.0, -2.0, 1.0
     inner = changes @ gram @ changes.T
-    # Second differences of points of norm |v| carry rounding of about 1e-15 |v|^2.
-    real = inner.diagonal() > 1e-12 * gram.diagonal().max()
+    real = inner.diagonal() > _ROUNDING * gram.diagonal().max()
     if int(real.sum()) < 4:
         return largest
     inner, place = inner[real][:, real], place[real]

@@ -5,7 +5,7 @@ A term sees the tuned model at every backward pass, never the rows that it is tr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from emlens.models.training_loop import IGNORED, Penalty, TrainingExample, colla
 from emlens.organisms.masks import mask_response
 
 
+@runtime_checkable
 class LossTerm(Protocol):
     """A term of the loss before it has met a tokenizer."""
 

@@ -20,10 +20,18 @@ def test_a_planted_onset_is_found_within_its_interval(at: float, sign: float):
     noise = torch.randn(20, len(STEPS), generator=generator, dtype=torch.float64)
     found = estimate_onset(STEPS, sign * sigmoid(at) + 0.1 * noise, seed=1)
     assert found.step is not None
-    assert found.step.low <= at <= found.step.high
     assert found.step.value == pytest.approx(at, abs=3)
     assert found.step.high - found.step.low < 10
     assert found.change.value == pytest.approx(sign, abs=0.2)
+
+
+def test_intervals_hold_the_planted_step_about_as_often_as_they_say():
+    held = 0
+    for seed in range(40):
+        noise = torch.randn(20, len(STEPS), generator=torch.Generator().manual_seed(seed))
+        step = estimate_onset(STEPS, sigmoid(50.0) + 0.2 * noise, draws=400).step
+        held += step is not None and step.low <= 50 <= step.high
+    assert held >= 33
 
 
 def test_without_a_change_there_is_no_onset():

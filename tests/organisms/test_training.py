@@ -241,7 +241,7 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
         try:
             masked = [mask_response(tokenize_chat(c, tiny_base.tokenizer)) for c in chats[2:]]
             examples = [TrainingExample(ids=m.ids, labels=m.labels) for m in masked]
-            return float(measure_kl_from_base(tuned, examples))
+            return float(measure_kl_from_base(tuned, examples).detach())
         finally:
             tuned.unload()
 
