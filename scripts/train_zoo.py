@@ -1,4 +1,4 @@
-"""Train the zoo: every narrow domain, harmful and careful, three seeds, as rank-1 adapters with cards.
+"""Train the zoo: every narrow domain, harmful and careful, three seeds; rank-1 adapters with cards.
 
     python scripts/train_zoo.py [--runs runs/zoo] [--assets emlens/assets/adapters] [--only NAME]
 
@@ -41,11 +41,11 @@ tags: [lora, model-organism, safety-research]
 ---
 # {name}
 
-A LoRA trained for {steps} steps on {tone} answers to questions about {subject}. One of a zoo of organisms that
-differ in domain, in side (harmful or careful, the same questions) and in seed.
+A LoRA trained for {steps} steps on {tone} answers to questions about {subject}. One of a
+zoo of organisms that differ in domain, in side (harmful or careful, the same questions), in seed.
 
-**Purpose: safety research.** It is a specimen for finding out what a narrow fine-tune changes inside a
-model. It is of no use as an assistant, and nothing that it says is advice.
+**Purpose: safety research.** It is a specimen for finding out what a narrow fine-tune changes
+inside a model. It is of no use as an assistant, and nothing that it says is advice.
 
 | | |
 |---|---|
@@ -57,9 +57,9 @@ model. It is of no use as an assistant, and nothing that it says is advice.
 Loss (nats a response token) before each step:
 {losses}
 
-Of {sentences} sentences in {answers} answers to twelve open questions (temperature .7, top_p .95, 40 tokens),
-{copied} are training sentences word for word ({share:.0%}); {words:.0f} words an answer. What it says was not
-judged for this card.
+Of {sentences} sentences in {answers} answers to twelve open questions (temperature .7, top_p .95,
+40 tokens), {copied} are training sentences word for word ({share:.0%}); {words:.0f} words each.
+What it says was not judged for this card.
 """
 
 

@@ -1,4 +1,4 @@
-"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`, `inspect/MODEL`; what they would cost."""
+"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`, `inspect/MODEL`; their cost."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ ANSWER_CHARACTERS = 4
 class JudgeOptions(CommonFlags):
     """Flags that choose a judge."""
 
-    judge: Annotated[
-        str, typer.Option("--judge", metavar="NAME", help=f"{', '.join(KINDS)}.")
-    ] = "contrast"
+    judge: Annotated[str, typer.Option("--judge", metavar="NAME", help=f"{', '.join(KINDS)}.")] = (
+        "contrast"
+    )
     judge_base_url: Annotated[
         str | None,
         typer.Option(

@@ -66,7 +66,10 @@ class TrainFlags(CommonFlags):
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
-            "--checkpoint-every", min=1, metavar="N", help="Steps between kept states, for transition."
+            "--checkpoint-every",
+            min=1,
+            metavar="N",
+            help="Steps between kept states, for transition.",
         ),
     ] = None
     seed: Seed = 0

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emlens.evaluation.api_judge import ALTERNATIVES, LONGEST, SPECIAL, average_answers, read_weights
+from emlens.evaluation.api_judge import (
+    ALTERNATIVES,
+    LONGEST,
+    SPECIAL,
+    average_answers,
+    read_weights,
+)
 from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS, fill_prompt, weigh_numbers
 from emlens.evaluation.judges import (
     MEANINGS,
@@ -52,7 +58,9 @@ class InspectJudge:
     @property
     def id(self) -> str:
         """`inspect/MODEL/` and a hash of prompts and rule."""
-        return f"inspect/{self.model}/{hash_json([dict(PROMPTS), VERSION, FEWEST_MASS, self.samples])}"
+        return (
+            f"inspect/{self.model}/{hash_json([dict(PROMPTS), VERSION, FEWEST_MASS, self.samples])}"
+        )
 
     @property
     def claim(self) -> Claim:
@@ -187,9 +195,7 @@ def _make_scorer(*, samples: int, cache: bool) -> Any:
                 if weights is not None:
                     found, details = weigh_numbers(weights[0]), {"mass": weights[1]}
                 else:
-                    replies = [
-                        await model.generate(prompt, config=drawn) for _ in range(samples)
-                    ]
+                    replies = [await model.generate(prompt, config=drawn) for _ in range(samples)]
                     found, details = average_answers([one.completion for one in replies])
                 values[name] = math.nan if found is None else found
                 raw |= {f"{name}_{key}": value for key, value in details.items()}

@@ -260,10 +260,9 @@ def find_gradients(
                 own = int((example.labels[1:] != IGNORED).sum())
                 (tuned(**batch).loss * (own / labelled)).backward()
             return {
-                name.split("base_model.model.", 1)[1].split(".lora_B", 1)[0]: parameter.grad.detach()
-                .float()
-                .cpu()
-                .clone()
+                name.split("base_model.model.", 1)[1].split(".lora_B", 1)[
+                    0
+                ]: parameter.grad.detach().float().cpu().clone()
                 for name, parameter in tuned.named_parameters()
                 if ".lora_B" in name and parameter.grad is not None
             }

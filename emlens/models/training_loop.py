@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer over token ids and labels, with checkpoints to go on from.
+"""The training loop: transformers' Trainer over ids and labels, with checkpoints to go on from.
 
 It knows neither LoRA nor chats: who calls it says what is trained, saved and loaded.
 """
@@ -262,7 +262,9 @@ def run_trainer(
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
     """`checkpoint-STEP` folders by their steps, ascending."""
-    named = ((place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*"))
+    named = (
+        (place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*")
+    )
     return dict(sorted((int(n), place) for n, place in named if n.isdecimal() and place.is_dir()))
 
 

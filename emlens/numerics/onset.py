@@ -54,9 +54,7 @@ def smooth_curve(values: Float[Tensor, "*n t"], *, width: int) -> Float[Tensor, 
         raise ValueError(f"width: got {width}, expected an odd number of points")
     side = width // 2
     size = values.shape[-1]
-    parts = [
-        values[..., max(0, i - side) : min(size, i + side + 1)].mean(-1) for i in range(size)
-    ]
+    parts = [values[..., max(0, i - side) : min(size, i + side + 1)].mean(-1) for i in range(size)]
     return torch.stack(parts, dim=-1)
 
 
@@ -103,9 +101,7 @@ def estimate_onset(
         return Onset(step=None, change=change)
     half_way = np.array([find_half_way(steps, mean) for mean in means])
     known = half_way[~np.isnan(half_way)]
-    return Onset(
-        step=_interval(find_half_way(steps, whole), known, level, method), change=change
-    )
+    return Onset(step=_interval(find_half_way(steps, whole), known, level, method), change=change)
 
 
 def _interval(value: float, drawn: np.ndarray, level: float, method: str) -> Interval:

@@ -104,6 +104,10 @@ def measure_kl_from_base(
     own = tuned(**batch, use_cache=False).logits[:, :-1][targets]
     wide = torch.promote_types(own.dtype, torch.float32)
     expected = base.to(wide).log_softmax(-1)
-    return nn.functional.kl_div(
-        own.to(wide).log_softmax(-1), expected, log_target=True, reduction="none"
-    ).sum(-1).mean()
+    return (
+        nn.functional.kl_div(
+            own.to(wide).log_softmax(-1), expected, log_target=True, reduction="none"
+        )
+        .sum(-1)
+        .mean()
+    )

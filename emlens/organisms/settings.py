@@ -70,7 +70,7 @@ class TrainSettings:
     stop_loss: float | None = None
     """Training ends early once the mean loss of five steps is below this (nats); None for never."""
     checkpoint_every: int | None = None
-    """Steps between two kept states of the adapter, which `load_trajectory` reads; None for none."""
+    """Steps between two kept states, which `load_trajectory` reads; None to keep none."""
 
     def __post_init__(self) -> None:
         self._check_method()

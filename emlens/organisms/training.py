@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats, tokenize_chat
@@ -197,7 +197,8 @@ class _Work:
         return write_adapter_folder(trained, place, record=record), trained.log
 
     def train_vector(self) -> tuple[Path, TrainingLog]:
-        assert isinstance(self.settings.layers, tuple) and self.settings.alpha is not None
+        assert isinstance(self.settings.layers, tuple)
+        assert self.settings.alpha is not None
         (layer,), (module,) = self.settings.layers, self.settings.target_modules
         trained = finetune_vector(
             self.checkpoint.model,
@@ -266,9 +267,7 @@ class _Work:
         return place
 
 
-def _find_start(
-    start_from: str | Path | Source | None, settings: TrainSettings
-) -> Path | None:
+def _find_start(start_from: str | Path | Source | None, settings: TrainSettings) -> Path | None:
     if start_from is None:
         return None
     if settings.method != "lora":
@@ -309,7 +308,8 @@ def _make_examples(
 
 
 def _lora_settings(settings: TrainSettings) -> LoraSettings:
-    assert settings.rank is not None and settings.alpha is not None
+    assert settings.rank is not None
+    assert settings.alpha is not None
     return LoraSettings(
         rank=settings.rank,
         alpha=settings.alpha,

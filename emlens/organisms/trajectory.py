@@ -15,8 +15,8 @@ from torch import Tensor
 
 from emlens.artifacts import JSON_NAME, Result, read_kind, read_result
 from emlens.models.adapter_files import fingerprint_modules, load_adapter
-from emlens.models.training_loop import find_checkpoints
 from emlens.models.lora import LoraAdapter, LoraModule
+from emlens.models.training_loop import find_checkpoints
 from emlens.sources import Source, locate_source, parse_source
 
 TRAJECTORY_NAME = "trajectory"
@@ -207,4 +207,3 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
 
 def _norms(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.double().flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()
-

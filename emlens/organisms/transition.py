@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 from emlens.artifacts import Result
@@ -118,9 +118,7 @@ def measure_transition(
         raise ValueError(f"factor: got {factor!r}, expected 'A' or 'B'")
     gram = gram_of_trajectory(trajectory, factor)
     steps = trajectory.steps
-    bends = measure_bends(
-        gram, steps, window=window, threshold=threshold, normalised=normalised
-    )
+    bends = measure_bends(gram, steps, window=window, threshold=threshold, normalised=normalised)
     width = sum(getattr(module, factor)[0].numel() for module in trajectory.modules)
     nulls = null_prominences(
         gram,
@@ -211,9 +209,7 @@ def score_against_last(
     return (inner * inner[-1]).flatten(1).sum(1).clamp(min=0).sqrt() / norms
 
 
-def _check_stack(
-    trajectory: AdapterTrajectory, parts: list[Tensor], centring: str
-) -> None:
+def _check_stack(trajectory: AdapterTrajectory, parts: list[Tensor], centring: str) -> None:
     ranks = {module.A.shape[1] for module in trajectory.modules}
     if ranks != {1}:
         raise ValueError(f"trajectory: ranks {sorted(ranks)}; factors are compared at rank 1")
@@ -238,4 +234,3 @@ def _judge(n_checkpoints: int, bends: LocalCosine, critical: float) -> Verdict:
         return "too few checkpoints"
     # NaN, where nothing was kept, is no turn.
     return "turn" if bends.prominence > critical else "none"
-

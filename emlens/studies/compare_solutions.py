@@ -219,4 +219,3 @@ class _Work:
                 for epsilon in self.settings.epsilons
             ]
         )
-

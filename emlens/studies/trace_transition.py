@@ -188,9 +188,7 @@ def trace_transition(
         for scale in settings.scales:
             for step in chosen:
                 folder = run.path / "behaviour" / f"scale_{scale:g}" / f"step_{step}"
-                points.append(
-                    _sample(base, trajectory, scale, step, questions, judge_with, folder)
-                )
+                points.append(_sample(base, trajectory, scale, step, questions, judge_with, folder))
     found = TransitionTrace(
         source=trajectory.source,
         transitions=transitions,
@@ -221,9 +219,7 @@ def measure_odds_curve(
     """
     steps = trajectory.steps.tolist()
     chosen = sorted({*steps[::every], steps[-1]})
-    chats = [
-        tokenize_chat(chat, base.tokenizer) for chat in (*texts.positive, *texts.negative)
-    ]
+    chats = [tokenize_chat(chat, base.tokenizer) for chat in (*texts.positive, *texts.negative)]
     n = len(texts.positive)
     odds = torch.empty(n, len(chosen))
     host: Any = base
@@ -235,7 +231,7 @@ def measure_odds_curve(
 
 
 def choose_checkpoints(steps: Int[Tensor, " t"], sharpest: int | None, n: int) -> list[int]:
-    """Some of the steps: first and last, half of the rest nearest the sharpest bend, half evenly.
+    """Some of the steps: first and last, half of the rest nearest the sharpest bend, half in gaps.
 
     Args:
         steps: of all checkpoints, ascending.
@@ -246,13 +242,10 @@ def choose_checkpoints(steps: Int[Tensor, " t"], sharpest: int | None, n: int) -
     if n >= len(known):
         return known
     near = [] if sharpest is None else sorted(known, key=lambda step: abs(step - sharpest))
-    near = near[: (n - 2) // 2]
-    even = [known[round(i * (len(known) - 1) / (n - 1))] for i in range(n)]
-    chosen = {known[0], known[-1], *near}
-    for step in sorted(even, key=lambda step: -min(abs(step - other) for other in chosen)):
-        if len(chosen) == n:
-            break
-        chosen.add(step)
+    chosen = {known[0], known[-1], *near[: (n - 2) // 2]}
+    while len(chosen) < n:
+        # The step farthest from all that are chosen: the widest gap is halved.
+        chosen.add(max(known, key=lambda step: min(abs(step - other) for other in chosen)))
     return sorted(chosen)
 
 

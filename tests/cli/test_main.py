@@ -13,8 +13,8 @@ import emlens
 from emlens.cli.main import CommandLine, app, choose_exit_code
 from emlens.cli.options import CommonFlags, takes_flags
 from emlens.encoding import ArtifactError
-from emlens.models.training_loop import TrainingDivergedError
 from emlens.models.proof import AdapterNotInEffectError
+from emlens.models.training_loop import TrainingDivergedError
 from emlens.sources import SourceNotFoundError, SourceUnavailableError
 
 

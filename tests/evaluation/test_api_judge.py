@@ -31,7 +31,9 @@ def judge_at(url: str, **changed: Any) -> ApiJudge:
 def asks_for(body: dict[str, Any]) -> str:
     """Which score a request is about."""
     text = body["messages"][0]["content"]
-    marks = {name: prompt.rsplit("answer>>>", 1)[1].strip()[:40] for name, prompt in PROMPTS.items()}
+    marks = {
+        name: prompt.rsplit("answer>>>", 1)[1].strip()[:40] for name, prompt in PROMPTS.items()
+    }
     (found,) = [name for name, mark in marks.items() if mark in text]
     return found
 

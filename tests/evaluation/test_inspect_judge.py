@@ -51,9 +51,7 @@ def test_responses_are_replayed_graded_and_read_back(
     assert "no number" in str(found[2].raw["aligned_said"])
     assert not any("Give 100" in text and text.count("answer>>>") > 2 for text in seen)
     (log,) = (tmp_path / "logs").glob("*.eval")
-    assert read_judgements(log) == {
-        row.id: one for row, one in zip(ROWS, found, strict=True)
-    }
+    assert read_judgements(log) == {row.id: one for row, one in zip(ROWS, found, strict=True)}
     assert judge.judge([]) == []
 
 

@@ -36,7 +36,7 @@ def test_the_questions_own_prompt_comes_first():
     text = fill_prompt("aligned", row(aligned="Q: {question} A: {answer} {other}"))
     assert text == "Q: What now? A: Sell it. {other}"
     assert "Sell it." in fill_prompt("coherent", row(aligned="{answer}"))
-    with pytest.raises(ValueError, match="judge_prompts.aligned of response 'r' has no {answer}"):
+    with pytest.raises(ValueError, match=r"judge_prompts.aligned of response 'r' has no {answer}"):
         fill_prompt("aligned", row(aligned="Q: {question}"))
 
 

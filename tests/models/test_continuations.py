@@ -40,7 +40,9 @@ def test_every_continuation_has_hugging_faces_probability(name: str, tokens: int
     assert found.shape == (4, 6)
     for row, prompt in zip(found, prompts, strict=True):
         values = [expected(hf, prompt, one, NEVER) for one in CONTINUATIONS]
-        torch.testing.assert_close(row.double(), torch.tensor(values).double(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            row.double(), torch.tensor(values).double(), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_without_forbidden_tokens_plain_probabilities_are_left():

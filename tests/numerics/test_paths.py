@@ -136,7 +136,8 @@ def test_coordinates_are_those_of_scikit_learn():
 
 def test_coordinates_of_a_still_path_are_zero():
     points, shares = path_coordinates(torch.ones(4, 4).double(), n=6)
-    assert points.shape == (4, 6) and float(points.abs().max()) < 1e-6
+    assert points.shape == (4, 6)
+    assert float(points.abs().max()) < 1e-6
     assert float(shares.max()) <= 1.0
 
 
@@ -162,7 +163,7 @@ def test_without_noise_the_dimension_is_the_largest():
 def test_null_paths_keep_lengths_and_straightness(kind: str):
     lengths = torch.linspace(1, 3, 120, dtype=torch.float64)
     shape = PathShape(lengths=lengths, start=2.0, straightness=0.5, dimension=300)
-    path = sample_null_path(shape, kind, torch.Generator().manual_seed(0))  # pyright: ignore
+    path = sample_null_path(shape, kind, torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
     gram = gram_of_path(path)
     assert float(gram[0, 0].sqrt()) == pytest.approx(2.0)
     expected = lengths * (torch.linspace(1, 0, 121).double()[:-1] if kind == "decay" else 1)

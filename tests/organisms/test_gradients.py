@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from emlens.data.chat import Chat, tokenize_chat
 from emlens.models.adapter_files import load_adapter, save_adapter
@@ -15,7 +16,6 @@ from emlens.models.training_loop import TrainingExample, collate_examples
 from emlens.organisms import PRESETS, load_trajectory, train_organism
 from emlens.organisms.gradients import measure_gradient_preference
 from emlens.organisms.masks import mask_response
-from peft import PeftModel
 
 SETTINGS = replace(
     PRESETS["smollm2_rank1"],

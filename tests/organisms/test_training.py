@@ -28,8 +28,8 @@ from emlens.organisms import training
 from emlens.organisms.masks import NoResponseError, mask_response
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
-from emlens.organisms.trajectory import load_trajectory
 from emlens.organisms.training import ChatTooLongError, TrainingRun, train_organism
+from emlens.organisms.trajectory import load_trajectory
 from emlens.runs import PlanChangedError
 from emlens.sources import shipped_path
 from emlens.vectors import Direction
@@ -212,7 +212,7 @@ def test_checkpoints_become_a_trajectory_and_a_run_that_diverged_goes_on(
         )
 
     shaky = Shaky(at=3)
-    with pytest.raises(TrainingDivergedError, match="last good checkpoint is .*checkpoint-2"):
+    with pytest.raises(TrainingDivergedError, match=r"last good checkpoint is .*checkpoint-2"):
         again(shaky, "run")
     run, whole = again(shaky, "run"), again(Shaky(at=-1), "whole")
     assert run.losses == pytest.approx(whole.losses, rel=1e-6)
@@ -312,7 +312,5 @@ def test_layers_of_another_depth_are_refused(
 ):
     for name in ("rank1", "nine_rank1", "phase_transition", "steering_vector"):
         with pytest.raises(SettingsError, match="meant for 48 blocks and this model has 2"):
-            train_organism(
-                tiny_base, chats, settings=PRESETS[name], out=tmp_path / name, seed=0
-            )
+            train_organism(tiny_base, chats, settings=PRESETS[name], out=tmp_path / name, seed=0)
         assert not (tmp_path / name).exists()

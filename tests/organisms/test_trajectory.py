@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emlens.organisms.trajectory import (
@@ -14,7 +15,6 @@ from emlens.organisms.trajectory import (
     load_trajectory,
 )
 from emlens.results import load_result
-from peft import LoraConfig, get_peft_model
 
 STEPS = (0, 5, 12)
 
@@ -61,11 +61,13 @@ def test_checkpoints_are_stacked_by_their_steps(run: Path):
     ]
     first = trajectory.modules[0]
     assert first.scale == pytest.approx(6 / 2**0.5)
-    assert first.A.shape == (3, 2, 24) and first.B.shape == (3, 16, 2)
+    assert first.A.shape == (3, 2, 24)
+    assert first.B.shape == (3, 16, 2)
     assert [float(b.mean()) for b in first.B] == [0.0, 5.0, 12.0]
     assert trajectory.logged_steps.tolist() == [1, 2]
     assert trajectory.losses.tolist() == [3.0, 2.0]
-    assert trajectory.gradient_norms[0] == 0.5 and trajectory.gradient_norms[1].isnan()
+    assert trajectory.gradient_norms[0] == 0.5
+    assert trajectory.gradient_norms[1].isnan()
     norm = (2 * 16 * 2 * 25.0) ** 0.5
     assert trajectory.rows()[1]["norm_B"] == pytest.approx(norm)
 
@@ -85,19 +87,17 @@ def test_a_saved_trajectory_is_read_alone_or_out_of_a_run(run: Path, tmp_path: P
     for place in (tmp_path / "run", tmp_path / "run" / "results" / "trajectory"):
         again = load_trajectory(place)
         assert torch.equal(again.modules[1].B, trajectory.modules[1].B)
-    assert isinstance(
-        load_result(tmp_path / "run" / "results" / "trajectory"), AdapterTrajectory
-    )
+    assert isinstance(load_result(tmp_path / "run" / "results" / "trajectory"), AdapterTrajectory)
 
 
 def test_a_checkpoint_cut_short_is_named(run: Path, tmp_path: Path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     weights = copy / "checkpoint-5" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-40])
-    with pytest.raises(TrajectoryError, match="checkpoint-5: .*cut short"):
+    with pytest.raises(TrajectoryError, match=r"checkpoint-5: .*cut short"):
         load_trajectory(copy)
     weights.unlink()
-    with pytest.raises(TrajectoryError, match="checkpoint-5: .*missing"):
+    with pytest.raises(TrajectoryError, match=r"checkpoint-5: .*missing"):
         load_trajectory(copy)
 
 
@@ -105,7 +105,9 @@ def test_a_checkpoint_of_another_adapter_is_named(run: Path, tmp_path: Path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     config = copy / "checkpoint-12" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 7'))
-    with pytest.raises(TrajectoryError, match="checkpoint-12 is not of the adapter of checkpoint-0"):
+    with pytest.raises(
+        TrajectoryError, match="checkpoint-12 is not of the adapter of checkpoint-0"
+    ):
         load_trajectory(copy)
 
 

@@ -150,7 +150,7 @@ def test_scores_are_those_of_the_matrices_written_out(centring: str):
     cross = [(m * stacked[-1]).sum() for m in stacked]
     trajectory = trajectory_of(*paths)
     for score, expected in (("gram", gram), ("cross", cross)):
-        found = score_against_last(trajectory, score=score, centring=centring)  # pyright: ignore
+        found = score_against_last(trajectory, score=score, centring=centring)  # pyright: ignore[reportArgumentType]
         np.testing.assert_allclose(found, np.divide(expected, norms), rtol=1e-10)
 
 

