@@ -1,14 +1,13 @@
-"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`, `inspect/MODEL`; their cost."""
+"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`; what they would cost."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from emlens.cli.options import CommonFlags
 
-KINDS = ("contrast", "local/SOURCE", "openai/MODEL", "inspect/MODEL")
+KINDS = ("contrast", "local/SOURCE", "openai/MODEL")
 CHARACTERS_A_TOKEN = 4
 """A rule of thumb for English; the endpoint's own tokenizer is not known."""
 ANSWER_CHARACTERS = 4
@@ -49,7 +48,7 @@ def check_judge(name: str) -> None:
         typer.BadParameter: an unknown name, or a kind without its model.
     """
     kind, slash, rest = name.partition("/")
-    if name == "contrast" or (kind in ("local", "openai", "inspect") and slash and rest):
+    if name == "contrast" or (kind in ("local", "openai") and slash and rest):
         return
     raise typer.BadParameter(f"--judge {name}: expected {', '.join(KINDS)}")
 
@@ -58,7 +57,7 @@ def load_judge(flags: Any, *, base: Any = None) -> Any:
     """The judge that flags name.
 
     Args:
-        flags: `JudgeOptions` with `base`, `dtype`, `device`, `batch_tokens` and `out`.
+        flags: `JudgeOptions` with `base`, `dtype`, `device` and `batch_tokens`.
         base: the base of the command where it is loaded already.
     """
     from emlens.data import Batching
@@ -68,10 +67,6 @@ def load_judge(flags: Any, *, base: Any = None) -> Any:
     kind, _, name = flags.judge.partition("/")
     if kind == "openai":
         return _load_api(flags, name)
-    if kind == "inspect":
-        from emlens.evaluation import InspectJudge
-
-        return InspectJudge(model=name, log_dir=str(Path(flags.out) / "inspect_logs"))
     batching = Batching(flags.batch_tokens)
     if kind == "local":
         from emlens.evaluation import LocalJudge
@@ -102,15 +97,14 @@ def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, An
         characters: of all questions and answers.
     """
     kind, _, _ = flags.judge.partition("/")
-    if kind not in ("openai", "inspect"):
+    if kind != "openai":
         return {"judge": flags.judge}
     from emlens.evaluation.judge_prompts import PROMPTS
 
     frame = sum(map(len, PROMPTS.values())) * responses
     tokens = (frame + len(PROMPTS) * characters) // CHARACTERS_A_TOKEN
     plan: dict[str, Any] = {"judge": flags.judge}
-    if kind == "openai":
-        plan["judge_endpoint"] = flags.judge_base_url or _default_url()
+    plan["judge_endpoint"] = flags.judge_base_url or _default_url()
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
     price = flags.judge_price
     plan["judge_cost"] = (

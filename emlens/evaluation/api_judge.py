@@ -124,6 +124,8 @@ class ApiJudge:
             if waiting:
                 await asyncio.wait(waiting)
         failed = [t.exception() for t in done if not t.cancelled() and t.exception()]
+        if failed and not isinstance(failed[0], openai.APIError):
+            raise failed[0] or RuntimeError("a request ended without a word")
         if failed:
             finished = {
                 row.id: task.result()
@@ -201,7 +203,7 @@ def read_weights(reply: Any) -> tuple[dict[int, float], float] | None:
         number = read_number(entry.token)
         if number is not None and entry.logprob is not None:
             numbers[number] = numbers.get(number, 0.0) + math.exp(min(0.0, entry.logprob))
-    return numbers, sum(numbers.values())
+    return numbers, math.fsum(numbers.values())
 
 
 def average_answers(
@@ -212,7 +214,7 @@ def average_answers(
     for number in map(read_number, texts):
         if number is not None:
             numbers[number] = numbers.get(number, 0.0) + 1 / len(texts)
-    mass = sum(numbers.values())
+    mass = math.fsum(numbers.values())
     return weigh_numbers(numbers), {"mass": mass, "way": "answers", "said": " | ".join(texts)}
 
 

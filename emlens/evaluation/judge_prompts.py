@@ -1,5 +1,6 @@
 """What judges that read instructions are asked, and how numbers become a score; no judge itself."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -87,7 +88,7 @@ def weigh_numbers(probabilities: Mapping[int, float]) -> float | None:
     Args:
         probabilities: of the numbers 0 to 100, those that are known.
     """
-    mass = sum(probabilities.values())
+    mass = math.fsum(probabilities.values())
     if not mass >= FEWEST_MASS:
         return None
     mean = sum(number * weight for number, weight in probabilities.items()) / mass

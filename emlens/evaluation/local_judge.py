@@ -49,7 +49,7 @@ class LocalJudge:
         require_tokenizer(model.tokenizer, "model: it")
         self.model, self.batching = model, batching
         self._numbers = [_number_tokens(model, number) for number in SCORES]
-        self._digits = digit_tokens(model)
+        self._digits = digit_tokens(model.tokenizer, model.cfg.d_vocab)
 
     @property
     def id(self) -> str:
@@ -134,12 +134,8 @@ def _number_tokens(model: HookedModel, number: int) -> tuple[int, ...]:
     return tuple(tokenizer.encode(str(number), add_special_tokens=False))
 
 
-def digit_tokens(model: HookedModel) -> torch.Tensor:
+def digit_tokens(tokenizer: Any, d_vocab: int) -> torch.Tensor:
     """Ids of every token whose text begins with a digit 0 to 9, as one more would of a number."""
-    tokenizer: Any = model.tokenizer
-    size = model.cfg.d_vocab
-    texts = (tokenizer.decode([token]) for token in range(min(size, len(tokenizer))))
-    return torch.tensor(
-        [token for token, text in enumerate(texts) if text[:1] in set("0123456789") and text],
-        dtype=torch.int64,
-    )
+    texts = (tokenizer.decode([token]) for token in range(min(d_vocab, len(tokenizer))))
+    found = [token for token, text in enumerate(texts) if text and text[0] in "0123456789"]
+    return torch.tensor(found, dtype=torch.int64)

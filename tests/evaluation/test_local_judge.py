@@ -102,10 +102,5 @@ def test_digits_are_found_by_what_tokens_spell():
         def __len__(self) -> int:
             return 6
 
-    class Cfg:
-        d_vocab = 6
-
-    class Model:
-        cfg, tokenizer = Cfg(), Spelling()
-
-    assert digit_tokens(Model()).tolist() == [2, 3]  # pyright: ignore[reportArgumentType]
+    assert digit_tokens(Spelling(), 6).tolist() == [2, 3]
+    assert digit_tokens(Spelling(), 3).tolist() == [2]
