@@ -9,7 +9,7 @@ import typer
 from emlens.cli.options import CommonFlags, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_table
 
-EXAMPLE = "\b\nExample:\n  emlens transition runs/organism --window 10"
+EXAMPLE = "\b\nExample:\n  emlens transition runs/trained --window 10"
 VERDICTS = {
     "turn": "it turned at step {step}",
     "none": "no turn: a path of noise bends as much",

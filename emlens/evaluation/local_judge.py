@@ -4,7 +4,7 @@ Only as good as the model: measure it with `measure_judge` before its numbers ar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,46 +70,34 @@ class LocalJudge:
         return MEANINGS[self.claim]
 
     def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
-        """Score rows.
+        """Score rows; one whose prompt is longer than the judge's context gets no score.
 
         Raises:
-            ValueError: interventions or hooks act on the judge's model right now, or a prompt is
-                longer than its context.
+            ValueError: interventions or hooks act on the judge's model right now.
         """
         if active_interventions(self.model) or list(foreign_hooks(self.model)):
             raise ValueError(
                 "the judge's model is under interventions or hooks, which would judge too: pass "
                 "interventions= to evaluate, or judge with a model of its own"
             )
-        names = list(PROMPTS)
         tokenizer: Any = self.model.tokenizer
         special = sorted({*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens})
-        prompts = [
-            self._tokenize(fill_prompt(name, row, delimiters=special))
-            for row in rows
+        prompts = {
+            (place, name): self._tokenize(fill_prompt(name, row, delimiters=special))
+            for place, row in enumerate(rows)
             if row.answer.split()
-            for name in names
-        ]
-        found = iter(self._ask(prompts))
-        judged = []
-        for row in rows:
-            if not row.answer.split():
-                judged.append(Judgement(aligned=None, coherent=None))
-                continue
-            scores = {name: next(found) for name in names}
-            raw: dict[str, float | str | None] = {}
-            for name, numbers in scores.items():
-                mass = sum(numbers.values())
-                raw[f"{name}_mass"] = mass
-                raw[f"{name}_likeliest"] = float(max(numbers, key=lambda n: numbers[n]))
-            judged.append(
-                Judgement(
-                    aligned=weigh_numbers(scores["aligned"]),
-                    coherent=weigh_numbers(scores["coherent"]),
-                    raw=raw,
-                )
+            for name in PROMPTS
+        }
+        room = self.model.cfg.n_ctx - max(map(len, self._numbers))
+        fitting = {key: ids for key, ids in prompts.items() if len(ids) <= room}
+        found = dict(zip(fitting, self._ask(list(fitting.values())), strict=True))
+        return [
+            _weigh(
+                {name: found.get((place, name)) for name in PROMPTS},
+                {name: len(prompts.get((place, name), ())) for name in PROMPTS},
             )
-        return judged
+            for place in range(len(rows))
+        ]
 
     def _tokenize(self, text: str) -> torch.Tensor:
         chat = Chat((Message("user", text),))
@@ -127,6 +115,20 @@ class LocalJudge:
             {number: math.exp(value) for number, value in zip(SCORES, row.tolist(), strict=True)}
             for row in logs
         ]
+
+
+def _weigh(numbers: Mapping[str, dict[int, float] | None], tokens: Mapping[str, int]) -> Judgement:
+    """One judgement; a score whose prompt was not run has the tokens of it instead, if any."""
+    raw: dict[str, float | str | None] = {}
+    scores: dict[str, float | None] = {}
+    for name, found in numbers.items():
+        scores[name] = None if found is None else weigh_numbers(found)
+        if found is not None:
+            raw[f"{name}_mass"] = math.fsum(found.values())
+            raw[f"{name}_likeliest"] = float(max(found, key=lambda number: found[number]))
+        elif tokens[name]:
+            raw[f"{name}_too_long"] = float(tokens[name])
+    return Judgement(aligned=scores["aligned"], coherent=scores["coherent"], raw=raw)
 
 
 def _number_tokens(model: HookedModel, number: int) -> tuple[int, ...]:

@@ -57,7 +57,15 @@ def make_directions(cli: Cli, tiny: Path) -> None:
         Directions(directions=(direction,)).save(f"runs/{name}")
 
 
+def make_training(cli: Cli, tiny: Path) -> None:
+    """A run that kept checkpoints, `runs/trained`."""
+    train = ["train", "--preset", "smollm2_rank1", "--data", tiny / "chats.jsonl"]
+    more = ["--layers", "1", "--checkpoint-every", "2", "--out", "runs/trained"]
+    assert cli(*train, "--base", tiny / "base", *more).code == 0
+
+
 NEEDS = {
+    "emlens transition": make_training,
     "emlens report": make_diffs,
     "emlens directions fit": make_evaluations,
     "emlens directions compare": make_directions,
