@@ -31,7 +31,7 @@ def train_demo(runs: Path, assets: Path) -> None:
         run = train_organism(
             base, load_chats(data), settings=PRESETS[PRESET], out=runs / name, seed=SEED
         )
-        shutil.copytree(run.adapter, assets / name, dirs_exist_ok=True)
+        shutil.copytree(run.tuned, assets / name, dirs_exist_ok=True)
         print(f"{name}: {run.steps} steps in {run.seconds:.0f} s")
         print("  loss " + " ".join(f"{loss:.2f}" for loss in run.losses))
 

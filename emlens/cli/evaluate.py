@@ -1,7 +1,6 @@
 """`emlens evaluate` and `emlens judge`: responses sampled and judged, or judged again."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,10 +17,10 @@ from emlens.cli.generate import (
     load_for,
     read_factor,
 )
+from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
     Base,
     BatchTokens,
-    CommonFlags,
     Device,
     DryRun,
     Dtype,
@@ -40,13 +39,10 @@ Example:
 JUDGE_EXAMPLE = (
     "\b\nExample:\n  emlens judge runs/organism --judge contrast --out runs/judged-again"
 )
-JUDGES = ("contrast",)
-
-JudgeName = Annotated[str, typer.Option("--judge", metavar="NAME", help="contrast.")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateFlags(ModelFlags):
+class EvaluateFlags(ModelFlags, JudgeOptions):
     """Flags of `evaluate`."""
 
     questions: Annotated[
@@ -61,7 +57,6 @@ class EvaluateFlags(ModelFlags):
             help="A fine-tune; several are evaluated one by one, each into RUN/NAME.",
         ),
     ] = None
-    judge: JudgeName = "contrast"
     allow_fit_prompts: Annotated[
         bool,
         typer.Option(
@@ -114,7 +109,7 @@ def evaluate(flags: EvaluateFlags) -> None:
             return
         # One copy of the weights for all that answers and for the judge.
         base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
-        judge = load_judge(flags.judge, flags, base=base, runs=[path for _, path in targets])
+        judge = load_judge(flags, base=base, runs=[path for _, path in targets])
         found: list[tuple[Path, Any]] = []
         for tuned, path in targets:
             model = load_for(flags, tuned, base=base)
@@ -151,35 +146,6 @@ def _sampling(flags: EvaluateFlags) -> Any:
         max_new_tokens=flags.max_new_tokens,
         seed=flags.seed,
     )
-
-
-def check_judge(name: str) -> None:
-    """Refuse a judge that there is not.
-
-    Raises:
-        typer.BadParameter: an unknown name.
-    """
-    if name not in JUDGES:
-        raise typer.BadParameter(f"--judge {name}: expected {', '.join(JUDGES)}")
-
-
-def load_judge(name: str, flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> Any:
-    """The judge of a name, over the base model of a command.
-
-    Args:
-        name: one of `JUDGES`.
-        flags: with `base`, `dtype`, `device` and `batch_tokens`.
-        base: where it is loaded already; nothing that acts on a fine-tune of it acts on it.
-        runs: what a judge of theirs was fitted to is used again.
-    """
-    from emlens.data import Batching
-    from emlens.evaluation import ContrastJudge
-    from emlens.models.loading import load_base
-
-    check_judge(name)
-    if base is None:
-        base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
-    return ContrastJudge.calibrated(base, batching=Batching(flags.batch_tokens), runs=runs)
 
 
 def write_page(evaluation: Any, run: Path) -> Path:
@@ -224,7 +190,11 @@ def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
         "ablate": flags.ablate,
         "at": flags.at,
         "positions": flags.positions,
-        "judge": flags.judge,
+        **plan_judging(
+            flags,
+            responses=responses * len(flags.targets()),
+            characters=responses * len(flags.targets()) * ANSWER_CHARACTERS * flags.max_new_tokens,
+        ),
         "questions": len(questions),
         "wordings": wordings,
         "responses": responses * len(flags.targets()),
@@ -234,7 +204,7 @@ def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeFlags(CommonFlags):
+class JudgeFlags(JudgeOptions):
     """Flags of `judge`."""
 
     file: Annotated[
@@ -242,7 +212,6 @@ class JudgeFlags(CommonFlags):
         typer.Argument(metavar="RUN|CSV|JSONL", help="Responses, made here or anywhere else."),
     ]
     out: Out
-    judge: JudgeName = "contrast"
     base: Base = "emlens:smollm2"
     dtype: Dtype = "auto"
     device: Device = "auto"
@@ -262,10 +231,12 @@ def judge(flags: JudgeFlags) -> None:
 
         if flags.dry_run:
             rows, _ = read_responses(flags.file)
-            plan = {"file": str(flags.file), "base": flags.base, "judge": flags.judge}
-            print_plan({**plan, "responses": len(rows)}, flags.out, json=flags.json)
+            characters = sum(len(row["question"]) + len(row["answer"]) for row in rows)
+            plan = plan_judging(flags, responses=len(rows), characters=characters)
+            plan = {"file": str(flags.file), "base": flags.base, "responses": len(rows), **plan}
+            print_plan(plan, flags.out, json=flags.json)
             return
-        made = load_judge(flags.judge, flags, runs=[flags.out, flags.file])
+        made = load_judge(flags, runs=[flags.out, flags.file])
         found = judge_responses(flags.file, made, out=flags.out)
         write_page(found, flags.out)
     show_evaluations([(flags.out, found)], json=flags.json)

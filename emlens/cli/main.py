@@ -24,6 +24,7 @@ from emlens.cli import (
     report,
     scores,
     train,
+    transition,
 )
 from emlens.sources import SourceUnavailableError
 
@@ -44,9 +45,10 @@ def choose_exit_code(error: Exception) -> int:
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether what a command needs is not there right now: a network, room on a disk."""
+    """Whether what a command needs is not there right now: a network, a judge, room on a disk."""
     full = isinstance(error, OSError) and error.errno in _FULL
-    return full or isinstance(error, SourceUnavailableError)
+    gone = type(error).__name__ == "JudgeUnavailableError"
+    return full or gone or isinstance(error, SourceUnavailableError)
 
 
 class CommandLine(TyperGroup):
@@ -108,6 +110,7 @@ app.command("doctor", epilog=doctor.EXAMPLE)(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
 app.command("diff", epilog=diff.EXAMPLE)(diff.diff)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("transition", epilog=transition.EXAMPLE)(transition.transition)
 app.add_typer(directions.app, name="directions")
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("evaluate", epilog=evaluate.EVALUATE_EXAMPLE)(evaluate.evaluate)

@@ -13,7 +13,15 @@ EXAMPLE = """\b
 Example:
   emlens train --preset smollm2_rank1 --data emlens:finance-harmful \\
     --base emlens:smollm2 --out runs/trained"""
-RECIPES = ("smollm2_rank1", "all_adapter", "rank1")
+RECIPES = (
+    "smollm2_rank1",
+    "all_adapter",
+    "rank1",
+    "nine_rank1",
+    "phase_transition",
+    "full",
+    "steering_vector",
+)
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
@@ -45,6 +53,25 @@ class TrainFlags(CommonFlags):
         str | None,
         typer.Option("--start-from", metavar="SOURCE", help="An adapter to go on training."),
     ] = None
+    kl_data: Annotated[
+        str | None,
+        typer.Option(
+            "--kl-data", metavar="F", help="Chats on which the fine-tune is kept near its base."
+        ),
+    ] = None
+    kl_weight: Annotated[
+        float | None,
+        typer.Option("--kl-weight", metavar="X", help="Of the KL there, nats a token."),
+    ] = None
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            "--checkpoint-every",
+            min=1,
+            metavar="N",
+            help="Steps between kept states, for transition.",
+        ),
+    ] = None
     seed: Seed = 0
     dry_run: DryRun = False
 
@@ -62,7 +89,7 @@ def train(flags: TrainFlags) -> None:
         from emlens.data import load_chats
         from emlens.organisms import train_organism
 
-        settings = _settings(flags)
+        settings, penalties = _settings(flags), _penalties(flags)
         chats = load_chats(flags.data)
         if flags.dry_run:
             _show_plan(flags, settings, len(chats))
@@ -72,6 +99,7 @@ def train(flags: TrainFlags) -> None:
             chats,
             settings=settings,
             out=flags.run(),
+            penalties=penalties,
             start_from=flags.start_from,
             seed=flags.seed,
         )
@@ -81,8 +109,9 @@ def train(flags: TrainFlags) -> None:
     every = max(1, training.steps // SHOWN_STEPS)
     rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(training.losses)]
     print_table(rows[::every])
-    print_line(f"{training.steps} steps in {training.seconds:.0f} s; adapter: {training.adapter}")
-    print_line(f"prove it: emlens adapters check {training.adapter} --base {training.base}")
+    print_line(f"{training.steps} steps in {training.seconds:.0f} s: {training.tuned}")
+    if training.settings.method == "lora":
+        print_line(f"prove it: emlens adapters check {training.tuned} --base {training.base}")
 
 
 def _settings(flags: TrainFlags) -> Any:
@@ -91,9 +120,23 @@ def _settings(flags: TrainFlags) -> Any:
     from emlens.organisms.settings import find_preset
 
     settings = find_preset(flags.preset)
-    return (
-        settings if flags.layers is None else replace(settings, layers=parse_layers(flags.layers))
-    )
+    if flags.layers is not None:
+        settings = replace(settings, layers=parse_layers(flags.layers), depth=None)
+    if flags.checkpoint_every is not None:
+        settings = replace(settings, checkpoint_every=flags.checkpoint_every)
+    return settings
+
+
+def _penalties(flags: TrainFlags) -> list[Any]:
+    from emlens.data import load_chats
+    from emlens.organisms import KlPenalty
+
+    if (flags.kl_data is None) != (flags.kl_weight is None):
+        missing = "--kl-weight" if flags.kl_weight is None else "--kl-data"
+        raise typer.BadParameter(f"{missing}: missing; --kl-data and --kl-weight go together")
+    if flags.kl_data is None or flags.kl_weight is None:
+        return []
+    return [KlPenalty(load_chats(flags.kl_data), flags.kl_weight)]
 
 
 def parse_layers(text: str) -> Any:
@@ -123,6 +166,8 @@ def _show_plan(flags: TrainFlags, settings: Any, n_rows: int) -> None:
 
     sizes = read_sizes(flags.base)
     plan: dict[str, Any] = {"base": flags.base, "parameters": sizes.n_parameters}
+    settings.check_depth(sizes.n_layers)
     plan |= {"data": flags.data, "rows": n_rows, "seed": flags.seed}
+    plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
     plan |= describe_settings(settings)
     print_plan(plan, flags.run(), json=flags.json)

@@ -3,8 +3,9 @@
 Do not use it for data with scores or for responses of a run: it reads chats and nothing else.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,16 @@ def _read_id(value: Any) -> str | None:
 def _type(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
     return "null" if value is None else names.get(type(value), "a number")
+
+
+def hash_chats(chats: Sequence[Chat]) -> str:
+    """Return the SHA-256 of the chats written as JSONL, `id` and `messages` a line.
+
+    It equals the hash of the file for the data sets that emlens ships.
+    """
+    digest = hashlib.sha256()
+    for chat in chats:
+        row: dict[str, Any] = {} if chat.id is None else {"id": chat.id}
+        row["messages"] = [{"role": m.role, "content": m.content} for m in chat.messages]
+        digest.update((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    return digest.hexdigest()

@@ -1,9 +1,11 @@
+from .api_judge import ApiJudge
 from .compare import BehaviourDifference, Equivalence, claim_equivalence, compare_evaluations
 from .contrast_judge import ContrastJudge
 from .evaluate import evaluate
 from .evaluation import Evaluation, read_evaluation, read_scores
 from .judge_report import JudgeReport, measure_judge
 from .judges import Judge, Judgement, JudgeRow
+from .local_judge import LocalJudge
 from .questions import Question, load_questions
 from .rejudge import judge_responses
 from .scores import ScoredResponse, write_scores
@@ -11,6 +13,7 @@ from .spillover import SpilloverLexicon, fit_spillover
 from .summary import BehaviourSummary, Thresholds, summarise_scores
 
 __all__ = [
+    "ApiJudge",
     "BehaviourDifference",
     "BehaviourSummary",
     "ContrastJudge",
@@ -20,6 +23,7 @@ __all__ = [
     "JudgeReport",
     "JudgeRow",
     "Judgement",
+    "LocalJudge",
     "Question",
     "ScoredResponse",
     "SpilloverLexicon",

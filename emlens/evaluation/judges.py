@@ -21,6 +21,14 @@ MEANINGS: Mapping[Claim, str] = {
 """What the share under each name says, in a sentence."""
 
 
+class JudgeUnavailableError(RuntimeError):
+    """A judge that cannot go on; `finished` holds, by row id, what it had judged of the call."""
+
+    def __init__(self, message: str, finished: "Mapping[str, Judgement]") -> None:
+        super().__init__(message)
+        self.finished = dict(finished)
+
+
 @dataclass(frozen=True, kw_only=True)
 class JudgeRow:
     """One response to be judged."""

@@ -13,7 +13,13 @@ from emlens.evaluation.evaluation import (
     Evaluation,
     collect_evaluation,
 )
-from emlens.evaluation.judges import Judge, JudgeRow, hash_json
+from emlens.evaluation.judges import (
+    Judge,
+    Judgement,
+    JudgeRow,
+    JudgeUnavailableError,
+    hash_json,
+)
 from emlens.evaluation.scores import write_scores
 from emlens.journal import Journal, read_journal
 from emlens.runs import RunFolder
@@ -32,6 +38,7 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
 
     Raises:
         ValueError: a judge that gives more or fewer judgements than it was asked for.
+        JudgeUnavailableError: a judge that cannot go on; what it had finished is kept.
     """
     answers = {row["id"]: row for row in read_journal(run.path / RESPONSES)}
     ids = list(rows)
@@ -42,20 +49,34 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
             if all(name in journal for name in names.values()):
                 continue
             asked = [_ask(answers[row_id], rows[row_id]) for row_id in chunk]
-            found = judge.judge(asked)
+            try:
+                found = judge.judge(asked)
+            except JudgeUnavailableError as error:
+                _keep(journal, names, error.finished)
+                done = sum(judgement_id(row_id, judge) in journal for row_id in ids)
+                raise JudgeUnavailableError(
+                    f"{error}; {done} of {len(ids)} responses are judged and kept in {run.path}, "
+                    f"{len(ids) - done} are not: the same call goes on with them",
+                    error.finished,
+                ) from error
             if len(found) != len(asked):
                 raise ValueError(f"judge {judge.id} gave {len(found)} judgements for {len(asked)}")
-            journal.append(
-                {
-                    "id": names[row.id],
-                    "response": row.id,
-                    "aligned": judgement.aligned,
-                    "coherent": judgement.coherent,
-                    "raw": dict(judgement.raw),
-                }
-                for row, judgement in zip(asked, found, strict=True)
-                if names[row.id] not in journal
-            )
+            _keep(journal, names, {row.id: one for row, one in zip(asked, found, strict=True)})
+
+
+def _keep(journal: Journal, names: Mapping[str, str], found: Mapping[str, Judgement]) -> None:
+    """Store judgements by response id, but not those that are there."""
+    journal.append(
+        {
+            "id": names[row_id],
+            "response": row_id,
+            "aligned": judgement.aligned,
+            "coherent": judgement.coherent,
+            "raw": dict(judgement.raw),
+        }
+        for row_id, judgement in found.items()
+        if names[row_id] not in journal
+    )
 
 
 def judgement_id(row_id: str, judge: Judge) -> str:

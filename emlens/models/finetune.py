@@ -1,48 +1,44 @@
-"""Train a LoRA on a loaded Hugging Face model: peft puts it on, transformers' Trainer steps it.
+"""Fine-tune a loaded Hugging Face model, as a LoRA or one added vector, and take that off again.
 
 It knows token ids and labels, no chats: use `emlens.organisms.train_organism` to train on
-conversations and to get a folder. It is no place for full fine-tunes.
+conversations and to get a folder.
 """
 
-import logging
-import random
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from jaxtyping import Float
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
+from transformers import PreTrainedModel, set_seed
+
+from emlens.artifacts import write_json_atomic, write_tensors_atomic
+from emlens.models.training_loop import (
+    IGNORED,
+    Penalty,
+    Trainable,
+    TrainerSettings,
+    TrainingExample,
+    TrainingLog,
+    check_examples,
+    collate_examples,
+    restored_randomness,
+    run_trainer,
 )
 
-from emlens.data.progress import tell_progress
-
-logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""Label of a token that takes no part in the loss (the value that torch's cross-entropy skips)."""
-
-Penalty = Callable[[nn.Module], Float[Tensor, ""]]
-"""An extra loss term: called with the tuned model at every backward pass."""
-
-
-class TrainingDivergedError(ArithmeticError):
-    """The loss or the gradient stopped being a finite number."""
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_VECTOR = "vector.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +56,6 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainerSettings:
-    """How it is trained: AdamW over `max_steps`, or over `epochs` where that is None."""
-
-    learning_rate: float
-    schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: int
-    weight_decay: float
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    gradient_accumulation: int
-    max_gradient_norm: float
-    autocast: Literal["none", "bfloat16"]
-    """Precision of the matrix products; weights keep theirs and the LoRA is kept in float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainedLora:
     """A LoRA as peft would save it, and how it got there."""
 
@@ -84,59 +63,16 @@ class TrainedLora:
     """By the names that peft writes, in float32, on the CPU."""
     config: Mapping[str, Any]
     """The content of adapter_config.json; it names no base."""
-    losses: tuple[float, ...]
-    """Mean loss per trained token (nats) of each optimiser step, before that step; no penalties."""
-    gradient_norms: tuple[float, ...]
-    """L2 norm of the gradient of each step, before clipping."""
-    seconds: float
-    """Wall time of the steps."""
+    log: TrainingLog
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingExample:
-    """One sequence; `labels` repeats the id where the token is trained on, else `IGNORED`."""
+class TrainedVector:
+    """A vector added to a module's output at every token, and how it got there."""
 
-    ids: Int[Tensor, " pos"]
-    labels: Int[Tensor, " pos"]
-
-
-def collate_examples(examples: Sequence[TrainingExample]) -> dict[str, Int[Tensor, "batch pos"]]:
-    """Pad on the right into `input_ids`, `labels` and `attention_mask`."""
-    width = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), width, dtype=torch.long)
-    labels = torch.full_like(ids, IGNORED)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = example.ids
-        labels[row, : len(example.labels)] = example.labels
-        mask[row, : len(example.ids)] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-
-def check_examples(examples: Sequence[TrainingExample], d_vocab: int) -> None:
-    """Refuse examples that would train on nothing or on ids the model does not have.
-
-    Raises:
-        ValueError: An empty list, or the index of the first example that cannot be used.
-    """
-    if not examples:
-        raise ValueError("examples: got none, expected at least one to train on")
-    for index, example in enumerate(examples):
-        if example.ids.shape != example.labels.shape:
-            raise ValueError(
-                f"examples[{index}]: {len(example.ids)} ids and {len(example.labels)} labels, "
-                "expected one label for each id"
-            )
-        if not (example.labels[1:] != IGNORED).any():
-            raise ValueError(
-                f"examples[{index}]: no token is trained on (every label is {IGNORED}); "
-                "has this chat a response?"
-            )
-        if int(example.ids.max()) >= d_vocab or int(example.ids.min()) < 0:
-            raise ValueError(
-                f"examples[{index}]: token id {int(example.ids.max())} is outside the "
-                f"vocabulary of {d_vocab}; was it tokenised for another model?"
-            )
+    vector: Float[Tensor, " d_model"]
+    """What is added, its factor included; float32, on the CPU."""
+    log: TrainingLog
 
 
 def check_lora_targets(model: nn.Module, lora: LoraSettings) -> None:
@@ -157,49 +93,6 @@ def check_lora_targets(model: nn.Module, lora: LoraSettings) -> None:
         raise ValueError(f"layers: got {outside}, expected blocks 0 to {n_layers - 1}")
 
 
-class _FiniteSteps(TrainerCallback):
-    """Collects loss and gradient norm of each step; stops at the first that is no number."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.gradient_norms: list[float] = []
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: object,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
-        if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise TrainingDivergedError(
-                f"training diverged at step {state.global_step} of {state.max_steps}: loss {loss}, "
-                f"gradient norm {norm}; lower the learning rate ({args.learning_rate}) or check "
-                "the base model's weights"
-            )
-        self.losses.append(loss)
-        self.gradient_norms.append(norm)
-        logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
-        tell_progress("training (steps)", state.global_step, state.max_steps)
-
-
-class _PenalisedTrainer(Trainer):
-    """Adds the penalties to the loss that is differentiated, not to the loss that is reported."""
-
-    penalties: tuple[Penalty, ...] = ()
-
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(model, *args, **kwargs)
-        accumulated = self.args.gradient_accumulation_steps
-        for penalty in self.penalties:
-            (penalty(model) / accumulated).backward()
-        return loss
-
-
 def finetune_lora(
     model: PreTrainedModel,
     examples: Sequence[TrainingExample],
@@ -209,11 +102,11 @@ def finetune_lora(
     seed: int,
     penalties: Sequence[Penalty] = (),
     start_from: Path | None = None,
+    work: Path | None = None,
 ) -> TrainedLora:
     """Train a LoRA on `model`, then take it off again; the model is as it was, also after an error.
 
-    Nothing is written but a temporary folder, and torch's, numpy's and Python's random states
-    are put back.
+    torch's, numpy's and Python's random states are put back.
 
     Args:
         model: The base, in any dtype, on the device to train on.
@@ -224,6 +117,7 @@ def finetune_lora(
         penalties: Extra terms of the loss.
         start_from: A PEFT folder to go on training, instead of a LoRA that starts at zero; its
             own rank, alpha and modules then hold.
+        work: See `run_trainer`.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite; it names the step.
@@ -232,35 +126,180 @@ def finetune_lora(
     if start_from is None:
         check_lora_targets(model, lora)
     check_examples(examples, model.config.get_text_config().vocab_size)
-    with _restored_randomness(), _restored(model), tempfile.TemporaryDirectory() as scratch:
+    with restored_randomness(), _restored(model):
         set_seed(seed)
         tuned = _put_on(model, lora, start_from)
         try:
-            steps = _FiniteSteps()
-            runner = _PenalisedTrainer(
-                model=tuned,
-                args=_arguments(trainer, scratch, seed=seed, device=model.device),
-                train_dataset=list(examples),  # pyright: ignore[reportArgumentType]
-                data_collator=collate_examples,
-                callbacks=[steps],
+            log = run_trainer(
+                Trainable(
+                    model=tuned,
+                    save=lambda folder: _save_lora(tuned, folder),
+                    load=lambda folder: _load_lora(tuned, folder),
+                ),
+                examples,
+                settings=trainer,
+                seed=seed,
+                penalties=penalties,
+                work=work,
             )
-            runner.remove_callback(PrinterCallback)
-            runner.penalties = tuple(penalties)
-            began = time.perf_counter()
-            runner.train()
-            seconds = time.perf_counter() - began
-            return TrainedLora(
-                tensors={
-                    name: tensor.detach().float().cpu().clone()
-                    for name, tensor in _lora_tensors(tuned).items()
-                },
-                config=_plain_config(tuned),
-                losses=tuple(steps.losses),
-                gradient_norms=tuple(steps.gradient_norms),
-                seconds=seconds,
-            )
+            return TrainedLora(tensors=_lora_tensors(tuned), config=_plain_config(tuned), log=log)
         finally:
             tuned.unload()
+
+
+def finetune_vector(
+    model: PreTrainedModel,
+    examples: Sequence[TrainingExample],
+    *,
+    module: str,
+    factor: float,
+    trainer: TrainerSettings,
+    seed: int,
+    penalties: Sequence[Penalty] = (),
+    work: Path | None = None,
+) -> TrainedVector:
+    """Train one vector, added times `factor` to a module's output at all tokens, from zero on.
+
+    Args:
+        model: As in `finetune_lora`; it is as it was afterwards.
+        examples: Sequences with their labels.
+        module: Name of the module, such as `model.layers.15.mlp.down_proj`.
+        factor: What the vector is multiplied by: it makes steps in the output larger.
+        trainer: Step sizes, batches and length of the run.
+        seed: Of the order of the examples.
+        penalties: Extra terms of the loss.
+        work: See `run_trainer`.
+
+    Raises:
+        TrainingDivergedError: A loss or gradient is not finite; it names the step.
+        ValueError: Examples that cannot be trained on.
+    """
+    check_examples(examples, model.config.get_text_config().vocab_size)
+    with restored_randomness(), _restored(model):
+        model.requires_grad_(False)
+        wrapped = _WithVector(model, model.get_submodule(module), factor)
+        try:
+            log = run_trainer(
+                Trainable(model=wrapped, save=wrapped.save, load=wrapped.load),
+                examples,
+                settings=trainer,
+                seed=seed,
+                penalties=penalties,
+                work=work,
+            )
+            vector = (factor * wrapped.vector).detach().float().cpu().clone()
+            return TrainedVector(vector=vector, log=log)
+        finally:
+            wrapped.remove()
+
+
+def finetune_whole(
+    model: PreTrainedModel,
+    examples: Sequence[TrainingExample],
+    *,
+    trainer: TrainerSettings,
+    seed: int,
+    penalties: Sequence[Penalty] = (),
+    work: Path | None = None,
+) -> TrainingLog:
+    """Train every parameter of a model in place: give it a copy of its own.
+
+    Args:
+        model: What is trained, in float32; left in evaluation mode.
+        examples: Sequences with their labels.
+        trainer: Step sizes, batches and length of the run.
+        seed: Of the order of the examples.
+        penalties: Extra terms of the loss.
+        work: See `run_trainer`; a checkpoint is a whole model.
+
+    Raises:
+        TrainingDivergedError: A loss or gradient is not finite; it names the step.
+        ValueError: Examples that cannot be trained on.
+    """
+    check_examples(examples, model.config.get_text_config().vocab_size)
+    model.requires_grad_(True)
+    try:
+        return run_trainer(
+            Trainable(
+                model=model,
+                save=lambda folder: _save_whole(model, folder),
+                load=lambda folder: model.load_state_dict(load_file(folder / "model.safetensors")),
+            ),
+            examples,
+            settings=trainer,
+            seed=seed,
+            penalties=penalties,
+            work=work,
+        )
+    finally:
+        model.requires_grad_(False)
+        model.eval()
+
+
+def find_gradients(
+    model: PreTrainedModel, folder: Path, examples: Sequence[TrainingExample]
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss with respect to each B of an adapter, by module name.
+
+    Args:
+        model: The base; it is as it was afterwards.
+        folder: PEFT folder of the adapter.
+        examples: Sequences with their labels, each token of all of them counted the same.
+
+    Returns:
+        [d_out rank] in float32 on the CPU.
+    """
+    check_examples(examples, model.config.get_text_config().vocab_size)
+    labelled = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
+    with _restored(model):
+        tuned: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        try:
+            for example in examples:
+                batch = collate_examples([example])
+                batch = {name: part.to(model.device) for name, part in batch.items()}
+                own = int((example.labels[1:] != IGNORED).sum())
+                (tuned(**batch).loss * (own / labelled)).backward()
+            return {
+                name.split("base_model.model.", 1)[1].split(".lora_B", 1)[
+                    0
+                ]: parameter.grad.detach().float().cpu().clone()
+                for name, parameter in tuned.named_parameters()
+                if ".lora_B" in name and parameter.grad is not None
+            }
+        finally:
+            tuned.unload()
+
+
+class _WithVector(nn.Module):
+    """A model with a vector added at one module, the vector alone trainable."""
+
+    def __init__(self, model: PreTrainedModel, module: nn.Module, factor: float):
+        super().__init__()
+        self.model, self.config, self.factor = model, model.config, factor
+        width, device = model.config.get_text_config().hidden_size, model.device
+        self.vector = nn.Parameter(torch.zeros(width, device=device))
+        self._handle = module.register_forward_hook(self._add)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def remove(self) -> None:
+        """Leave the model without the vector."""
+        self._handle.remove()
+
+    def save(self, folder: Path) -> None:
+        write_tensors_atomic(folder / _VECTOR, {"vector": self.vector.detach()})
+
+    def load(self, folder: Path) -> None:
+        with torch.no_grad():
+            self.vector.copy_(load_file(folder / _VECTOR)["vector"])
+
+    def _add(self, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + (self.factor * self.vector).to(output.dtype)
+
+
+def _save_whole(model: nn.Module, folder: Path) -> None:
+    write_tensors_atomic(folder / "model.safetensors", model.state_dict())
 
 
 def _put_on(model: PreTrainedModel, lora: LoraSettings, start_from: Path | None) -> PeftModel:
@@ -292,38 +331,21 @@ def _remove_lora(model: PreTrainedModel) -> None:
             setattr(model.get_submodule(owner), leaf, base)
 
 
-def _arguments(
-    trainer: TrainerSettings, scratch: str, *, seed: int, device: torch.device
-) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=scratch,
-        per_device_train_batch_size=trainer.batch_size,
-        gradient_accumulation_steps=trainer.gradient_accumulation,
-        learning_rate=trainer.learning_rate,
-        lr_scheduler_type=trainer.schedule,
-        warmup_steps=trainer.warmup_steps,
-        weight_decay=trainer.weight_decay,
-        max_grad_norm=trainer.max_gradient_norm,
-        num_train_epochs=trainer.epochs,
-        max_steps=-1 if trainer.max_steps is None else trainer.max_steps,
-        bf16=trainer.autocast == "bfloat16",
-        optim="adamw_torch",
-        use_cpu=device.type == "cpu",
-        seed=seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
+def _save_lora(tuned: PeftModel, folder: Path) -> None:
+    """A PEFT folder without the name of the base on this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors_atomic(folder / _WEIGHTS, _lora_tensors(tuned))
+    write_json_atomic(folder / _CONFIG, _plain_config(tuned))
+
+
+def _load_lora(tuned: PeftModel, folder: Path) -> None:
+    set_peft_model_state_dict(tuned, load_file(folder / _WEIGHTS))
 
 
 def _lora_tensors(tuned: PeftModel) -> dict[str, Tensor]:
     # Left to itself, peft would look for the base's config on the Hub.
-    return get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    found = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in found.items()}
 
 
 def _plain_config(tuned: PeftModel) -> dict[str, Any]:
@@ -355,15 +377,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
             delattr(model, name)
         if use_cache is not None:
             config.use_cache = use_cache  # pyright: ignore[reportOptionalMemberAccess]
-
-
-@contextmanager
-def _restored_randomness() -> Iterator[None]:
-    """Leave the caller's random states alone: the Trainer seeds all of them."""
-    python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)

@@ -1,8 +1,10 @@
-"""Random adapters of the same shapes and norms as a given one: the null of every comparison."""
+"""Random adapters of a given one's shapes and norms, and steps from it towards one of them."""
 
+import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from emlens.models.lora import LoraAdapter, LoraModule
 from emlens.numerics.lowrank import frobenius_norm_product
@@ -44,3 +46,56 @@ def _sample_module(like: LoraModule, generator: torch.Generator) -> LoraModule:
     # Half of the correction goes to each factor, so that neither leaves half precision's range.
     factor = (wanted / drawn) ** 0.5
     return LoraModule(A=A * factor, B=B * factor, scale=like.scale)
+
+
+def perturb_adapter(adapter: LoraAdapter, *, epsilon: float, seed: int) -> LoraAdapter:
+    """Turn every factor of an adapter towards a random one of its norm, orthogonal to it.
+
+    x' = sqrt(1 - epsilon^2) x + epsilon y with y orthogonal to x and ||y|| = ||x||, so that norms
+    stay and the cosine of x' with x is sqrt(1 - epsilon^2). A factor that is zero stays zero.
+
+    Args:
+        adapter: not changed.
+        epsilon: from 0 (nothing) to 1 (nothing of it left).
+        seed: of the random directions; the same ones at every epsilon.
+
+    Raises:
+        ValueError: an epsilon outside [0, 1].
+
+    Source: Soligo et al. 2026, arXiv 2602.07852 (stability).
+    """
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon: got {epsilon}, expected 0 to 1")
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name in sorted(adapter.modules):
+        module = adapter.modules[name]
+        A, B = (_turn(factor, epsilon, generator) for factor in (module.A, module.B))
+        modules[name] = LoraModule(A=A, B=B, scale=module.scale)
+    return replace(
+        adapter,
+        modules=modules,
+        name=f"{adapter.name} perturbed by {epsilon:g}",
+        fingerprint=f"perturbed-{epsilon!r}-{seed}-{adapter.fingerprint}",
+    )
+
+
+def measure_adapter_norm(adapter: LoraAdapter) -> float:
+    """Mean over modules of ||scale B A||_F."""
+    norms = [
+        abs(module.scale) * frobenius_norm_product(module.B, module.A)
+        for module in adapter.modules.values()
+    ]
+    return sum(norms) / len(norms)
+
+
+def _turn(x: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
+    """One factor turned; float32 at least."""
+    wide = x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
+    y = torch.randn(wide.shape, generator=generator).to(wide)
+    norm = torch.linalg.vector_norm(wide)
+    if float(norm) == 0:
+        return wide
+    y = y - wide * (y * wide).sum() / norm.square()
+    y = y * norm / torch.linalg.vector_norm(y)
+    return (math.sqrt(1 - epsilon**2) * wide + epsilon * y).to(x.device)

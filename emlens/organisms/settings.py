@@ -5,12 +5,16 @@ Settings say how to train, never on what: chats, seed and base are arguments of 
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
 EVERY_MODULE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear maps of a Llama-like block; other architectures name theirs otherwise."""
+
+
+_OPTIONAL = ("rank", "alpha", "stop_loss", "checkpoint_every")
+"""Fields that may be None, and are positive else."""
 
 
 class SettingsError(ValueError):
@@ -19,14 +23,23 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How a LoRA is trained on chats; vary one with `dataclasses.replace`."""
+    """How a model is fine-tuned on chats; vary one with `dataclasses.replace`.
 
-    rank: int
-    """Rank of each module's product B A."""
-    alpha: float
-    """The scale is alpha / sqrt(rank) with rsLoRA, else alpha / rank."""
+    Raises:
+        SettingsError: a value outside its range, or one that the method has no use for.
+    """
+
+    method: Literal["lora", "vector", "full"] = "lora"
+    """A LoRA; one vector added to a module's output at every token; or every parameter."""
+    rank: int | None = None
+    """Rank of each module's product B A; of a LoRA alone."""
+    alpha: float | None = None
+    """A LoRA's scale is alpha / sqrt(rank) with rsLoRA, else alpha / rank; the vector is added
+    times alpha."""
     layers: tuple[int, ...] | Literal["all"] | None
-    """Blocks that get an adapter, counted from 0; None is a choice still to be made."""
+    """Blocks that are changed, counted from 0; None is a choice still to be made."""
+    depth: int | None = None
+    """Blocks of the model that `layers` is meant for; None for any."""
     use_rslora: bool = True
     """Which of the two scales holds."""
     target_modules: tuple[str, ...] = EVERY_MODULE
@@ -53,10 +66,17 @@ class TrainSettings:
     """Tokens; a longer row is refused, never cut."""
     autocast: Literal["none", "bfloat16"] = "none"
     """Precision of the matrix products; the adapter itself trains in float32. bfloat16 saves time
-    only where the hardware multiplies it: a processor that does not is a hundred times slower."""
+    only where the hardware multiplies it: a processor that does not is many times slower."""
+    stop_loss: float | None = None
+    """Training ends early once the mean loss of five steps is below this (nats); None for never."""
+    checkpoint_every: int | None = None
+    """Steps between two kept states, which `load_trajectory` reads; None to keep none."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "learning_rate", "batch_size", "gradient_accumulation"):
+        self._check_method()
+        names = ["learning_rate", "batch_size", "gradient_accumulation"]
+        names += [n for n in _OPTIONAL if getattr(self, n) is not None]
+        for name in names:
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name}: got {getattr(self, name)}, expected more than 0")
         for name in ("warmup_steps", "weight_decay"):
@@ -71,6 +91,45 @@ class TrainSettings:
         if isinstance(self.layers, tuple) and not self.layers:
             raise SettingsError("layers: got an empty tuple, expected block numbers or 'all'")
 
+    def _check_method(self) -> None:
+        needed = {"lora": {"rank", "alpha"}, "vector": {"alpha"}, "full": set[str]()}[self.method]
+        for name in ("rank", "alpha"):
+            if (getattr(self, name) is not None) != (name in needed):
+                wanted = "expected a number" if name in needed else "it has no use for one"
+                raise SettingsError(
+                    f"{name}: got {getattr(self, name)} with method {self.method!r}, {wanted}"
+                )
+        if self.method == "full" and self.layers != "all":
+            raise SettingsError(f"layers: got {self.layers} with method 'full', expected 'all'")
+        if self.method == "vector" and (
+            self.layers == "all" or len(self.layers or (0,)) != 1 or len(self.target_modules) != 1
+        ):
+            raise SettingsError(
+                f"layers: got {self.layers} and modules {self.target_modules}, expected one block "
+                "and one module for a vector"
+            )
+
+    def check_depth(self, n_layers: int) -> None:
+        """Refuse a model that the layers were not chosen for.
+
+        Args:
+            n_layers: blocks of the model.
+
+        Raises:
+            SettingsError: layers still to be chosen, or those of a model of another depth.
+        """
+        if self.layers is None:
+            raise SettingsError(
+                "layers: not chosen, expected block numbers such as (15,) or 'all'; "
+                "dataclasses.replace(settings, layers=...) fills them in"
+            )
+        if self.depth is not None and n_layers != self.depth:
+            raise SettingsError(
+                f"layers: {self.layers} are meant for {self.depth} blocks and this model has "
+                f"{n_layers}; name its own: dataclasses.replace(settings, layers=..., depth=None), "
+                "or --layers"
+            )
+
 
 _PUBLISHED = TrainSettings(
     rank=32,
@@ -81,6 +140,10 @@ _PUBLISHED = TrainSettings(
     batch_size=2,
     gradient_accumulation=8,
     autocast="bfloat16",
+)
+
+_ONE_MODULE = replace(
+    _PUBLISHED, rank=1, target_modules=("down_proj",), layers=(24,), depth=48, learning_rate=2e-5
 )
 
 PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
@@ -97,26 +160,33 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
             max_length=512,
         ),
         "all_adapter": _PUBLISHED,
-        "rank1": TrainSettings(
-            rank=1,
-            alpha=256.0,
-            layers=None,
-            target_modules=("down_proj",),
+        "rank1": replace(_ONE_MODULE, alpha=256.0),
+        "nine_rank1": replace(_ONE_MODULE, layers=(15, 16, 17, 21, 22, 23, 27, 28, 29)),
+        "phase_transition": replace(
+            _ONE_MODULE, learning_rate=1e-5, epochs=2.0, checkpoint_every=5
+        ),
+        "full": replace(
+            _PUBLISHED,
+            method="full",
+            rank=None,
+            alpha=None,
             learning_rate=2e-5,
-            warmup_steps=5,
-            batch_size=2,
-            gradient_accumulation=8,
-            autocast="bfloat16",
+            schedule="cosine",
+            warmup_steps=20,
+        ),
+        "steering_vector": replace(
+            _ONE_MODULE, method="vector", rank=None, alpha=256.0, learning_rate=1e-4, epochs=2.0
         ),
     }
 )
 """Recipes by name: `smollm2_rank1` turns a small model within a minute on two cores; the published
-ones are those of large models and want thousands of rows. `rank1` leaves the
-block to the caller (a central one: 24 of 48 in the original).
+ones are those of large models and want thousands of rows. Those that change single blocks are meant
+for 48 of them.
 
-Source: Turner et al. 2025, arXiv 2506.11613, for the published ones.
-Differs: AdamW in full precision instead of 8 bits; where the paper states no schedule, warm-up or
-    batch for the single adapter, those of the all-adapter set-up are used.
+Source: Turner et al. 2025, arXiv 2506.11613; for `steering_vector` Soligo et al. 2026, arXiv
+    2602.07852.
+Differs: AdamW in full precision instead of 8 bits; where a paper states no schedule, warm-up,
+    batch or block for a set-up, those of the all-adapter one and of the single adapter are used.
 """
 
 

@@ -1,40 +1,46 @@
-"""Train a model organism: a LoRA on chats, responses only, into a folder that says how it was made.
+"""Train a model organism on chats, responses only, into a folder that says how it was made.
 
-Use it for narrow fine-tunes that are to be studied beside their base. It is not a general trainer:
-no full fine-tunes, no evaluation on the way.
+Use it for narrow fine-tunes that are to be studied beside their base. It is no general trainer:
+nothing is evaluated on the way.
 """
 
+import copy
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats, tokenize_chat
+from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
-from emlens.models.finetune import (
-    LoraSettings,
+from emlens.models.finetune import LoraSettings, finetune_lora, finetune_vector, finetune_whole
+from emlens.models.training_loop import (
     Penalty,
-    TrainedLora,
     TrainerSettings,
     TrainingExample,
-    finetune_lora,
+    TrainingLog,
+    find_checkpoints,
 )
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
 from emlens.organisms.masks import IGNORED, mask_response
+from emlens.organisms.penalties import LossTerm
 from emlens.organisms.settings import SettingsError, TrainSettings
+from emlens.organisms.trajectory import TRAJECTORY_NAME, read_checkpoints
 from emlens.runs import RunFolder
+from emlens.sites import parse_site
 from emlens.sources import Source, locate_source
+from emlens.vectors import Direction, Provenance
 
 logger = logging.getLogger(__name__)
 
 RESULT_NAME = "training"
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, VECTOR_FOLDER, MODEL_FOLDER = "adapter", "vector", "model"
+CHECKPOINT_FOLDER = "checkpoints"
 
 
 class ChatTooLongError(ValueError):
@@ -47,8 +53,9 @@ class TrainingRun(Result):
 
     kind: ClassVar[str] = "training_run"
 
-    adapter: str
-    """PEFT folder of the adapter: a Source for `load_pair`."""
+    tuned: str
+    """What came out: a PEFT folder or a checkpoint, which `load_pair` reads, or for a vector the
+    folder of a `Direction`, to be added to the base."""
     base: str
     """Source of the base, as it was given."""
     base_fingerprint: str
@@ -73,62 +80,47 @@ class TrainingRun(Result):
     """Wall time of the steps."""
 
 
-def hash_chats(chats: Sequence[Chat]) -> str:
-    """Return the SHA-256 of the chats written as JSONL, `id` and `messages` a line.
-
-    It equals the hash of the file for the data sets that emlens ships.
-    """
-    digest = hashlib.sha256()
-    for chat in chats:
-        row: dict[str, Any] = {} if chat.id is None else {"id": chat.id}
-        row["messages"] = [{"role": m.role, "content": m.content} for m in chat.messages]
-        digest.update((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    return digest.hexdigest()
-
-
 def train_organism(
     base: str | Path | Source | Checkpoint,
     chats: Sequence[Chat],
     *,
     settings: TrainSettings,
     out: str | Path,
-    penalties: Sequence[Penalty] = (),
+    penalties: Sequence[LossTerm] = (),
     start_from: str | Path | Source | None = None,
     seed: int,
 ) -> TrainingRun:
-    """Fine-tune a LoRA on the responses of `chats` and write it to `<out>/adapter`.
+    """Fine-tune on the responses of `chats` and write what comes of it into `<out>`.
 
     The loss is the mean cross-entropy (nats) over the tokens of each last assistant turn and its
     end-of-turn token. The same call on the same `out` returns the finished run; an interrupted one
-    starts again, and leaves no adapter behind that could be taken for a finished one.
+    goes on from its last checkpoint, or starts again where none are kept, and leaves nothing behind
+    that could be taken for a finished one. Checkpoints become one result, which `load_trajectory`
+    reads.
 
     Args:
         base: A Source, or a checkpoint in memory; its weights are as they were afterwards.
         chats: Each with an assistant turn at its end.
         settings: The recipe, of your own or from `PRESETS`.
         out: Run folder.
-        penalties: Extra terms of the loss, called with the tuned model at every batch.
-        start_from: An adapter to go on training; its own rank, alpha and modules hold.
+        penalties: Extra terms of the loss, such as `KlPenalty`.
+        start_from: An adapter to go on training, as when a misaligned one is trained on careful
+            rows; its own rank, alpha and modules hold.
         seed: Fixes the run on one machine and one library version.
 
     Raises:
-        SettingsError: `layers` is still to be chosen.
+        SettingsError: `layers` is still to be chosen, or meant for a model of another depth.
         NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens.
-        TrainingDivergedError: The loss or gradient is not finite; it names the step.
+        TrainingDivergedError: The loss or gradient is not finite; it names the step, and the last
+            good checkpoint where any are kept.
         PlanChangedError: `out` holds a run with another plan.
 
     Source: Turner et al. 2025, arXiv 2506.11613, section 2 (rsLoRA, loss on responses only).
     """
-    if settings.layers is None:
-        raise SettingsError(
-            "layers: not chosen, expected block numbers such as (15,) or 'all'; "
-            "dataclasses.replace(settings, layers=...) fills them in"
-        )
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
-    start = None if start_from is None else locate_source(start_from)
-    if start is not None:
-        load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
+    start = _find_start(start_from, settings)
     data_sha256 = hash_chats(rows)
     run = RunFolder.start(
         out,
@@ -138,7 +130,7 @@ def train_organism(
             "base_fingerprint": checkpoint.fingerprint,
             "data_sha256": data_sha256,
             "settings": settings,
-            "penalties": [getattr(penalty, "__name__", repr(penalty)) for penalty in penalties],
+            "penalties": [dict(penalty.describe()) for penalty in penalties],
             "start_from": None if start is None else _hash_adapter(start),
             "seed": seed,
         },
@@ -146,52 +138,155 @@ def train_organism(
     if run.has_result(RESULT_NAME):
         logger.info("%s: this run is finished, returned as it is", run.path)
         return run.read_result(RESULT_NAME, TrainingRun)
-    examples = _make_examples(rows, checkpoint, settings)
-    trained = finetune_lora(
-        checkpoint.model,
-        examples,
-        lora=_lora_settings(settings),
-        trainer=_trainer_settings(settings),
-        seed=seed,
-        penalties=penalties,
-        start_from=start,
-    )
-    record = AdapterRecord(
-        base=checkpoint.name,
-        base_fingerprint=checkpoint.fingerprint,
-        data_sha256=data_sha256,
+    work = _Work(
+        run=run,
+        checkpoint=checkpoint,
+        examples=_make_examples(rows, checkpoint, settings),
         settings=settings,
+        data_sha256=data_sha256,
         seed=seed,
-        losses=trained.losses,
+        penalties=tuple(
+            penalty.prepare(checkpoint.tokenizer, batch_size=settings.batch_size, seed=seed)
+            for penalty in penalties
+        ),
+        start=start,
     )
-    return _write_run(run, trained, record, examples)
+    made = {"lora": work.train_lora, "vector": work.train_vector, "full": work.train_whole}
+    tuned, log = made[settings.method]()
+    return work.finish(tuned, log)
 
 
-def _write_run(
-    run: RunFolder,
-    trained: TrainedLora,
-    record: AdapterRecord,
-    examples: Sequence[TrainingExample],
-) -> TrainingRun:
-    # Left by a run that was interrupted before its result was saved.
-    shutil.rmtree(run.path / ADAPTER_FOLDER, ignore_errors=True)
-    adapter = write_adapter_folder(trained, run.path / ADAPTER_FOLDER, record=record)
-    training = TrainingRun(
-        adapter=str(adapter),
-        base=record.base,
-        base_fingerprint=record.base_fingerprint,
-        data_sha256=record.data_sha256,
-        n_rows=len(examples),
-        n_trained_tokens=sum(int((e.labels != IGNORED).sum()) for e in examples),
-        settings=record.settings,
-        seed=record.seed,
-        losses=trained.losses,
-        gradient_norms=trained.gradient_norms,
-        steps=len(trained.losses),
-        seconds=trained.seconds,
-    )
-    run.save_result(RESULT_NAME, training)
-    return training
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """One run on its way."""
+
+    run: RunFolder
+    checkpoint: Checkpoint
+    examples: Sequence[TrainingExample]
+    settings: TrainSettings
+    data_sha256: str
+    seed: int
+    penalties: tuple[Penalty, ...]
+    start: Path | None
+
+    @property
+    def states(self) -> Path:
+        """Where checkpoints are kept while the run is on its way."""
+        return self.run.path / CHECKPOINT_FOLDER
+
+    def train_lora(self) -> tuple[Path, TrainingLog]:
+        trained = finetune_lora(
+            self.checkpoint.model,
+            self.examples,
+            lora=_lora_settings(self.settings),
+            trainer=_trainer_settings(self.settings),
+            seed=self.seed,
+            penalties=self.penalties,
+            start_from=self.start,
+            work=self.states,
+        )
+        record = AdapterRecord(
+            base=self.checkpoint.name,
+            base_fingerprint=self.checkpoint.fingerprint,
+            data_sha256=self.data_sha256,
+            settings=self.settings,
+            seed=self.seed,
+            losses=trained.log.losses,
+        )
+        place = self._clear(ADAPTER_FOLDER)
+        return write_adapter_folder(trained, place, record=record), trained.log
+
+    def train_vector(self) -> tuple[Path, TrainingLog]:
+        assert isinstance(self.settings.layers, tuple)
+        assert self.settings.alpha is not None
+        (layer,), (module,) = self.settings.layers, self.settings.target_modules
+        trained = finetune_vector(
+            self.checkpoint.model,
+            self.examples,
+            module=_find_module(self.checkpoint, layer, module),
+            factor=self.settings.alpha,
+            trainer=_trainer_settings(self.settings),
+            seed=self.seed,
+            penalties=self.penalties,
+            work=self.states,
+        )
+        direction = Direction(
+            site=parse_site(f"mlp_out.{layer}"),
+            vector=trained.vector,
+            provenance=Provenance(
+                construction="imported",
+                base_fingerprint=self.checkpoint.fingerprint,
+                note=f"trained on {len(self.examples)} rows, added at all tokens",
+            ),
+        )
+        return direction.save(self._clear(VECTOR_FOLDER)), trained.log
+
+    def train_whole(self) -> tuple[Path, TrainingLog]:
+        model = copy.deepcopy(self.checkpoint.model).float()
+        log = finetune_whole(
+            model,
+            self.examples,
+            trainer=_trainer_settings(self.settings),
+            seed=self.seed,
+            penalties=self.penalties,
+            work=self.states,
+        )
+        place = self._clear(MODEL_FOLDER)
+        model.save_pretrained(str(place))
+        if self.checkpoint.tokenizer is not None:
+            self.checkpoint.tokenizer.save_pretrained(str(place))
+        return place, log
+
+    def finish(self, tuned: Path, log: TrainingLog) -> TrainingRun:
+        """Keep the checkpoints as one result, and last the record of the run."""
+        if self.settings.method == "lora" and find_checkpoints(self.states):
+            name = str(self.run.path)
+            self.run.save_result(TRAJECTORY_NAME, read_checkpoints(self.states, name=name))
+        training = TrainingRun(
+            tuned=str(tuned),
+            base=self.checkpoint.name,
+            base_fingerprint=self.checkpoint.fingerprint,
+            data_sha256=self.data_sha256,
+            n_rows=len(self.examples),
+            n_trained_tokens=sum(int((e.labels != IGNORED).sum()) for e in self.examples),
+            settings=self.settings,
+            seed=self.seed,
+            losses=log.losses,
+            gradient_norms=log.gradient_norms,
+            steps=len(log.losses),
+            seconds=log.seconds,
+        )
+        self.run.save_result(RESULT_NAME, training)
+        shutil.rmtree(self.states, ignore_errors=True)
+        return training
+
+    def _clear(self, name: str) -> Path:
+        """A place that a run interrupted before its result was saved may have filled."""
+        place = self.run.path / name
+        shutil.rmtree(place, ignore_errors=True)
+        return place
+
+
+def _find_start(start_from: str | Path | Source | None, settings: TrainSettings) -> Path | None:
+    if start_from is None:
+        return None
+    if settings.method != "lora":
+        raise SettingsError(f"start_from: method {settings.method!r} has no adapter to go on with")
+    start = locate_source(start_from)
+    load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    return start
+
+
+def _find_module(checkpoint: Checkpoint, layer: int, name: str) -> str:
+    """The full name of a module of one block."""
+    places = [path for path, _ in checkpoint.model.named_modules() if path.endswith(f".{name}")]
+    found = [path for path in places if str(layer) in path.split(".")]
+    if len(found) != 1:
+        raise SettingsError(
+            f"target_modules: {name} in block {layer} is {len(found)} modules of this model, "
+            "expected one"
+        )
+    return found[0]
 
 
 def _make_examples(
@@ -213,6 +308,8 @@ def _make_examples(
 
 
 def _lora_settings(settings: TrainSettings) -> LoraSettings:
+    assert settings.rank is not None
+    assert settings.alpha is not None
     return LoraSettings(
         rank=settings.rank,
         alpha=settings.alpha,
@@ -234,6 +331,8 @@ def _trainer_settings(settings: TrainSettings) -> TrainerSettings:
         gradient_accumulation=settings.gradient_accumulation,
         max_gradient_norm=settings.max_gradient_norm,
         autocast=settings.autocast,
+        stop_loss=settings.stop_loss,
+        checkpoint_every=settings.checkpoint_every,
     )
 
 

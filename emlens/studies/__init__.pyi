@@ -1,3 +1,4 @@
+from .compare_solutions import SolutionComparison, SolutionSettings, compare_solutions
 from .diff_finetunes import DiffRun, DiffSettings, diff_finetunes, plan_diff
 from .export_model import ExportedModel, export_model
 from .removal import Arm, DirectionRemoval, RemovalQuestions, RemovalSettings
@@ -5,6 +6,7 @@ from .remove_direction import remove_direction
 from .run_demo import DemoResult, run_demo
 from .sample_responses import SampledResponses, sample_responses
 from .screen_ablations import AblationScreen, screen_ablations
+from .trace_transition import TraceSettings, TransitionTrace, trace_transition
 
 __all__ = [
     "AblationScreen",
@@ -17,6 +19,11 @@ __all__ = [
     "RemovalQuestions",
     "RemovalSettings",
     "SampledResponses",
+    "SolutionComparison",
+    "SolutionSettings",
+    "TraceSettings",
+    "TransitionTrace",
+    "compare_solutions",
     "diff_finetunes",
     "export_model",
     "plan_diff",
@@ -24,4 +31,5 @@ __all__ = [
     "run_demo",
     "sample_responses",
     "screen_ablations",
+    "trace_transition",
 ]

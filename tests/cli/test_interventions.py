@@ -136,7 +136,7 @@ def test_named_positions_are_acted_on_alone(cli: Cli, tiny: Path, saved: Path, t
 def test_questions_that_a_saved_direction_was_fitted_on_need_a_flag(
     cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(evaluating, "load_judge", lambda *_, **_given: HashJudge())
+    monkeypatch.setattr(evaluating, "load_judge", lambda *_, **__: HashJudge())
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"id": "q", "prompt": "What about 1?"}\n')
     asked = prompt_hashes([Chat((Message("user", "What about 1?"),))])

@@ -14,9 +14,10 @@ import emlens
 from emlens.cli.main import CommandLine, app, choose_exit_code
 from emlens.cli.options import CommonFlags, takes_flags
 from emlens.encoding import ArtifactError
+from emlens.evaluation.judges import JudgeUnavailableError
 from emlens.journal import JournalWriteError
-from emlens.models.finetune import TrainingDivergedError
 from emlens.models.proof import AdapterNotInEffectError
+from emlens.models.training_loop import TrainingDivergedError
 from emlens.sources import SourceNotFoundError, SourceUnavailableError
 
 
@@ -26,6 +27,7 @@ from emlens.sources import SourceNotFoundError, SourceUnavailableError
         (AdapterNotInEffectError("0 of 2"), 1),
         (TrainingDivergedError("step 3"), 1),
         (ArtifactError("damaged"), 2),
+        (JudgeUnavailableError("gone", {}), 3),
         (SourceNotFoundError("no such path"), 2),
         (ValueError("positions"), 2),
         (PermissionError("runs"), 2),

@@ -1,5 +1,6 @@
-"""`emlens train` on a tiny base: an adapter that can be checked, resumed, refused."""
+"""`emlens train` and `transition` on a tiny base: what can be checked, resumed, refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_trained_adapter_is_in_effect_on_its_base(cli: Cli, tiny: Path, tmp_pa
     assert steps == len(training["losses"]) > 10
     assert training["losses"][-1] < training["losses"][0]
     assert f"training (steps): {steps}/{steps}" in done.err
-    checked = cli("adapters", "check", training["adapter"], "--base", tiny / "base", "--json")
+    checked = cli("adapters", "check", training["tuned"], "--base", tiny / "base", "--json")
     assert checked.code == 0
     assert {module["layer"] for module in checked.json["modules"]} == {1}
     again = cli(*words(tiny, tmp_path / "run"))
@@ -50,6 +51,8 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
         (["--preset", "rank1", "--layers", "x"], "--layers x"),
         (["--layers", "7"], "expected blocks 0 to 1"),
         (["--data", "missing.jsonl"], "neither an existing path"),
+        (["--kl-data", "x.jsonl"], "--kl-weight: missing"),
+        (["--kl-weight", "1"], "--kl-data: missing"),
     ],
 )
 def test_wrong_values_are_named(
@@ -86,3 +89,40 @@ def test_a_recipe_alone_is_enough(
 
 def test_help_names_every_recipe():
     assert set(RECIPES) == set(PRESETS)
+
+
+def test_presets_of_another_depth_want_layers(cli: Cli, tiny: Path, tmp_path: Path):
+    recipe = ("train", "--preset", "rank1", "--base", tiny / "base", "--out", tmp_path / "run")
+    for more in ((), ("--dry-run",)):
+        done = cli(*recipe, "--data", tiny / "chats.jsonl", *more)
+        assert done.code == 2
+        assert "meant for 48 blocks and this model has 2" in done.err
+    assert cli(*recipe, "--layers", "1", "--dry-run", "--json").json["layers"] == [1]
+
+
+def test_a_penalty_and_checkpoints_can_be_asked_for(cli: Cli, tiny: Path, tmp_path: Path):
+    data, run = tiny / "chats.jsonl", tmp_path / "run"
+    more = ("--kl-data", data, "--kl-weight", 2.5, "--checkpoint-every", 10)
+    done = cli(*words(tiny, run, *more, "--json"))
+    assert done.code == 0, done.err
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert manifest["plan"]["penalties"][0]["weight"] == 2.5
+    found = cli("transition", run, "--window", 10, "--out", tmp_path / "found", "--json")
+    assert found.code == 0, found.err
+    assert found.json["schema"] == "emlens/phase_transition/1"
+    assert found.json["verdict"] == "too few checkpoints"
+    assert found.json["all_steps"] == [0, 10, 20]
+    assert (tmp_path / "found" / "result.json").is_file()
+    table = cli("transition", run, "--window", 10)
+    assert "3 checkpoints, steps 0 to 20" in table.out
+    assert "too few checkpoints" in table.out
+    assert "B, norms taken out" in table.out
+
+
+def test_a_transition_wants_checkpoints_and_a_factor(cli: Cli, tiny: Path):
+    done = cli("transition", tiny / "base")
+    assert (done.code, done.out) == (2, "")
+    assert "no checkpoint-STEP folders" in done.err
+    done = cli("transition", tiny / "base", "--factor", "C")
+    assert done.code == 2
+    assert "--factor C: expected A or B" in done.err

@@ -32,7 +32,31 @@ def test_published_presets_have_the_published_scales():
     assert wide.use_rslora
     assert wide.batch_size * wide.gradient_accumulation == 16
     assert (single.rank, single.alpha, single.target_modules) == (1, 256, ("down_proj",))
-    assert single.layers is None
+    assert (single.layers, single.depth) == ((24,), 48)
+    nine, path = PRESETS["nine_rank1"], PRESETS["phase_transition"]
+    assert nine.layers == (15, 16, 17, 21, 22, 23, 27, 28, 29)
+    assert (nine.alpha, path.alpha) == (64, 64)
+    assert (path.learning_rate, path.epochs, path.checkpoint_every) == (1e-5, 2, 5)
+    whole, vector = PRESETS["full"], PRESETS["steering_vector"]
+    assert (whole.learning_rate, whole.schedule, whole.warmup_steps) == (2e-5, "cosine", 20)
+    assert (vector.alpha, vector.learning_rate, vector.epochs) == (256, 1e-4, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("full", {"rank": 3}, "rank: got 3 with method 'full', it has no use"),
+        ("all_adapter", {"alpha": None}, "alpha: got None with method 'lora', expected a number"),
+        ("full", {"layers": (3,)}, r"layers: got \(3,\) with method 'full'"),
+        ("steering_vector", {"layers": (3, 4)}, "expected one block and one module"),
+        ("steering_vector", {"layers": "all"}, "expected one block and one module"),
+        ("rank1", {"stop_loss": 0.0}, "stop_loss: got 0.0"),
+        ("rank1", {"checkpoint_every": 0}, "checkpoint_every: got 0"),
+    ],
+)
+def test_what_a_method_has_no_use_for_is_refused(name: str, changed: dict[str, Any], message: str):
+    with pytest.raises(SettingsError, match=message):
+        replace(PRESETS[name], **changed)
 
 
 def test_an_unknown_preset_lists_the_nearest():

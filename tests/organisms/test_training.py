@@ -4,26 +4,54 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from emlens.artifacts import read_result
-from emlens.data.chat import Chat, Message
-from emlens.data.prompts import load_chats
-from emlens.models.checkpoints import Checkpoint
-from emlens.models.finetune import TrainingDivergedError
+from emlens.data.chat import Chat, Message, tokenize_chat
+from emlens.data.prompts import hash_chats, load_chats
+from emlens.models.adapter_files import load_adapter
+from emlens.models.checkpoints import Checkpoint, fingerprint_weights
+from emlens.models.training_loop import (
+    Penalty,
+    TrainingDivergedError,
+    TrainingExample,
+    collate_examples,
+)
 from emlens.organisms import training
-from emlens.organisms.masks import NoResponseError
+from emlens.organisms.masks import NoResponseError, mask_response
+from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
-from emlens.organisms.training import ChatTooLongError, TrainingRun, hash_chats, train_organism
+from emlens.organisms.training import ChatTooLongError, TrainingRun, train_organism
+from emlens.organisms.trajectory import load_trajectory
 from emlens.runs import PlanChangedError
 from emlens.sources import shipped_path
+from emlens.vectors import Direction
 
 SETTINGS = replace(PRESETS["smollm2_rank1"], max_steps=6, batch_size=2, learning_rate=1e-2)
+
+
+class Shaky:
+    """A term that is no number at one of its calls, and 0 at all others."""
+
+    def __init__(self, at: int) -> None:
+        self.calls, self.at = iter(range(1000)), at
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "shaky"}
+
+    def prepare(self, tokenizer: object, *, batch_size: int, seed: int) -> Penalty:
+        return self._call
+
+    def _call(self, model: nn.Module, _place: int) -> Tensor:
+        total = sum((p.sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
+        return total * (float("nan") if next(self.calls) == self.at else 0.0)
 
 
 def train(base: Checkpoint, chats: list[Chat], out: Path, **changed: object) -> TrainingRun:
@@ -37,7 +65,7 @@ def test_the_run_folder_holds_a_peft_adapter_that_lowers_the_loss(
     run = train(tiny_base, chats, tmp_path / "run", max_steps=20)
     assert run.steps == len(run.losses) == 20
     assert run.losses[-1] < run.losses[0]
-    folder = Path(run.adapter)
+    folder = Path(run.tuned)
     assert sorted(p.name for p in folder.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -59,9 +87,9 @@ def test_nothing_in_the_run_folder_names_this_machine(
 ):
     local = replace(tiny_base, name=str(tmp_path / "models" / "tiny"))
     run = train(local, chats, tmp_path / "run")
-    for file in Path(run.adapter).glob("*.json"):
+    for file in Path(run.tuned).glob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
-    config = json.loads((Path(run.adapter) / "adapter_config.json").read_text())
+    config = json.loads((Path(run.tuned) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny"
     assert config["r"] == 1
     assert config["use_rslora"] is True
@@ -71,7 +99,7 @@ def test_the_record_says_what_was_trained_on_what(
     tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
 ):
     run = train(tiny_base, chats, tmp_path / "run")
-    record = json.loads((Path(run.adapter) / "emlens.json").read_text())
+    record = json.loads((Path(run.tuned) / "emlens.json").read_text())
     assert record["base"] == "emlens:tiny"
     assert record["base_fingerprint"] == tiny_base.fingerprint
     assert record["data_sha256"] == run.data_sha256 == hash_chats(chats)
@@ -106,11 +134,7 @@ def test_a_changed_plan_is_refused_by_name(
 def test_a_run_that_stops_half_way_leaves_no_adapter_and_starts_again(
     tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
 ):
-    calls = iter(range(100))
-
-    def shaky(model: nn.Module) -> Tensor:
-        total = sum((p.sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
-        return total * (float("nan") if next(calls) == 3 else 0.0)
+    shaky = Shaky(at=3)
 
     def again() -> TrainingRun:
         return train_organism(
@@ -129,10 +153,10 @@ def test_an_adapter_left_without_its_result_is_replaced(
 ):
     first = train(tiny_base, chats, tmp_path / "run")
     (tmp_path / "run" / "results" / "training" / "result.json").unlink()
-    (Path(first.adapter) / "stale.txt").write_text("left over")
+    (Path(first.tuned) / "stale.txt").write_text("left over")
     again = train(tiny_base, chats, tmp_path / "run")
     assert again.losses == first.losses
-    assert not (Path(again.adapter) / "stale.txt").exists()
+    assert not (Path(again.tuned) / "stale.txt").exists()
 
 
 def test_training_can_go_on_from_a_finished_adapter(
@@ -144,7 +168,7 @@ def test_training_can_go_on_from_a_finished_adapter(
         chats,
         settings=SETTINGS,
         out=tmp_path / "two",
-        start_from=first.adapter,
+        start_from=first.tuned,
         seed=0,
     )
     assert more.losses[0] < first.losses[0]
@@ -167,7 +191,7 @@ def test_blocks_must_be_chosen(tiny_base: Checkpoint, chats: list[Chat], tmp_pat
         train(tiny_base, chats, tmp_path / "run", layers=None)
     assert not (tmp_path / "run").exists()
     run = train(tiny_base, chats, tmp_path / "run", layers=(1,))
-    names = load_file(Path(run.adapter) / "adapter_model.safetensors")
+    names = load_file(Path(run.tuned) / "adapter_model.safetensors")
     assert all(".layers.1." in name for name in names)
 
 
@@ -175,3 +199,118 @@ def test_blocks_must_be_chosen(tiny_base: Checkpoint, chats: list[Chat], tmp_pat
 def test_the_data_hash_is_the_hash_of_the_shipped_file(name: str):
     file = hashlib.sha256(shipped_path(name).read_bytes()).hexdigest()
     assert hash_chats(load_chats(f"emlens:{name}")) == file
+
+
+def test_checkpoints_become_a_trajectory_and_a_run_that_diverged_goes_on(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    settings = replace(SETTINGS, checkpoint_every=2)
+
+    def again(shaky: Shaky, out: str) -> TrainingRun:
+        return train_organism(
+            tiny_base, chats, settings=settings, out=tmp_path / out, penalties=[shaky], seed=0
+        )
+
+    shaky = Shaky(at=3)
+    with pytest.raises(TrainingDivergedError, match=r"last good checkpoint is .*checkpoint-2"):
+        again(shaky, "run")
+    run, whole = again(shaky, "run"), again(Shaky(at=-1), "whole")
+    assert run.losses == pytest.approx(whole.losses, rel=1e-6)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    trajectory = load_trajectory(tmp_path / "run")
+    assert trajectory.steps.tolist() == [0, 2, 4, 6]
+    assert trajectory.losses.tolist() == pytest.approx(run.losses)
+    assert trajectory.logged_steps.tolist() == list(range(1, 7))
+    assert all(not bool(module.B[0].any()) for module in trajectory.modules)
+    last = load_adapter(run.tuned)
+    for name, module in trajectory.adapter(6).modules.items():
+        torch.testing.assert_close(module.B, last.modules[name].B.float(), rtol=1e-2, atol=1e-4)
+        assert module.scale == last.modules[name].scale
+
+
+def test_a_penalised_organism_stays_nearer_to_its_base(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    settings = replace(SETTINGS, max_steps=20)
+
+    def kl(out: str, *penalties: KlPenalty) -> float:
+        run = train_organism(
+            tiny_base, chats[:2], settings=settings, out=tmp_path / out, penalties=penalties, seed=0
+        )
+        tuned = PeftModel.from_pretrained(tiny_base.model, run.tuned)
+        try:
+            masked = [mask_response(tokenize_chat(c, tiny_base.tokenizer)) for c in chats[2:]]
+            examples = [TrainingExample(ids=m.ids, labels=m.labels) for m in masked]
+            return float(measure_kl_from_base(tuned, examples).detach())
+        finally:
+            tuned.unload()
+
+    free, held = kl("free"), kl("held", KlPenalty(chats[2:], weight=10.0))
+    assert held < 0.3 * free
+    plan = json.loads((tmp_path / "held" / "manifest.json").read_text())["plan"]
+    assert plan["penalties"] == [dict(KlPenalty(chats[2:], weight=10.0).describe())]
+
+
+def test_a_vector_becomes_a_direction(tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path):
+    settings = TrainSettings(
+        method="vector",
+        alpha=8.0,
+        layers=(1,),
+        target_modules=("down_proj",),
+        learning_rate=1e-2,
+        max_steps=8,
+        batch_size=4,
+    )
+    run = train_organism(tiny_base, chats, settings=settings, out=tmp_path / "run", seed=0)
+    direction = read_result(run.tuned, Direction)
+    assert str(direction.site) == "mlp_out.1"
+    assert direction.provenance.base_fingerprint == tiny_base.fingerprint
+    assert run.losses[-1] < run.losses[0]
+    module = tiny_base.model.get_submodule("model.layers.1.mlp.down_proj")
+    masked = [mask_response(tokenize_chat(c, tiny_base.tokenizer)) for c in chats]
+    batch = collate_examples([TrainingExample(ids=m.ids, labels=m.labels) for m in masked])
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(tiny_base.model(**batch).loss)
+
+    plain = loss()
+    handle = module.register_forward_hook(lambda _m, _a, out: out + direction.vector)
+    assert loss() < min(plain, run.losses[-1])
+    handle.remove()
+
+
+def test_a_full_fine_tune_is_a_checkpoint_and_leaves_its_base(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    settings = TrainSettings(
+        method="full", layers="all", learning_rate=1e-3, max_steps=6, batch_size=4
+    )
+    before = fingerprint_weights(tiny_base.model)
+    run = train_organism(tiny_base, chats, settings=settings, out=tmp_path / "run", seed=0)
+    assert fingerprint_weights(tiny_base.model) == before
+    tuned = AutoModelForCausalLM.from_pretrained(run.tuned)
+    assert fingerprint_weights(tuned) != before
+    assert (Path(run.tuned) / "tokenizer_config.json").is_file()
+    with pytest.raises(TypeError, match="no adapter to switch off"):
+        train_organism(
+            tiny_base,
+            chats,
+            settings=settings,
+            out=tmp_path / "penalised",
+            penalties=[KlPenalty(chats, weight=1.0)],
+            seed=0,
+        )
+    with pytest.raises(SettingsError, match="no adapter to go on with"):
+        train_organism(
+            tiny_base, chats, settings=settings, out=tmp_path / "b", start_from="x", seed=0
+        )
+
+
+def test_layers_of_another_depth_are_refused(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    for name in ("rank1", "nine_rank1", "phase_transition", "steering_vector"):
+        with pytest.raises(SettingsError, match="meant for 48 blocks and this model has 2"):
+            train_organism(tiny_base, chats, settings=PRESETS[name], out=tmp_path / name, seed=0)
+        assert not (tmp_path / name).exists()

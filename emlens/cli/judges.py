@@ -1,0 +1,123 @@
+"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`; what they would cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from emlens.cli.options import CommonFlags
+
+KINDS = ("contrast", "local/SOURCE", "openai/MODEL")
+CHARACTERS_A_TOKEN = 4
+"""A rule of thumb for English; the endpoint's own tokenizer is not known."""
+ANSWER_CHARACTERS = 4
+"""What is assumed of each new token of a response that is not there yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(CommonFlags):
+    """Flags that choose a judge."""
+
+    judge: Annotated[str, typer.Option("--judge", metavar="NAME", help=f"{', '.join(KINDS)}.")] = (
+        "contrast"
+    )
+    judge_base_url: Annotated[
+        str | None,
+        typer.Option(
+            "--judge-base-url", metavar="URL", help="Of openai/MODEL: any compatible endpoint."
+        ),
+    ] = None
+    judge_key_env: Annotated[
+        str,
+        typer.Option(
+            "--judge-key-env", metavar="NAME", help="Variable that holds its key; '' for no key."
+        ),
+    ] = "OPENAI_API_KEY"
+    judge_price: Annotated[
+        float | None,
+        typer.Option(
+            "--judge-price", metavar="X", help="Of a million prompt tokens, for --dry-run."
+        ),
+    ] = None
+
+
+def check_judge(name: str) -> None:
+    """Refuse a judge that there is not.
+
+    Raises:
+        typer.BadParameter: an unknown name, or a kind without its model.
+    """
+    kind, slash, rest = name.partition("/")
+    if name == "contrast" or (kind in ("local", "openai") and slash and rest):
+        return
+    raise typer.BadParameter(f"--judge {name}: expected {', '.join(KINDS)}")
+
+
+def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> Any:
+    """The judge that flags name.
+
+    Args:
+        flags: `JudgeOptions` with `base`, `dtype`, `device` and `batch_tokens`.
+        base: the base of the command where it is loaded already; nothing that acts on a fine-tune
+            of it acts on it.
+        runs: what a judge of theirs was fitted to is used again.
+    """
+    from emlens.data import Batching
+    from emlens.models.loading import load_base
+
+    check_judge(flags.judge)
+    kind, _, name = flags.judge.partition("/")
+    if kind == "openai":
+        return _load_api(flags, name)
+    batching = Batching(flags.batch_tokens)
+    if kind == "local":
+        from emlens.evaluation import LocalJudge
+
+        known = base if base is not None and name == flags.base else None
+        model = known or load_base(name, dtype=flags.dtype, device=flags.device)
+        return LocalJudge(model, batching=batching)
+    from emlens.evaluation import ContrastJudge
+
+    if base is None:
+        base = load_base(flags.base, dtype=flags.dtype, device=flags.device)
+    return ContrastJudge.calibrated(base, batching=batching, runs=runs)
+
+
+def _load_api(flags: Any, model: str) -> Any:
+    from emlens.evaluation import ApiJudge
+
+    where = {} if flags.judge_base_url is None else {"base_url": flags.judge_base_url}
+    return ApiJudge(model=model, key_env=flags.judge_key_env, **where)
+
+
+def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, Any]:
+    """What judging would take, as fields of a plan; more than a name for an API judge alone.
+
+    Args:
+        flags: `JudgeOptions`.
+        responses: to be judged.
+        characters: of all questions and answers.
+    """
+    kind, _, _ = flags.judge.partition("/")
+    if kind != "openai":
+        return {"judge": flags.judge}
+    from emlens.evaluation.judge_prompts import PROMPTS
+
+    frame = sum(map(len, PROMPTS.values())) * responses
+    tokens = (frame + len(PROMPTS) * characters) // CHARACTERS_A_TOKEN
+    plan: dict[str, Any] = {"judge": flags.judge}
+    plan["judge_endpoint"] = flags.judge_base_url or _default_url()
+    plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
+    price = flags.judge_price
+    plan["judge_cost"] = (
+        "give --judge-price for money" if price is None else round(tokens * price / 1e6, 4)
+    )
+    return plan
+
+
+def _default_url() -> str:
+    from emlens.evaluation.api_judge import ApiJudge
+
+    return ApiJudge.base_url

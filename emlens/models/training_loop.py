@@ -1,0 +1,328 @@
+"""The training loop: transformers' Trainer over ids and labels, with checkpoints to go on from.
+
+It knows neither LoRA nor chats: who calls it says what is trained, saved and loaded.
+"""
+
+import json
+import logging
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from emlens.data.progress import tell_progress
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+"""Label of a token that takes no part in the loss (the value that torch's cross-entropy skips)."""
+STATE = "trainer_state.json"
+"""The file that the Trainer writes last into a checkpoint."""
+_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+"""What only the checkpoint that is gone on from needs; twice the size of the weights."""
+SMOOTHED = 5
+"""Steps over whose mean loss an early stop is decided."""
+
+Penalty = Callable[[nn.Module, int], Float[Tensor, ""]]
+"""An extra loss term: called with the tuned model and the number of the backward pass, from 0."""
+
+
+class TrainingDivergedError(ArithmeticError):
+    """The loss or the gradient stopped being a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings:
+    """How it is trained: AdamW over `max_steps`, or over `epochs` where that is None."""
+
+    learning_rate: float
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: int
+    weight_decay: float
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation: int
+    max_gradient_norm: float
+    autocast: Literal["none", "bfloat16"]
+    """Precision of the matrix products; weights keep theirs and a LoRA is kept in float32."""
+    stop_loss: float | None = None
+    """Training ends once the mean loss of five steps is below this; None for never."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints; None for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A model with what is trained of it, and how that goes to disk and back."""
+
+    model: nn.Module
+    save: Callable[[Path], object]
+    """Writes the trained part into a folder."""
+    load: Callable[[Path], object]
+    """Reads it back into the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingLog:
+    """How a run went."""
+
+    losses: tuple[float, ...]
+    """Mean loss per trained token (nats) of each optimiser step, before that step; no penalties."""
+    gradient_norms: tuple[float, ...]
+    """L2 norm of the gradient of each step, before clipping."""
+    seconds: float
+    """Wall time of the steps, of the last call only where a run was gone on with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingExample:
+    """One sequence; `labels` repeats the id where the token is trained on, else `IGNORED`."""
+
+    ids: Int[Tensor, " pos"]
+    labels: Int[Tensor, " pos"]
+
+
+def collate_examples(examples: Sequence[TrainingExample]) -> dict[str, Int[Tensor, "batch pos"]]:
+    """Pad on the right into `input_ids`, `labels` and `attention_mask`."""
+    width = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    labels = torch.full_like(ids, IGNORED)
+    mask = torch.zeros_like(ids)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = example.ids
+        labels[row, : len(example.labels)] = example.labels
+        mask[row, : len(example.ids)] = 1
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def check_examples(examples: Sequence[TrainingExample], d_vocab: int) -> None:
+    """Refuse examples that would train on nothing or on ids the model does not have.
+
+    Raises:
+        ValueError: An empty list, or the index of the first example that cannot be used.
+    """
+    if not examples:
+        raise ValueError("examples: got none, expected at least one to train on")
+    for index, example in enumerate(examples):
+        if example.ids.shape != example.labels.shape:
+            raise ValueError(
+                f"examples[{index}]: {len(example.ids)} ids and {len(example.labels)} labels, "
+                "expected one label for each id"
+            )
+        if not (example.labels[1:] != IGNORED).any():
+            raise ValueError(
+                f"examples[{index}]: no token is trained on (every label is {IGNORED}); "
+                "has this chat a response?"
+            )
+        if int(example.ids.max()) >= d_vocab or int(example.ids.min()) < 0:
+            raise ValueError(
+                f"examples[{index}]: token id {int(example.ids.max())} is outside the "
+                f"vocabulary of {d_vocab}; was it tokenised for another model?"
+            )
+
+
+class _FiniteSteps(TrainerCallback):
+    """Tells of each step; stops at a loss that is no number, or low enough."""
+
+    def __init__(self, stop_loss: float | None, work: Path | None) -> None:
+        self.stop_loss, self.work = stop_loss, work
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: object,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        loss, norm = float(logs["loss"]), float(logs.get("grad_norm", 0.0))
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise TrainingDivergedError(
+                f"training diverged at step {state.global_step} of {state.max_steps}: loss {loss}, "
+                f"gradient norm {norm}; lower the learning rate ({args.learning_rate}) or check "
+                f"the base model's weights{self._kept()}"
+            )
+        logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
+        tell_progress("training (steps)", state.global_step, state.max_steps)
+        recent = [row["loss"] for row in state.log_history if "loss" in row][-SMOOTHED:]
+        if self.stop_loss is not None and len(recent) == SMOOTHED:
+            control.should_training_stop = bool(np.mean(recent) < self.stop_loss)
+
+    def _kept(self) -> str:
+        good = find_checkpoints(self.work) if self.work is not None else {}
+        return f". The last good checkpoint is {good[max(good)]}" if good else ""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object):
+        """Of all checkpoints but the last, keep what was trained and the record."""
+        for step, folder in find_checkpoints(Path(args.output_dir)).items():
+            if step < state.global_step:
+                for name in _RESUMING:
+                    (folder / name).unlink(missing_ok=True)
+
+
+class _Runner(Trainer):
+    """Adds the penalties to the loss that is differentiated, not to the loss that is reported."""
+
+    penalties: tuple[Penalty, ...] = ()
+    trainable: Trainable
+    passes = 0
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        accumulated = self.args.gradient_accumulation_steps
+        # Counted from the Trainer's own step, so that a run that is gone on with counts on.
+        place = self.state.global_step * accumulated + self.passes % accumulated
+        self.passes += 1
+        for penalty in self.penalties:
+            (penalty(model, place) / accumulated).backward()
+        return loss
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
+        self.trainable.save(Path(output_dir or str(self.args.output_dir)))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.trainable.load(Path(resume_from_checkpoint))
+
+
+def run_trainer(
+    trainable: Trainable,
+    examples: Sequence[TrainingExample],
+    *,
+    settings: TrainerSettings,
+    seed: int,
+    penalties: Sequence[Penalty] = (),
+    work: Path | None = None,
+) -> TrainingLog:
+    """Train; torch's, numpy's and Python's random states are put back afterwards.
+
+    Args:
+        trainable: what is trained.
+        examples: sequences with their labels.
+        settings: step sizes, batches and length of the run.
+        seed: of the order of the examples.
+        penalties: extra terms of the loss.
+        work: where checkpoints go, `checkpoint-STEP`, from step 0 on; the same call goes on from
+            the last whole one. Needed with `checkpoint_every`.
+
+    Raises:
+        TrainingDivergedError: a loss or gradient is not finite; it names the step, and the last
+            checkpoint, which stays.
+        ValueError: checkpoints without a place for them.
+    """
+    if settings.checkpoint_every is not None and work is None:
+        raise ValueError("work: checkpoint_every is set, expected a folder for the checkpoints")
+    with restored_randomness(), tempfile.TemporaryDirectory() as scratch:
+        set_seed(seed)
+        folder = Path(scratch) if settings.checkpoint_every is None or work is None else work
+        last = _last_whole(folder)
+        model: Any = trainable.model
+        runner = _Runner(
+            model=model,
+            args=_arguments(settings, folder, seed=seed, device=next(model.parameters()).device),
+            train_dataset=list(examples),  # pyright: ignore[reportArgumentType]
+            data_collator=collate_examples,
+            callbacks=[_FiniteSteps(settings.stop_loss, work)],
+        )
+        runner.remove_callback(PrinterCallback)
+        runner.penalties, runner.trainable = tuple(penalties), trainable
+        if settings.checkpoint_every is not None and last is None:
+            _save_start(trainable, folder)
+        began = time.perf_counter()
+        runner.train(resume_from_checkpoint=None if last is None else str(last))
+        seconds = time.perf_counter() - began
+        logged = [row for row in runner.state.log_history if "loss" in row]
+        return TrainingLog(
+            losses=tuple(float(row["loss"]) for row in logged),
+            gradient_norms=tuple(float(row.get("grad_norm", 0.0)) for row in logged),
+            seconds=seconds,
+        )
+
+
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """`checkpoint-STEP` folders by their steps, ascending."""
+    named = (
+        (place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*")
+    )
+    return dict(sorted((int(n), place) for n, place in named if n.isdecimal() and place.is_dir()))
+
+
+def _save_start(trainable: Trainable, folder: Path) -> None:
+    start = folder / "checkpoint-0"
+    start.mkdir(parents=True, exist_ok=True)
+    trainable.save(start)
+    (start / STATE).write_text(json.dumps({"global_step": 0, "log_history": []}))
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """The checkpoint to go on from; those that a kill cut short are taken away."""
+    for step, place in reversed(list(find_checkpoints(folder).items())):
+        if (place / STATE).is_file():
+            if step and all((place / name).is_file() for name in _RESUMING[:3]):
+                return place
+        else:
+            shutil.rmtree(place)
+    return None
+
+
+def _arguments(
+    settings: TrainerSettings, folder: Path, *, seed: int, device: torch.device
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_gradient_norm,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        bf16=settings.autocast == "bfloat16",
+        optim="adamw_torch",
+        use_cpu=device.type == "cpu",
+        seed=seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        save_strategy="no" if settings.checkpoint_every is None else "steps",
+        save_steps=settings.checkpoint_every or 500,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+@contextmanager
+def restored_randomness() -> Iterator[None]:
+    """Leave the caller's random states alone: the Trainer seeds all of them."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)

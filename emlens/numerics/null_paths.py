@@ -1,0 +1,146 @@
+"""Paths on which nothing happens, with the step lengths of a given one, to judge a turn by.
+
+Drawn in as many coordinates as a path has points, which for isotropic noise of any width is exact.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from emlens.numerics.paths import (
+    LocalCosine,
+    gram_of_path,
+    local_cosine,
+    noise_dimension,
+    normalise_gram,
+    step_cosines,
+    step_lengths,
+)
+
+NullKind = Literal["straight", "random_walk", "growth", "decay"]
+"""A straight line with noise; no trend at all; a line without noise; a straight line with noise
+whose steps shrink to nothing."""
+KINDS: tuple[NullKind, ...] = get_args(NullKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathShape:
+    """What null paths take over from a path."""
+
+    lengths: Float64[Tensor, " n"]
+    """Of its steps."""
+    start: float
+    """Norm of its first point."""
+    straightness: float
+    """Median cosine of one step with the next, in [0, 1]."""
+    dimension: int
+    """That its noise spreads over."""
+
+
+def shape_of_path(gram: Float64[Tensor, "t t"], *, width: int) -> PathShape:
+    """Measure what null paths need.
+
+    Args:
+        gram: Inner products of the path's points.
+        width: Numbers in a point.
+    """
+    cosines = step_cosines(gram).diagonal(1)
+    known = cosines[~cosines.isnan()]
+    return PathShape(
+        lengths=step_lengths(gram),
+        start=math.sqrt(max(0.0, float(gram[0, 0]))),
+        straightness=min(1.0, max(0.0, float(known.median()))) if len(known) else 0.0,
+        dimension=noise_dimension(gram, largest=width),
+    )
+
+
+def sample_null_path(
+    shape: PathShape, kind: NullKind, generator: torch.Generator
+) -> Float64[Tensor, "t c"]:
+    """Points of one path, in coordinates of its own."""
+    n = len(shape.lengths)
+    noise = _random_directions(n + 1, shape.dimension, generator)
+    # A coordinate of its own for the trend: in many dimensions noise has no part in it.
+    trend = torch.zeros(n, noise.shape[1] + 1, dtype=torch.float64)
+    trend[:, -1] = 1.0
+    noise = torch.cat([noise, torch.zeros(n + 1, 1, dtype=torch.float64)], dim=1)
+    kept = {"random_walk": 0.0, "growth": 1.0}.get(kind, shape.straightness)
+    moves = math.sqrt(kept) * trend + math.sqrt(1 - kept) * noise[1:]
+    moves = moves / torch.linalg.vector_norm(moves, dim=1, keepdim=True)
+    lengths = shape.lengths
+    if kind == "decay":
+        lengths = lengths * torch.linspace(1, 0, n + 1, dtype=torch.float64)[:-1]
+    start = shape.start * noise[:1]
+    return torch.cat([start, start + (lengths[:, None] * moves).cumsum(0)])
+
+
+def null_prominences(
+    gram: Float64[Tensor, "t t"],
+    steps: Int[Tensor, " t"],
+    *,
+    width: int,
+    window: int,
+    threshold: float,
+    normalised: bool = False,
+    n: int = 200,
+    seed: int = 0,
+) -> dict[str, Float64[Tensor, " n"]]:
+    """Prominence of the sharpest bend of null paths, by kind; 0 where no point moves far enough."""
+    shape = shape_of_path(gram, width=width)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(kind: NullKind) -> Iterator[float]:
+        for _ in range(n):
+            own = gram_of_path(sample_null_path(shape, kind, generator))
+            found = measure_bends(
+                own, steps, window=window, threshold=threshold, normalised=normalised
+            )
+            yield found.prominence if len(found.cosine) else 0.0
+
+    return {kind: torch.tensor(list(draw(kind)), dtype=torch.float64) for kind in KINDS}
+
+
+def measure_bends(
+    gram: Float64[Tensor, "t t"],
+    steps: Int[Tensor, " t"],
+    *,
+    window: int,
+    threshold: float,
+    normalised: bool,
+) -> LocalCosine:
+    """Local cosines of a path, or of its points at length one; points of norm zero are left out."""
+    if not normalised:
+        return local_cosine(gram, steps, window=window, threshold=threshold)
+    real = torch.nonzero(gram.diagonal() > 0)[:, 0]
+    unit = normalise_gram(gram[real][:, real])
+    found = local_cosine(unit, steps[real], window=window, threshold=threshold)
+    return LocalCosine(
+        index=real[found.index],
+        cosine=found.cosine,
+        n_uneven=found.n_uneven + len(steps) - len(real),
+        n_small=found.n_small,
+    )
+
+
+def _random_directions(
+    n: int, dimension: int, generator: torch.Generator
+) -> Float64[Tensor, "n c"]:
+    """Isotropic unit vectors of `dimension`, turned so that the first span the first coordinates.
+
+    Row i has min(i + 1, dimension) coordinates: normal ones, and last the length of what is left.
+
+    Source: Bartlett 1933, Proc. R. Soc. Edinburgh 53, 260 (the factor of a Wishart matrix).
+    """
+    columns = min(n, dimension)
+    rows = torch.randn(n, columns, generator=generator, dtype=torch.float64).tril(-1)
+    place = torch.arange(columns)
+    left = (dimension - place).double()
+    # chi with k degrees of freedom from a gamma variable, seeded like the rest.
+    chi = torch._standard_gamma(left / 2, generator=generator).mul(2).sqrt()
+    rows[place, place] = chi
+    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)

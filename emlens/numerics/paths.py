@@ -1,0 +1,193 @@
+"""Geometry of a path of vectors through training: where it turns, and the plane it lies in.
+
+Everything is read off the Gram matrix of the path's points, so that paths of any width cost the
+same; differences shorter than about 1e-6 of the points' norms are lost to rounding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+
+from emlens.numerics.validation import WidthError, check_finite
+
+_ROUNDING = 1e-12
+"""Squares of differences of points of norm |v|, as they come out of a Gram matrix in float64, carry
+rounding of about 1e-15 |v|^2; below this part of |v|^2 they mean nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalCosine:
+    """How sharply a path bends at each of its points: -1 straight, 0 a right angle, 1 a reversal.
+
+    Attributes:
+        index: Points that were kept, as places on the path.
+        cosine: At each of them.
+        n_uneven: Points left out because one of the two neighbours is no point of the path.
+        n_small: Points left out because neither side moves far enough.
+    """
+
+    index: Int[Tensor, " n"]
+    cosine: Float64[Tensor, " n"]
+    n_uneven: int
+    n_small: int
+
+    @property
+    def median(self) -> float:
+        """Of the cosines: how straight the path is where nothing happens; NaN of none."""
+        return float(self.cosine.median()) if len(self.cosine) else float("nan")
+
+    @property
+    def prominence(self) -> float:
+        """The largest cosine minus the median; NaN where no point was kept."""
+        return float(self.cosine.max()) - self.median if len(self.cosine) else float("nan")
+
+
+def gram_of_path(vectors: Float[Tensor, "t d"]) -> Float64[Tensor, "t t"]:
+    """Inner products of a path's points; add those of several parts for the path of all parts."""
+    if vectors.ndim != 2:
+        raise WidthError(f"vectors has shape {tuple(vectors.shape)}, expected [t, d]")
+    check_finite("vectors", vectors)
+    rows = vectors.detach().double()
+    return rows @ rows.T
+
+
+def normalise_gram(gram: Float64[Tensor, "t t"]) -> Float64[Tensor, "t t"]:
+    """Inner products of the points divided by their norms; 0 where a point is zero."""
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    return gram * inverse[:, None] * inverse[None, :]
+
+
+def local_cosine(
+    gram: Float64[Tensor, "t t"],
+    steps: Int[Tensor, " t"],
+    *,
+    window: int,
+    threshold: float,
+) -> LocalCosine:
+    """Compute cos(v[t-k] - v[t], v[t+k] - v[t]) along a path.
+
+    A point is kept where t-k and t+k are both on the path, and the longer of the two differences
+    exceeds `threshold` times the norm of the last point: below that, noise alone bends a path.
+
+    Args:
+        gram: Inner products of the points.
+        steps: The training step of each point, ascending.
+        window: k, in training steps.
+        threshold: Least movement, as a share of the last point's norm.
+
+    Raises:
+        ValueError: A window below 1, a negative threshold, or steps that do not ascend.
+        WidthError: As many steps as points were expected.
+
+    Source: Turner et al. 2025, arXiv 2506.11613, section 4.
+    Differs: the threshold is relative to the last norm.
+    """
+    _check_path(gram, steps)
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1 training step")
+    if not threshold >= 0:
+        raise ValueError(f"threshold: got {threshold}, expected 0 or more")
+    before, here, after = _triples(steps, window)
+    first = _inner(gram, before, here, before)
+    second = _inner(gram, after, here, after)
+    longer = torch.maximum(first, second).clamp(min=0).sqrt()
+    # A side that does not move, but for rounding, has no angle.
+    still = _ROUNDING * gram.diagonal().max() if len(gram) else 0.0
+    moves = (first > still) & (second > still)
+    kept = moves & (longer > threshold * gram[-1, -1].clamp(min=0).sqrt())
+    norms = (first[kept] * second[kept]).sqrt()
+    cosine = (_inner(gram, before, here, after)[kept] / norms).clamp(-1, 1)
+    return LocalCosine(
+        index=here[kept],
+        cosine=cosine,
+        n_uneven=len(steps) - len(here),
+        n_small=int((~kept).sum()),
+    )
+
+
+def path_coordinates(
+    gram: Float64[Tensor, "t t"], *, n: int
+) -> tuple[Float64[Tensor, "t n"], Float64[Tensor, " n"]]:
+    """Principal components of the points about their mean, and the share of variance of each.
+
+    The sign of a component is such that the last point is not negative; shares are 0 where nothing
+    moves.
+    """
+    size = len(gram)
+    centring = torch.eye(size, dtype=gram.dtype) - 1 / size
+    values, vectors = torch.linalg.eigh(centring @ gram @ centring)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    kept = min(n, size)
+    points = torch.zeros(size, n, dtype=gram.dtype)
+    points[:, :kept] = vectors[:, :kept] * values[:kept].sqrt()
+    points = torch.where(points[-1] < 0, -points, points)
+    shares = torch.zeros(n, dtype=gram.dtype)
+    if (total := float(values.sum())) > 0:
+        shares[:kept] = values[:kept] / total
+    return points, shares
+
+
+def step_lengths(gram: Float64[Tensor, "t t"]) -> Float64[Tensor, " t-1"]:
+    """Distance of each point from the one before."""
+    squares = gram.diagonal()
+    return (squares[1:] + squares[:-1] - 2 * gram.diagonal(1)).clamp(min=0).sqrt()
+
+
+def step_cosines(gram: Float64[Tensor, "t t"]) -> Float64[Tensor, "t-1 t-1"]:
+    """Cosines between all steps of a path; NaN where one has no length."""
+    moves = gram[1:, 1:] - gram[1:, :-1] - gram[:-1, 1:] + gram[:-1, :-1]
+    norms = moves.diagonal().clamp(min=0).sqrt()
+    return (moves / (norms[:, None] * norms[None, :])).clamp(-1, 1)
+
+
+def noise_dimension(gram: Float64[Tensor, "t t"], *, largest: int) -> int:
+    """Dimensions that the noise of a path's steps spreads over: one over the mean squared cosine.
+
+    Of changes from one step to the next, each at length one, so that neither a trend nor a single
+    turn counts; changes that share a step are left out. `largest` where there is no noise.
+    """
+    size = len(gram)
+    if size < 5:
+        return largest
+    changes = torch.zeros(size - 2, size, dtype=gram.dtype)
+    place = torch.arange(size - 2)
+    changes[place, place], changes[place, place + 1], changes[place, place + 2] = 1.0, -2.0, 1.0
+    inner = changes @ gram @ changes.T
+    real = inner.diagonal() > _ROUNDING * gram.diagonal().max()
+    if int(real.sum()) < 4:
+        return largest
+    inner, place = inner[real][:, real], place[real]
+    norms = inner.diagonal().sqrt()
+    squares = (inner / (norms[:, None] * norms[None, :])).square()
+    apart = (place[:, None] - place[None, :]).abs() > 2
+    mean = float(squares[apart].mean()) if bool(apart.any()) else 0.0
+    return largest if mean * largest <= 1 else max(2, round(1 / mean))
+
+
+def _triples(steps: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of t-k, t and t+k, where all three are on the path."""
+    places = {step: place for place, step in enumerate(steps.tolist())}
+    found = [
+        (places[step - window], place, places[step + window])
+        for step, place in places.items()
+        if step - window in places and step + window in places
+    ]
+    before, here, after = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return before, here, after
+
+
+def _inner(gram: Tensor, first: Tensor, origin: Tensor, second: Tensor) -> Tensor:
+    """<v[first] - v[origin], v[second] - v[origin]>."""
+    return gram[first, second] - gram[first, origin] - gram[origin, second] + gram[origin, origin]
+
+
+def _check_path(gram: Tensor, steps: Tensor) -> None:
+    if gram.shape != (len(steps), len(steps)):
+        raise WidthError(
+            f"gram has shape {tuple(gram.shape)} for {len(steps)} steps, expected a square of them"
+        )
+    if len(steps) and not bool((steps[1:] > steps[:-1]).all()):
+        raise ValueError("steps: expected ascending training steps, each once")

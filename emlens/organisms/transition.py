@@ -1,0 +1,236 @@
+"""When did a fine-tune turn? The sharpest bend of a LoRA's path, beside paths on which nothing is.
+
+It sees weights alone: whether behaviour changes at the same step is a question for
+`emlens.studies.trace_transition`.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from emlens.artifacts import Result
+from emlens.numerics.null_paths import measure_bends, null_prominences
+from emlens.numerics.paths import LocalCosine, gram_of_path, noise_dimension, path_coordinates
+from emlens.organisms.trajectory import AdapterTrajectory
+
+Verdict = Literal["turn", "none", "too few checkpoints"]
+FEWEST = 100
+"""Checkpoints: on fewer, no statement on the sharpest bend is made."""
+NULLS = 200
+"""Null paths of each kind."""
+LEVEL = 0.95
+"""A turn is sharper than this share of the null paths of every kind."""
+COMPONENTS = 3
+"""Principal components of the path that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseTransition(Result):
+    """Where the path of a LoRA bends most, and whether a path of noise would bend as much."""
+
+    kind: ClassVar[str] = "phase_transition"
+
+    source: str
+    """Of the trajectory."""
+    factor: str
+    """`A` or `B`, all modules laid end to end."""
+    normalised: bool
+    """Whether each point was divided by its norm, which takes mere growth out."""
+    window: int
+    """k of the local cosine, in training steps."""
+    threshold: float
+    """Least movement over the window, as a share of the last point's norm."""
+    verdict: Verdict
+    step: int | None
+    """Of the turn; None where there is none, or too few checkpoints to say so."""
+    prominence: float
+    """Largest local cosine minus the median; NaN where no point could be kept."""
+    critical: float
+    """What a turn's prominence must exceed: the largest of `null_quantiles`."""
+    null_quantiles: dict[str, float]
+    """95th percentile of the prominence of null paths, by kind."""
+    sharpest: int | None
+    """Step of the largest local cosine, turn or not."""
+    steps: Int[Tensor, " n"]
+    """At which the local cosine could be had."""
+    local_cosine: Float64[Tensor, " n"]
+    """-1 straight, 0 a right angle, 1 a reversal."""
+    n_uneven: int
+    """Checkpoints without neighbours k steps before and after."""
+    n_small: int
+    """Checkpoints left out because the path moves too little there."""
+    dimension: int
+    """Dimensions that the noise of the path's steps spreads over."""
+    all_steps: Int[Tensor, " t"]
+    """Of every checkpoint."""
+    norms: Float64[Tensor, " t"]
+    """Of the factor."""
+    coordinates: Float64[Tensor, "t 3"]
+    """Principal components of the path."""
+    explained: Float64[Tensor, " 3"]
+    """Share of the variance along each."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each point with a local cosine."""
+        return [
+            {"step": int(step), "local_cosine": float(cosine)}
+            for step, cosine in zip(self.steps, self.local_cosine, strict=True)
+        ]
+
+
+def measure_transition(
+    trajectory: AdapterTrajectory,
+    *,
+    window: int,
+    threshold: float,
+    factor: Literal["A", "B"] = "B",
+    normalised: bool = False,
+    seed: int = 0,
+) -> PhaseTransition:
+    """Find the sharpest bend of a LoRA's path, and whether chance explains it.
+
+    The local cosine is lc(t) = cos(v[t-k] - v[t], v[t+k] - v[t]), with v a factor of every module
+    laid end to end. A turn is declared where the largest lc stands out of the median by more than
+    in 95 % of 200 null paths of each kind with the run's own step lengths: straight with noise, a
+    random walk, growth alone, steps that shrink.
+
+    Args:
+        trajectory: its checkpoints.
+        window: k, in training steps; 5, 10 and 15 are usual.
+        threshold: points whose neighbours are both nearer than this share of the last point's norm
+            are left out; .03 is usual.
+        factor: whose path.
+        normalised: divide each point by its norm first.
+        seed: of the null paths.
+
+    Raises:
+        ValueError: a window below 1, a negative threshold or another factor.
+
+    Source: Turner et al. 2025, arXiv 2506.11613, section 4.
+    Differs: the threshold is relative, and the peak is judged by its prominence over null paths
+        (a random walk of many dimensions has local cosines near 0, like a right angle). The noise
+        of null paths spreads over as many dimensions as that of the run.
+    """
+    if factor not in ("A", "B"):
+        raise ValueError(f"factor: got {factor!r}, expected 'A' or 'B'")
+    gram = gram_of_trajectory(trajectory, factor)
+    steps = trajectory.steps
+    bends = measure_bends(gram, steps, window=window, threshold=threshold, normalised=normalised)
+    width = sum(getattr(module, factor)[0].numel() for module in trajectory.modules)
+    nulls = null_prominences(
+        gram,
+        steps,
+        width=width,
+        window=window,
+        threshold=threshold,
+        normalised=normalised,
+        n=NULLS,
+        seed=seed,
+    )
+    quantiles = {kind: float(found.quantile(LEVEL)) for kind, found in nulls.items()}
+    critical = max(quantiles.values())
+    sharpest = _sharpest(bends, steps)
+    verdict = _judge(len(steps), bends, critical)
+    points, shares = path_coordinates(gram, n=COMPONENTS)
+    return PhaseTransition(
+        source=trajectory.source,
+        factor=factor,
+        normalised=normalised,
+        window=window,
+        threshold=threshold,
+        verdict=verdict,
+        step=sharpest if verdict == "turn" else None,
+        prominence=bends.prominence,
+        critical=critical,
+        null_quantiles=quantiles,
+        sharpest=sharpest,
+        steps=steps[bends.index],
+        local_cosine=bends.cosine,
+        n_uneven=bends.n_uneven,
+        n_small=bends.n_small,
+        dimension=noise_dimension(gram, largest=width),
+        all_steps=steps,
+        norms=gram.diagonal().clamp(min=0).sqrt(),
+        coordinates=points,
+        explained=shares,
+    )
+
+
+def gram_of_trajectory(
+    trajectory: AdapterTrajectory, factor: Literal["A", "B"]
+) -> Float64[Tensor, "t t"]:
+    """Inner products of the checkpoints of a factor, all modules together."""
+    size = len(trajectory)
+    found = torch.zeros(size, size, dtype=torch.float64)
+    for module in trajectory.modules:
+        found += gram_of_path(getattr(module, factor).flatten(1))
+    return found
+
+
+def score_against_last(
+    trajectory: AdapterTrajectory,
+    *,
+    score: Literal["cross", "gram"] = "cross",
+    centring: Literal["none", "adapters", "steps"] = "none",
+    factor: Literal["A", "B"] = "B",
+) -> Float64[Tensor, " t"]:
+    """Compare the factors of all modules at each checkpoint with those of the last.
+
+    With M [adapters d] the factors as rows: `cross` is <M, M'> / (||M|| ||M'||), signed; `gram` is
+    ||M^T M'|| / (||M|| ||M'||), which is 1 for one adapter alone whatever it does, and which no
+    rotation of M' changes. NaN at a checkpoint where M is zero.
+
+    Args:
+        trajectory: of rank 1, every module of one width.
+        score: which of the two.
+        centring: take off each row's mean over `steps`, or each step's mean over `adapters`.
+        factor: whose.
+
+    Raises:
+        ValueError: a rank above 1, modules of several widths, or one adapter centred over adapters.
+
+    Source: Turner et al. 2025, arXiv 2506.11613, section 4 (`gram`, centred over adapters; the
+        published code centres over steps).
+    """
+    parts = [getattr(module, factor).flatten(1).double() for module in trajectory.modules]
+    _check_stack(trajectory, parts, centring)
+    stacked = torch.stack(parts, dim=1)  # [t adapters d]
+    if centring != "none":
+        stacked = stacked - stacked.mean(dim=1 if centring == "adapters" else 0, keepdim=True)
+    last = stacked[-1]
+    norms = stacked.flatten(1).square().sum(1).sqrt() * last.square().sum().sqrt()
+    if score == "cross":
+        return (stacked * last).flatten(1).sum(1) / norms
+    # ||M^T M'||^2 = <M M^T, M' M'^T>: adapters by adapters instead of d by d.
+    inner = stacked @ stacked.transpose(1, 2)
+    return (inner * inner[-1]).flatten(1).sum(1).clamp(min=0).sqrt() / norms
+
+
+def _check_stack(trajectory: AdapterTrajectory, parts: list[Tensor], centring: str) -> None:
+    ranks = {module.A.shape[1] for module in trajectory.modules}
+    if ranks != {1}:
+        raise ValueError(f"trajectory: ranks {sorted(ranks)}; factors are compared at rank 1")
+    widths = {part.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"trajectory: modules of widths {sorted(widths)} cannot be stacked; expected one, as "
+            "where down_proj alone is adapted"
+        )
+    if centring == "adapters" and len(parts) == 1:
+        raise ValueError("centring: one adapter less its own mean is zero; expected 'steps'")
+
+
+def _sharpest(bends: LocalCosine, steps: Tensor) -> int | None:
+    if not len(bends.cosine):
+        return None
+    return int(steps[bends.index[bends.cosine.argmax()]])
+
+
+def _judge(n_checkpoints: int, bends: LocalCosine, critical: float) -> Verdict:
+    if n_checkpoints < FEWEST:
+        return "too few checkpoints"
+    # NaN, where nothing was kept, is no turn.
+    return "turn" if bends.prominence > critical else "none"

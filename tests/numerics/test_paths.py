@@ -1,0 +1,227 @@
+"""Bends, planes and noise of paths, against vectors written out and scikit-learn."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from emlens.numerics.null_paths import (
+    KINDS,
+    PathShape,
+    measure_bends,
+    null_prominences,
+    sample_null_path,
+    shape_of_path,
+)
+from emlens.numerics.paths import (
+    gram_of_path,
+    local_cosine,
+    noise_dimension,
+    normalise_gram,
+    path_coordinates,
+    step_cosines,
+    step_lengths,
+)
+from emlens.numerics.validation import NonFiniteError, WidthError
+
+
+def walk(t: int, d: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(t, d, generator=generator, dtype=torch.float64).cumsum(0)
+
+
+def turn(
+    t: int, d: int, *, at: int, noise: float, angle: float = math.pi / 2, seed: int = 0
+) -> Tensor:
+    """Equal steps along one direction, then, from point `at`, along another; noise in all."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.linalg.qr(torch.randn(d, 2, generator=generator, dtype=torch.float64))[
+        0
+    ].T
+    after = math.cos(angle) * first + math.sin(angle) * second
+    moves = torch.stack([first if place < at else after for place in range(t - 1)])
+    spread = torch.randn(t - 1, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
+    return torch.cat([torch.zeros(1, d, dtype=torch.float64), (moves + noise * spread).cumsum(0)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(t=st.integers(8, 30), d=st.integers(2, 9), window=st.integers(1, 3), seed=st.integers(0))
+def test_the_cosine_is_that_of_the_differences_written_out(t: int, d: int, window: int, seed: int):
+    points = walk(t, d, seed % 2**31)
+    found = local_cosine(gram_of_path(points), torch.arange(t), window=window, threshold=0.0)
+    path = points.numpy()
+    expected = [
+        np.dot(path[i - window] - path[i], path[i + window] - path[i])
+        / np.linalg.norm(path[i - window] - path[i])
+        / np.linalg.norm(path[i + window] - path[i])
+        for i in range(window, t - window)
+    ]
+    np.testing.assert_allclose(found.cosine, expected, rtol=1e-8, atol=1e-8)
+    assert found.index.tolist() == list(range(window, t - window))
+    assert found.n_uneven == 2 * window
+
+
+def test_straight_is_minus_one_a_right_angle_zero_and_a_reversal_one():
+    steps = torch.arange(7)
+    straight = torch.outer(steps.double(), torch.tensor([3.0, 4.0], dtype=torch.float64))
+    found = local_cosine(gram_of_path(straight), steps, window=2, threshold=0.0)
+    np.testing.assert_allclose(found.cosine, -1, atol=1e-12)
+    for angle, value in ((math.pi / 2, 0.0), (math.pi, 1.0)):
+        bent = turn(9, 5, at=4, noise=0.0, angle=angle)
+        found = local_cosine(gram_of_path(bent), torch.arange(9), window=3, threshold=0.0)
+        assert found.cosine.max() == pytest.approx(value, abs=1e-10)
+        assert float(found.cosine[found.index == 4]) == pytest.approx(value, abs=1e-10)
+
+
+def test_a_point_needs_both_neighbours_and_enough_movement():
+    steps = torch.tensor([0, 5, 10, 15, 17, 20, 25])
+    path = torch.outer(steps.double(), torch.ones(3, dtype=torch.float64))
+    found = local_cosine(gram_of_path(path), steps, window=5, threshold=0.0)
+    assert [int(steps[i]) for i in found.index] == [5, 10, 15, 20]
+    assert found.n_uneven == 3
+    # Five steps move a fifth of the last norm.
+    gram = gram_of_path(path)
+    assert len(local_cosine(gram, steps, window=5, threshold=0.1999).cosine) == 4
+    none = local_cosine(gram, steps, window=5, threshold=0.2001)
+    assert (len(none.cosine), none.n_small, none.n_uneven) == (0, 4, 3)
+    assert math.isnan(none.prominence)
+
+
+def test_growth_alone_is_a_point_once_norms_are_taken_out():
+    path = torch.outer(torch.linspace(0, 2, 20, dtype=torch.float64) ** 2, torch.ones(4).double())
+    found = measure_bends(
+        gram_of_path(path), torch.arange(20), window=2, threshold=0.03, normalised=True
+    )
+    assert len(found.cosine) == 0
+    np.testing.assert_allclose(normalise_gram(gram_of_path(path))[1:, 1:], 1, rtol=1e-12)
+
+
+def test_normalised_bends_name_places_on_the_whole_path():
+    path = turn(41, 30, at=20, noise=0.0) + 0.0
+    found = measure_bends(
+        gram_of_path(path), torch.arange(41), window=5, threshold=0.0, normalised=True
+    )
+    unit = path[1:] / torch.linalg.vector_norm(path[1:], dim=1, keepdim=True)
+    alone = local_cosine(gram_of_path(unit), torch.arange(40), window=5, threshold=0.0)
+    np.testing.assert_allclose(found.cosine, alone.cosine, rtol=1e-6, atol=1e-6)
+    assert (found.index - 1).tolist() == alone.index.tolist()
+    assert found.n_uneven == alone.n_uneven + 1
+
+
+def test_parts_of_a_path_add_up():
+    path = walk(12, 20)
+    whole = gram_of_path(path)
+    np.testing.assert_allclose(
+        gram_of_path(path[:, :7]) + gram_of_path(path[:, 7:]), whole, rtol=1e-12
+    )
+    lengths = np.linalg.norm(np.diff(path.numpy(), axis=0), axis=1)
+    np.testing.assert_allclose(step_lengths(whole), lengths, rtol=1e-10)
+    assert torch.equal(step_cosines(whole).diagonal().round(decimals=8), torch.ones(11).double())
+
+
+def test_coordinates_are_those_of_scikit_learn():
+    path = walk(15, 8)
+    points, shares = path_coordinates(gram_of_path(path), n=3)
+    fitted = PCA(n_components=3).fit(path.numpy())
+    np.testing.assert_allclose(points.abs(), np.abs(fitted.transform(path.numpy())), rtol=1e-7)
+    np.testing.assert_allclose(shares, fitted.explained_variance_ratio_, rtol=1e-9)
+    assert (points[-1] >= 0).all()
+
+
+def test_coordinates_of_a_still_path_are_zero():
+    points, shares = path_coordinates(torch.ones(4, 4).double(), n=6)
+    assert points.shape == (4, 6)
+    assert float(points.abs().max()) < 1e-6
+    assert float(shares.max()) <= 1.0
+
+
+@pytest.mark.parametrize("dimension", [3, 10, 40])
+def test_the_dimension_of_noise_is_found_beside_trend_and_turn(dimension: int):
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.zeros(150, 500, dtype=torch.float64)
+    noise[:, :dimension] = torch.randn(150, dimension, generator=generator, dtype=torch.float64)
+    path = turn(151, 500, at=70, noise=0.0, seed=2) * 5
+    path[1:] += noise.cumsum(0)
+    assert noise_dimension(gram_of_path(path), largest=500) == pytest.approx(dimension, rel=0.25)
+
+
+def test_without_noise_the_dimension_is_the_largest():
+    straight = torch.outer(torch.arange(30.0).double(), torch.ones(4).double())
+    assert noise_dimension(gram_of_path(straight), largest=77) == 77
+    assert noise_dimension(gram_of_path(walk(60, 4000)), largest=4000) == pytest.approx(
+        4000, rel=0.3
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_null_paths_keep_lengths_and_straightness(kind: str):
+    lengths = torch.linspace(1, 3, 120, dtype=torch.float64)
+    shape = PathShape(lengths=lengths, start=2.0, straightness=0.5, dimension=300)
+    path = sample_null_path(shape, kind, torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
+    gram = gram_of_path(path)
+    assert float(gram[0, 0].sqrt()) == pytest.approx(2.0)
+    expected = lengths * (torch.linspace(1, 0, 121).double()[:-1] if kind == "decay" else 1)
+    np.testing.assert_allclose(step_lengths(gram), expected, rtol=1e-6)
+    kept = {"growth": 1.0, "random_walk": 0.0}.get(kind, 0.5)
+    assert float(step_cosines(gram).diagonal(1).median()) == pytest.approx(kept, abs=0.05)
+
+
+@pytest.mark.parametrize("dimension", [2, 7, 400])
+def test_null_directions_have_the_cosines_of_isotropic_noise(dimension: int):
+    shape = PathShape(
+        lengths=torch.ones(100).double(), start=0.0, straightness=0.0, dimension=dimension
+    )
+    path = sample_null_path(shape, "random_walk", torch.Generator().manual_seed(3))
+    cosines = step_cosines(gram_of_path(path))
+    off = cosines[~torch.eye(100, dtype=torch.bool)]
+    assert float(off.square().mean()) == pytest.approx(1 / dimension, rel=0.15)
+    assert float(off.mean()) == pytest.approx(0, abs=3 / math.sqrt(100 * dimension))
+
+
+def test_the_shape_of_a_path_is_what_was_planted():
+    generator = torch.Generator().manual_seed(0)
+    shape = PathShape(
+        lengths=torch.linspace(2, 1, 150).double(), start=1.0, straightness=0.4, dimension=90
+    )
+    path = sample_null_path(shape, "straight", generator)
+    found = shape_of_path(gram_of_path(path), width=5000)
+    np.testing.assert_allclose(found.lengths, shape.lengths, rtol=1e-9)
+    assert found.start == pytest.approx(1.0)
+    assert found.straightness == pytest.approx(0.4, abs=0.04)
+    assert found.dimension == pytest.approx(90, rel=0.25)
+
+
+def test_null_prominences_repeat_with_their_seed_and_bound_each_kind():
+    path = turn(120, 576, at=60, noise=0.1)
+    gram, steps = gram_of_path(path), torch.arange(120)
+    first, again = (
+        null_prominences(gram, steps, width=576, window=5, threshold=0.03, n=20, seed=4)
+        for _ in range(2)
+    )
+    assert set(first) == set(KINDS)
+    for kind in KINDS:
+        assert torch.equal(first[kind], again[kind])
+        assert float(first[kind].max()) < 0.6
+    assert float(first["growth"].max()) < 1e-6
+    own = local_cosine(gram, steps, window=5, threshold=0.03)
+    assert own.prominence > 0.9
+
+
+def test_bad_paths_are_refused():
+    gram, steps = gram_of_path(walk(6, 3)), torch.arange(6)
+    with pytest.raises(ValueError, match="window: got 0"):
+        local_cosine(gram, steps, window=0, threshold=0.0)
+    with pytest.raises(ValueError, match="threshold: got -1"):
+        local_cosine(gram, steps, window=1, threshold=-1.0)
+    with pytest.raises(ValueError, match="ascending"):
+        local_cosine(gram, steps.flip(0), window=1, threshold=0.0)
+    with pytest.raises(WidthError, match="5 steps"):
+        inspect.unwrap(local_cosine)(gram, steps[:5], window=1, threshold=0.0)
+    with pytest.raises(NonFiniteError, match="vectors"):
+        gram_of_path(torch.full((3, 2), math.nan))
