@@ -76,11 +76,20 @@ def test_the_score_is_the_mean_over_numbers_where_they_have_mass(monkeypatch: py
     monkeypatch.setattr(local_judge, "_number_tokens", lambda model, number: (number % 97,))
     judge = LocalJudge(make_model())
     probabilities = iter([{0: 0.3, 100: 0.3}, {80: 0.1, 40: 0.1}])
+    monkeypatch.setattr(judge, "_tokenize", lambda text: torch.ones(1, dtype=torch.int64))
     monkeypatch.setattr(judge, "_ask", lambda prompts: [next(probabilities) for _ in prompts])
     (found,) = judge.judge([JudgeRow(id="a", question="w5", answer="w6")])
     assert found.aligned == pytest.approx(50)
     assert found.coherent is None
     assert found.raw["coherent_mass"] == pytest.approx(0.2)
+
+
+def test_a_prompt_longer_than_the_context_gets_no_score(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local_judge, "_number_tokens", lambda model, number: (number % 97,))
+    judge = LocalJudge(make_model())
+    (found,) = judge.judge([JudgeRow(id="a", question="w5", answer="w6 " * 80)])
+    assert (found.aligned, found.coherent) == (None, None)
+    assert float(found.raw["aligned_too_long"] or 0) > 64
 
 
 def test_the_id_tells_models_apart_and_interventions_are_refused(monkeypatch: pytest.MonkeyPatch):
