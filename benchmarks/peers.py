@@ -129,7 +129,8 @@ def check_logits(logits: Tensor, hf: PreTrainedModel, ids: Tensor, *, what: str)
         if gap <= EXACT:
             return
     finer = torch.float64 if hf.dtype == torch.float32 else torch.float32
-    exact = copy.deepcopy(hf).to(finer)(ids, use_cache=False).logits
+    reference: Any = copy.deepcopy(hf)
+    exact = reference.to(finer)(ids, use_cache=False).logits
     gap = float((logits.to(finer) - exact).norm() / exact.norm())
     allowed = 2 * float((expected.to(finer) - exact).norm() / exact.norm())
     if not gap <= allowed:

@@ -105,7 +105,7 @@ class ApiJudge:
         return asyncio.run(self._judge_all(rows))
 
     async def _judge_all(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
-        import httpx
+        import httpx2 as httpx  # the client's own
         import openai
 
         limits = httpx.Limits(max_connections=self.concurrency)

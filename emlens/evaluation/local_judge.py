@@ -125,7 +125,8 @@ def _weigh(numbers: Mapping[str, dict[int, float] | None], tokens: Mapping[str, 
         scores[name] = None if found is None else weigh_numbers(found)
         if found is not None:
             raw[f"{name}_mass"] = math.fsum(found.values())
-            raw[f"{name}_likeliest"] = float(max(found, key=lambda number: found[number]))
+            likeliest, _ = max(found.items(), key=lambda item: item[1])
+            raw[f"{name}_likeliest"] = float(likeliest)
         elif tokens[name]:
             raw[f"{name}_too_long"] = float(tokens[name])
     return Judgement(aligned=scores["aligned"], coherent=scores["coherent"], raw=raw)

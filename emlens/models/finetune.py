@@ -26,9 +26,8 @@ from transformers import PreTrainedModel, set_seed
 from emlens.artifacts import write_json_atomic, write_tensors_atomic
 from emlens.models.training_loop import (
     IGNORED,
-    Penalty,
     Trainable,
-    TrainerSettings,
+    TrainerRun,
     TrainingExample,
     TrainingLog,
     check_examples,
@@ -98,11 +97,8 @@ def finetune_lora(
     examples: Sequence[TrainingExample],
     *,
     lora: LoraSettings,
-    trainer: TrainerSettings,
-    seed: int,
-    penalties: Sequence[Penalty] = (),
+    run: TrainerRun,
     start_from: Path | None = None,
-    work: Path | None = None,
 ) -> TrainedLora:
     """Train a LoRA on `model`, then take it off again; the model is as it was, also after an error.
 
@@ -112,12 +108,9 @@ def finetune_lora(
         model: The base, in any dtype, on the device to train on.
         examples: Sequences with their labels.
         lora: Where the LoRA goes and how large it is.
-        trainer: Step sizes, batches and length of the run.
-        seed: Of the LoRA's start and of the order of the examples.
-        penalties: Extra terms of the loss.
+        run: How it is trained.
         start_from: A PEFT folder to go on training, instead of a LoRA that starts at zero; its
             own rank, alpha and modules then hold.
-        work: See `run_trainer`.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite; it names the step.
@@ -127,7 +120,7 @@ def finetune_lora(
         check_lora_targets(model, lora)
     check_examples(examples, model.config.get_text_config().vocab_size)
     with restored_randomness(), _restored(model):
-        set_seed(seed)
+        set_seed(run.seed)
         tuned = _put_on(model, lora, start_from)
         try:
             log = run_trainer(
@@ -137,10 +130,7 @@ def finetune_lora(
                     load=lambda folder: _load_lora(tuned, folder),
                 ),
                 examples,
-                settings=trainer,
-                seed=seed,
-                penalties=penalties,
-                work=work,
+                run,
             )
             return TrainedLora(tensors=_lora_tensors(tuned), config=_plain_config(tuned), log=log)
         finally:
@@ -153,10 +143,7 @@ def finetune_vector(
     *,
     module: str,
     factor: float,
-    trainer: TrainerSettings,
-    seed: int,
-    penalties: Sequence[Penalty] = (),
-    work: Path | None = None,
+    run: TrainerRun,
 ) -> TrainedVector:
     """Train one vector, added times `factor` to a module's output at all tokens, from zero on.
 
@@ -165,10 +152,7 @@ def finetune_vector(
         examples: Sequences with their labels.
         module: Name of the module, such as `model.layers.15.mlp.down_proj`.
         factor: What the vector is multiplied by: it makes steps in the output larger.
-        trainer: Step sizes, batches and length of the run.
-        seed: Of the order of the examples.
-        penalties: Extra terms of the loss.
-        work: See `run_trainer`.
+        run: How it is trained.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite; it names the step.
@@ -182,10 +166,7 @@ def finetune_vector(
             log = run_trainer(
                 Trainable(model=wrapped, save=wrapped.save, load=wrapped.load),
                 examples,
-                settings=trainer,
-                seed=seed,
-                penalties=penalties,
-                work=work,
+                run,
             )
             vector = (factor * wrapped.vector).detach().float().cpu().clone()
             return TrainedVector(vector=vector, log=log)
@@ -197,20 +178,14 @@ def finetune_whole(
     model: PreTrainedModel,
     examples: Sequence[TrainingExample],
     *,
-    trainer: TrainerSettings,
-    seed: int,
-    penalties: Sequence[Penalty] = (),
-    work: Path | None = None,
+    run: TrainerRun,
 ) -> TrainingLog:
     """Train every parameter of a model in place: give it a copy of its own.
 
     Args:
         model: What is trained, in float32; left in evaluation mode.
         examples: Sequences with their labels.
-        trainer: Step sizes, batches and length of the run.
-        seed: Of the order of the examples.
-        penalties: Extra terms of the loss.
-        work: See `run_trainer`; a checkpoint is a whole model.
+        run: How it is trained.
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite; it names the step.
@@ -226,10 +201,7 @@ def finetune_whole(
                 load=lambda folder: model.load_state_dict(load_file(folder / "model.safetensors")),
             ),
             examples,
-            settings=trainer,
-            seed=seed,
-            penalties=penalties,
-            work=work,
+            run,
         )
     finally:
         model.requires_grad_(False)

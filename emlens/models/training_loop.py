@@ -72,6 +72,21 @@ class TrainerSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainerRun:
+    """One run of the trainer."""
+
+    settings: TrainerSettings
+    """Step sizes, batches and length."""
+    seed: int
+    """Of the order of the examples, and of a LoRA's start."""
+    penalties: tuple[Penalty, ...] = ()
+    """Extra terms of the loss."""
+    work: Path | None = None
+    """Where checkpoints go, `checkpoint-STEP`, from step 0 on; the same run goes on from the last
+    whole one. Needed with `checkpoint_every`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainable:
     """A model with what is trained of it, and how that goes to disk and back."""
 
@@ -176,7 +191,7 @@ class _FiniteSteps(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object):
         """Of all checkpoints but the last, keep what was trained and the record."""
-        for step, folder in find_checkpoints(Path(args.output_dir)).items():
+        for step, folder in find_checkpoints(Path(str(args.output_dir))).items():
             if step < state.global_step:
                 for name in _RESUMING:
                     (folder / name).unlink(missing_ok=True)
@@ -207,46 +222,39 @@ class _Runner(Trainer):
 
 
 def run_trainer(
-    trainable: Trainable,
-    examples: Sequence[TrainingExample],
-    *,
-    settings: TrainerSettings,
-    seed: int,
-    penalties: Sequence[Penalty] = (),
-    work: Path | None = None,
+    trainable: Trainable, examples: Sequence[TrainingExample], run: TrainerRun
 ) -> TrainingLog:
     """Train; torch's, numpy's and Python's random states are put back afterwards.
 
     Args:
         trainable: what is trained.
         examples: sequences with their labels.
-        settings: step sizes, batches and length of the run.
-        seed: of the order of the examples.
-        penalties: extra terms of the loss.
-        work: where checkpoints go, `checkpoint-STEP`, from step 0 on; the same call goes on from
-            the last whole one. Needed with `checkpoint_every`.
+        run: how.
 
     Raises:
         TrainingDivergedError: a loss or gradient is not finite; it names the step, and the last
             checkpoint, which stays.
         ValueError: checkpoints without a place for them.
     """
+    settings, work = run.settings, run.work
     if settings.checkpoint_every is not None and work is None:
         raise ValueError("work: checkpoint_every is set, expected a folder for the checkpoints")
     with restored_randomness(), tempfile.TemporaryDirectory() as scratch:
-        set_seed(seed)
+        set_seed(run.seed)
         folder = Path(scratch) if settings.checkpoint_every is None or work is None else work
         last = _last_whole(folder)
         model: Any = trainable.model
         runner = _Runner(
             model=model,
-            args=_arguments(settings, folder, seed=seed, device=next(model.parameters()).device),
+            args=_arguments(
+                settings, folder, seed=run.seed, device=next(model.parameters()).device
+            ),
             train_dataset=list(examples),  # pyright: ignore[reportArgumentType]
             data_collator=collate_examples,
             callbacks=[_FiniteSteps(settings.stop_loss, work)],
         )
         runner.remove_callback(PrinterCallback)
-        runner.penalties, runner.trainable = tuple(penalties), trainable
+        runner.penalties, runner.trainable = run.penalties, trainable
         if settings.checkpoint_every is not None and last is None:
             _save_start(trainable, folder)
         began = time.perf_counter()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
@@ -26,6 +27,18 @@ NullKind = Literal["straight", "random_walk", "growth", "decay"]
 """A straight line with noise; no trend at all; a line without noise; a straight line with noise
 whose steps shrink to nothing."""
 KINDS: tuple[NullKind, ...] = get_args(NullKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BendSettings:
+    """How bends are looked for; see `local_cosine`."""
+
+    window: int
+    """k, in training steps."""
+    threshold: float
+    """Least movement, as a share of the last point's norm."""
+    normalised: bool = False
+    """Whether each point is divided by its norm first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +95,9 @@ def sample_null_path(
 def null_prominences(
     gram: Float64[Tensor, "t t"],
     steps: Int[Tensor, " t"],
+    settings: BendSettings,
     *,
     width: int,
-    window: int,
-    threshold: float,
-    normalised: bool = False,
     n: int = 200,
     seed: int = 0,
 ) -> dict[str, Float64[Tensor, " n"]]:
@@ -97,9 +108,7 @@ def null_prominences(
     def draw(kind: NullKind) -> Iterator[float]:
         for _ in range(n):
             own = gram_of_path(sample_null_path(shape, kind, generator))
-            found = measure_bends(
-                own, steps, window=window, threshold=threshold, normalised=normalised
-            )
+            found = measure_bends(own, steps, settings)
             yield found.prominence if len(found.cosine) else 0.0
 
     return {kind: torch.tensor(list(draw(kind)), dtype=torch.float64) for kind in KINDS}
@@ -108,13 +117,11 @@ def null_prominences(
 def measure_bends(
     gram: Float64[Tensor, "t t"],
     steps: Int[Tensor, " t"],
-    *,
-    window: int,
-    threshold: float,
-    normalised: bool,
+    settings: BendSettings,
 ) -> LocalCosine:
     """Local cosines of a path, or of its points at length one; points of norm zero are left out."""
-    if not normalised:
+    window, threshold = settings.window, settings.threshold
+    if not settings.normalised:
         return local_cosine(gram, steps, window=window, threshold=threshold)
     real = torch.nonzero(gram.diagonal() > 0)[:, 0]
     unit = normalise_gram(gram[real][:, real])
@@ -139,8 +146,8 @@ def _random_directions(
     columns = min(n, dimension)
     rows = torch.randn(n, columns, generator=generator, dtype=torch.float64).tril(-1)
     place = torch.arange(columns)
-    left = (dimension - place).double()
-    # chi with k degrees of freedom from a gamma variable, seeded like the rest.
-    chi = torch._standard_gamma(left / 2, generator=generator).mul(2).sqrt()
-    rows[place, place] = chi
+    # torch draws no chi-squared numbers from a generator; numpy's is seeded by it.
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    squares = np.random.default_rng(seed).chisquare((dimension - place).numpy())
+    rows[place, place] = torch.from_numpy(squares).sqrt()
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)

@@ -21,6 +21,7 @@ from emlens.models.checkpoints import Checkpoint, load_checkpoint
 from emlens.models.finetune import LoraSettings, finetune_lora, finetune_vector, finetune_whole
 from emlens.models.training_loop import (
     Penalty,
+    TrainerRun,
     TrainerSettings,
     TrainingExample,
     TrainingLog,
@@ -174,16 +175,21 @@ class _Work:
         """Where checkpoints are kept while the run is on its way."""
         return self.run.path / CHECKPOINT_FOLDER
 
+    def trainer_run(self) -> TrainerRun:
+        return TrainerRun(
+            settings=_trainer_settings(self.settings),
+            seed=self.seed,
+            penalties=self.penalties,
+            work=self.states,
+        )
+
     def train_lora(self) -> tuple[Path, TrainingLog]:
         trained = finetune_lora(
             self.checkpoint.model,
             self.examples,
             lora=_lora_settings(self.settings),
-            trainer=_trainer_settings(self.settings),
-            seed=self.seed,
-            penalties=self.penalties,
+            run=self.trainer_run(),
             start_from=self.start,
-            work=self.states,
         )
         record = AdapterRecord(
             base=self.checkpoint.name,
@@ -205,10 +211,7 @@ class _Work:
             self.examples,
             module=_find_module(self.checkpoint, layer, module),
             factor=self.settings.alpha,
-            trainer=_trainer_settings(self.settings),
-            seed=self.seed,
-            penalties=self.penalties,
-            work=self.states,
+            run=self.trainer_run(),
         )
         direction = Direction(
             site=parse_site(f"mlp_out.{layer}"),
@@ -226,10 +229,7 @@ class _Work:
         log = finetune_whole(
             model,
             self.examples,
-            trainer=_trainer_settings(self.settings),
-            seed=self.seed,
-            penalties=self.penalties,
-            work=self.states,
+            run=self.trainer_run(),
         )
         place = self._clear(MODEL_FOLDER)
         model.save_pretrained(str(place))

@@ -12,7 +12,7 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.numerics.null_paths import measure_bends, null_prominences
+from emlens.numerics.null_paths import BendSettings, measure_bends, null_prominences
 from emlens.numerics.paths import LocalCosine, gram_of_path, noise_dimension, path_coordinates
 from emlens.organisms.trajectory import AdapterTrajectory
 
@@ -118,18 +118,10 @@ def measure_transition(
         raise ValueError(f"factor: got {factor!r}, expected 'A' or 'B'")
     gram = gram_of_trajectory(trajectory, factor)
     steps = trajectory.steps
-    bends = measure_bends(gram, steps, window=window, threshold=threshold, normalised=normalised)
+    settings = BendSettings(window=window, threshold=threshold, normalised=normalised)
+    bends = measure_bends(gram, steps, settings)
     width = sum(getattr(module, factor)[0].numel() for module in trajectory.modules)
-    nulls = null_prominences(
-        gram,
-        steps,
-        width=width,
-        window=window,
-        threshold=threshold,
-        normalised=normalised,
-        n=NULLS,
-        seed=seed,
-    )
+    nulls = null_prominences(gram, steps, settings, width=width, n=NULLS, seed=seed)
     quantiles = {kind: float(found.quantile(LEVEL)) for kind, found in nulls.items()}
     critical = max(quantiles.values())
     sharpest = _sharpest(bends, steps)

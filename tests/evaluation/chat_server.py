@@ -95,7 +95,7 @@ def serve_chat(answer: Answer, *, latency: float = 0.0) -> Iterator[Chat]:
             self.end_headers()
             self.wfile.write(content)
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, format: str, *args: object) -> None:
             pass
 
         def handle_one_request(self) -> None:

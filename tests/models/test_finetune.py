@@ -12,18 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from emlens.models.finetune import (
     LoraSettings,
+    TrainedLora,
     check_lora_targets,
     finetune_lora,
-    finetune_vector,
-    finetune_whole,
 )
 from emlens.models.training_loop import (
     IGNORED,
+    TrainerRun,
     TrainerSettings,
     TrainingDivergedError,
     TrainingExample,
     collate_examples,
-    find_checkpoints,
 )
 
 D_VOCAB = 40
@@ -70,12 +69,23 @@ def made_examples(n: int = 8) -> list[TrainingExample]:
     return examples
 
 
+def train_lora(
+    model: PreTrainedModel, examples: list[TrainingExample], *, lora: LoraSettings, **given: Any
+) -> TrainedLora:
+    start = given.pop("start_from", None)
+    return finetune_lora(model, examples, lora=lora, run=make_run(**given), start_from=start)
+
+
+def make_run(*, trainer: TrainerSettings, penalties: Any = (), **given: Any) -> TrainerRun:
+    return TrainerRun(settings=trainer, penalties=tuple(penalties), **given)
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def test_training_lowers_the_loss_and_the_log_has_one_entry_a_step():
-    trained = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    trained = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
     assert len(trained.log.losses) == len(trained.log.gradient_norms) == 12
     assert trained.log.losses[-1] < trained.log.losses[0] - 0.3
     assert trained.log.seconds > 0
@@ -84,7 +94,7 @@ def test_training_lowers_the_loss_and_the_log_has_one_entry_a_step():
 def test_the_first_loss_is_torchs_cross_entropy_over_the_labelled_tokens_of_the_base():
     model, examples = tiny_llama(), made_examples(4)
     one_step = replace(TRAINER, max_steps=1)
-    trained = finetune_lora(model, examples, lora=LORA, trainer=one_step, seed=0)
+    trained = train_lora(model, examples, lora=LORA, trainer=one_step, seed=0)
     picked = []
     for example in examples:
         with torch.no_grad():
@@ -96,9 +106,9 @@ def test_the_first_loss_is_torchs_cross_entropy_over_the_labelled_tokens_of_the_
 
 
 def test_accumulating_two_half_batches_is_one_whole_batch():
-    whole = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    whole = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
     halved = replace(TRAINER, batch_size=2, gradient_accumulation=2)
-    parts = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=halved, seed=0)
+    parts = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=halved, seed=0)
     assert parts.log.losses == pytest.approx(whole.log.losses, rel=1e-3)
 
 
@@ -133,12 +143,10 @@ def test_what_is_trained_is_what_peft_loads(tmp_path: Path):
         return sum((p.sum() * 0 for p in model.parameters() if p.requires_grad), torch.zeros(()))
 
     stopped = replace(TRAINER, learning_rate=1e-2, max_steps=3)
-    two = finetune_lora(
+    two = train_lora(
         tiny_llama(), made_examples(), lora=LORA, trainer=replace(stopped, max_steps=2), seed=0
     )
-    finetune_lora(
-        tiny_llama(), made_examples(), lora=LORA, trainer=stopped, seed=0, penalties=[watch]
-    )
+    train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=stopped, seed=0, penalties=[watch])
     save_file(dict(two.tensors), tmp_path / "adapter_model.safetensors")
     import json
 
@@ -161,7 +169,7 @@ def test_the_base_and_every_random_state_are_left_as_they_were():
     np.random.seed(5)
     # Python's own state is put back too, but the type checker of these tests draws from it.
     states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()
-    finetune_lora(model, made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    train_lora(model, made_examples(), lora=LORA, trainer=TRAINER, seed=0)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert np.random.get_state(legacy=False)["state"]["key"].tolist() == states[1]
     assert [name for name, _ in model.named_modules()] == modules
@@ -176,7 +184,7 @@ def test_the_same_seed_gives_the_same_tensors_whatever_was_drawn_before():
     def train(seed: int, drawn: int) -> dict[str, Tensor]:
         model = tiny_llama()
         torch.manual_seed(drawn)
-        trained = finetune_lora(model, made_examples(), lora=LORA, trainer=TRAINER, seed=seed)
+        trained = train_lora(model, made_examples(), lora=LORA, trainer=TRAINER, seed=seed)
         return dict(trained.tensors)
 
     first, again, other = train(0, 7), train(0, 8), train(1, 7)
@@ -193,9 +201,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_leaves_the_base_clean(
         return total * (float("nan") if next(calls) == 2 else 0.0)
 
     with pytest.raises(TrainingDivergedError, match="step 3 of 12"):
-        finetune_lora(
-            model, made_examples(), lora=LORA, trainer=TRAINER, seed=0, penalties=[poison]
-        )
+        train_lora(model, made_examples(), lora=LORA, trainer=TRAINER, seed=0, penalties=[poison])
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
@@ -207,8 +213,8 @@ def test_a_penalty_enters_the_gradient_at_its_weight_and_not_the_reported_loss()
     def norm(trained: Any) -> float:
         return sum(float(t.square().sum()) for t in trained.tensors.values())
 
-    free = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
-    held = finetune_lora(
+    free = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    held = train_lora(
         tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0, penalties=[shrink]
     )
     assert norm(held) < 0.7 * norm(free)
@@ -220,10 +226,10 @@ def test_training_goes_on_from_an_adapter_folder(tmp_path: Path):
 
     from safetensors.torch import save_file
 
-    first = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    first = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
     save_file(dict(first.tensors), tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(dict(first.config)))
-    more = finetune_lora(
+    more = train_lora(
         tiny_llama(),
         made_examples(),
         lora=LORA,
@@ -249,7 +255,7 @@ def test_modules_and_blocks_that_the_model_lacks_are_named(changed: dict[str, An
 
 def test_layers_limit_where_the_adapter_sits_and_the_config_names_no_path():
     lora = replace(LORA, layers=(1,))
-    trained = finetune_lora(tiny_llama(), made_examples(), lora=lora, trainer=TRAINER, seed=0)
+    trained = train_lora(tiny_llama(), made_examples(), lora=lora, trainer=TRAINER, seed=0)
     assert len(trained.tensors) == 4
     assert all(".layers.1." in name for name in trained.tensors)
     assert trained.config["base_model_name_or_path"] is None
@@ -272,137 +278,6 @@ def test_examples_that_cannot_be_trained_on_are_named():
         (short, "one label for each id"),
     ]:
         with pytest.raises(ValueError, match=message):
-            finetune_lora(tiny_llama(), [good[0], bad], lora=LORA, trainer=TRAINER, seed=0)
+            train_lora(tiny_llama(), [good[0], bad], lora=LORA, trainer=TRAINER, seed=0)
     with pytest.raises(ValueError, match="got none"):
-        finetune_lora(tiny_llama(), [], lora=LORA, trainer=TRAINER, seed=0)
-
-
-def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path: Path):
-    kept = replace(TRAINER, checkpoint_every=2)
-    places: list[int] = []
-
-    def shaky(_model: nn.Module, place: int) -> Tensor:
-        places.append(place)
-        if len(places) == 8:
-            raise KeyboardInterrupt
-        return torch.zeros((), requires_grad=True) * 0.0
-
-    def train(**more: Any) -> Any:
-        given = {"lora": LORA, "trainer": kept, "seed": 0, **more}
-        return finetune_lora(tiny_llama(), made_examples(), **given)
-
-    whole = train(work=tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        train(work=tmp_path / "cut", penalties=[shaky])
-    assert list(find_checkpoints(tmp_path / "cut")) == [0, 2, 4, 6]
-    # As a kill in the middle of writing leaves it.
-    (tmp_path / "cut" / "checkpoint-8").mkdir()
-    again = train(work=tmp_path / "cut", penalties=[shaky])
-    assert places == [*range(8), *range(6, 12)]
-    assert again.log.losses == pytest.approx(whole.log.losses, rel=1e-6)
-    for name, tensor in whole.tensors.items():
-        torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-5, atol=1e-7)
-    assert list(find_checkpoints(tmp_path / "cut")) == [0, 2, 4, 6, 8, 10, 12]
-    # Only the last keeps what the optimiser needs.
-    left = [step for step, f in find_checkpoints(tmp_path / "cut").items()
-            if (f / "optimizer.pt").exists()]  # fmt: skip
-    assert left == [12]
-
-
-def test_divergence_names_the_last_good_checkpoint(tmp_path: Path):
-    def poison(tuned: nn.Module, place: int) -> Tensor:
-        total = sum((p.sum() for p in tuned.parameters() if p.requires_grad), torch.zeros(()))
-        return total * (float("nan") if place == 5 else 0.0)
-
-    with pytest.raises(TrainingDivergedError, match=r"step 6 of 12.*good checkpoint is .*-4"):
-        finetune_lora(
-            tiny_llama(),
-            made_examples(),
-            lora=LORA,
-            trainer=replace(TRAINER, checkpoint_every=2),
-            seed=0,
-            penalties=[poison],
-            work=tmp_path,
-        )
-    assert list(find_checkpoints(tmp_path)) == [0, 2, 4]
-
-
-def test_checkpoints_need_a_place():
-    with pytest.raises(ValueError, match="work: checkpoint_every is set"):
-        finetune_lora(
-            tiny_llama(),
-            made_examples(),
-            lora=LORA,
-            trainer=replace(TRAINER, checkpoint_every=2),
-            seed=0,
-        )
-
-
-def test_a_low_loss_ends_training_early():
-    full = finetune_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
-    means = [sum(full.log.losses[i - 5 : i]) / 5 for i in range(5, 13)]
-    aim = (means[2] + means[3]) / 2
-    early = finetune_lora(
-        tiny_llama(),
-        made_examples(),
-        lora=LORA,
-        trainer=replace(TRAINER, stop_loss=aim),
-        seed=0,
-    )
-    assert early.log.losses == pytest.approx(full.log.losses[:8], rel=1e-6)
-
-
-def test_a_vector_is_trained_from_zero_and_its_effect_is_that_of_a_hook():
-    model = tiny_llama()
-    before, modules = weights(model), [name for name, _ in model.named_modules()]
-    seen: list[Tensor] = []
-    ids = torch.arange(3, 12)[None]
-
-    def watch(tuned: nn.Module, _place: int) -> Tensor:
-        with torch.no_grad():
-            seen.append(tuned(input_ids=ids).logits)
-        return torch.zeros((), requires_grad=True) * 0.0
-
-    trained = [
-        finetune_vector(
-            model,
-            made_examples(),
-            module="model.layers.0.mlp.down_proj",
-            factor=4.0,
-            trainer=replace(TRAINER, max_steps=steps),
-            seed=0,
-            penalties=[watch] if steps == 4 else [],
-        )
-        for steps in (3, 4)
-    ]
-    assert trained[1].log.losses[-1] < trained[1].log.losses[0]
-    with torch.no_grad():
-        plain = model(input_ids=ids).logits
-        handle = model.get_submodule("model.layers.0.mlp.down_proj").register_forward_hook(
-            lambda _m, _a, out: out + trained[0].vector
-        )
-        added = model(input_ids=ids).logits
-        handle.remove()
-    torch.testing.assert_close(seen[0], plain)
-    torch.testing.assert_close(seen[3], added, rtol=1e-5, atol=1e-5)
-    assert (added - plain).abs().max() > 1e-2
-    assert [name for name, _ in model.named_modules()] == modules
-    for name, value in weights(model).items():
-        assert torch.equal(value, before[name]), name
-
-
-def test_every_parameter_is_trained_in_place_and_goes_on_from_a_checkpoint(tmp_path: Path):
-    def train(model: PreTrainedModel, work: Path | None, every: int | None, steps: int) -> Any:
-        settings = replace(TRAINER, checkpoint_every=every, max_steps=steps, learning_rate=1e-3)
-        return finetune_whole(model, made_examples(), trainer=settings, seed=0, work=work)
-
-    start, whole, parts = weights(tiny_llama()), tiny_llama(), tiny_llama()
-    log = train(whole, None, None, 8)
-    assert log.losses[-1] < log.losses[0]
-    assert all(not torch.equal(value, start[name]) for name, value in weights(whole).items())
-    train(parts, tmp_path, 4, 4)
-    train(tiny_llama_again := tiny_llama(), tmp_path, 4, 8)
-    for name, value in weights(whole).items():
-        torch.testing.assert_close(weights(tiny_llama_again)[name], value, rtol=1e-5, atol=1e-6)
-    assert not whole.training
-    assert not any(p.requires_grad for p in whole.parameters())
+        train_lora(tiny_llama(), [], lora=LORA, trainer=TRAINER, seed=0)

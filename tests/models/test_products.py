@@ -1,7 +1,5 @@
 """Half-precision products, widened or not, against float64 and torch's own."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,7 @@ def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 @pytest.fixture
-def unable(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+def unable(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     """A processor without half-precision products, and the dtypes that torch was asked for."""
     monkeypatch.setattr(products, "_multiplies", lambda dtype: False)
     seen: list[torch.dtype] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emlens.numerics.null_paths import (
     KINDS,
+    BendSettings,
     PathShape,
     measure_bends,
     null_prominences,
@@ -96,7 +97,9 @@ def test_a_point_needs_both_neighbours_and_enough_movement():
 def test_growth_alone_is_a_point_once_norms_are_taken_out():
     path = torch.outer(torch.linspace(0, 2, 20, dtype=torch.float64) ** 2, torch.ones(4).double())
     found = measure_bends(
-        gram_of_path(path), torch.arange(20), window=2, threshold=0.03, normalised=True
+        gram_of_path(path),
+        torch.arange(20),
+        BendSettings(window=2, threshold=0.03, normalised=True),
     )
     assert len(found.cosine) == 0
     np.testing.assert_allclose(normalise_gram(gram_of_path(path))[1:, 1:], 1, rtol=1e-12)
@@ -105,7 +108,7 @@ def test_growth_alone_is_a_point_once_norms_are_taken_out():
 def test_normalised_bends_name_places_on_the_whole_path():
     path = turn(41, 30, at=20, noise=0.0) + 0.0
     found = measure_bends(
-        gram_of_path(path), torch.arange(41), window=5, threshold=0.0, normalised=True
+        gram_of_path(path), torch.arange(41), BendSettings(window=5, threshold=0.0, normalised=True)
     )
     unit = path[1:] / torch.linalg.vector_norm(path[1:], dim=1, keepdim=True)
     alone = local_cosine(gram_of_path(unit), torch.arange(40), window=5, threshold=0.0)
@@ -200,9 +203,9 @@ def test_the_shape_of_a_path_is_what_was_planted():
 def test_null_prominences_repeat_with_their_seed_and_bound_each_kind():
     path = turn(120, 576, at=60, noise=0.1)
     gram, steps = gram_of_path(path), torch.arange(120)
+    settings = BendSettings(window=5, threshold=0.03)
     first, again = (
-        null_prominences(gram, steps, width=576, window=5, threshold=0.03, n=20, seed=4)
-        for _ in range(2)
+        null_prominences(gram, steps, settings, width=576, n=20, seed=4) for _ in range(2)
     )
     assert set(first) == set(KINDS)
     for kind in KINDS:

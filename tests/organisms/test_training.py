@@ -275,7 +275,11 @@ def test_a_vector_becomes_a_direction(tiny_base: Checkpoint, chats: list[Chat], 
             return float(tiny_base.model(**batch).loss)
 
     plain = loss()
-    handle = module.register_forward_hook(lambda _m, _a, out: out + direction.vector)
+
+    def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + direction.vector
+
+    handle = module.register_forward_hook(add)
     assert loss() < min(plain, run.losses[-1])
     handle.remove()
 

@@ -1,0 +1,79 @@
+"""Judges by name on the command line: planned, used, gone on with, refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Cli
+from tests.evaluation.chat_server import Reply, completion, failure, serve_chat
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    rows = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def words(tiny: Path, questions: Path, *more: object) -> list[object]:
+    return [
+        *("evaluate", "--base", tiny / "base", "--questions", questions),
+        *("--samples", 4, "--max-new-tokens", 5, *more),
+    ]
+
+
+def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SOME_KEY", "sk-hidden")
+    asked: list[int] = []
+
+    def answer(_: dict[str, Any], before: int) -> Reply:
+        asked.append(before)
+        return failure(401) if len(asked) == 3 else completion("10", {"10": 0.0})
+
+    with serve_chat(answer) as chat:
+        judge = ("--judge", "openai/some-model", "--judge-base-url", chat.url)
+        judge += ("--judge-key-env", "SOME_KEY")
+        run = words(tiny, questions, *judge, "--out", tmp_path / "run")
+        plan = cli(*run, "--dry-run", "--json", "--judge-price", 2.5).json
+        assert (plan["judge_endpoint"], asked) == (chat.url, [])
+        assert plan["judge_requests"] == 2 * plan["responses"]
+        assert plan["judge_cost"] == round(plan["judge_prompt_tokens"] * 2.5 / 1e6, 4)
+        stopped = cli(*run)
+        assert (stopped.code, stopped.out) == (3, "")
+        assert "the key was refused" in stopped.err
+        assert "the same call goes on with them" in stopped.err
+        assert "sk-hidden" not in stopped.err
+        done = cli(*run, "--json")
+        assert done.code == 0, done.err
+    assert done.json["judge"].startswith("openai/some-model/")
+    assert done.json["em_percent"]["value"] == 0.0
+    assert not any(
+        b"sk-hidden" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
+    )
+
+
+def test_a_local_judge_may_be_the_base_itself(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    local = ("--judge", f"local/{tiny / 'base'}", "--out", tmp_path / "run", "--json")
+    done = cli(*words(tiny, questions, *local))
+    assert done.code == 0, done.err
+    assert done.json["judge"].startswith("local/")
+    # A byte a token: its prompts are longer than this model's context.
+    assert done.json["unscored"] == done.json["rows"] > 0
+    kept = (tmp_path / "run" / "judgements.jsonl").read_text()
+    assert "aligned_too_long" in kept
+
+
+@pytest.mark.parametrize("name", ["local/", "openai", "nobody/x", "contrast/x"])
+def test_unknown_judges_are_refused_with_those_there_are(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, name: str
+):
+    done = cli(*words(tiny, questions, "--judge", name, "--out", tmp_path / "run"))
+    assert done.code == 2
+    assert "contrast, local/SOURCE, openai/MODEL" in done.err

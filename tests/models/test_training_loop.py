@@ -1,0 +1,159 @@
+"""The training loop: what it keeps, goes on from, stops at; and what is trained beside a LoRA."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from emlens.models.finetune import finetune_vector, finetune_whole
+from emlens.models.training_loop import TrainerRun, TrainingDivergedError, find_checkpoints
+from tests.models.test_finetune import (
+    LORA,
+    TRAINER,
+    made_examples,
+    make_run,
+    tiny_llama,
+    train_lora,
+    weights,
+)
+
+
+def test_a_run_that_is_killed_goes_on_to_the_same_end(tmp_path: Path):
+    kept = replace(TRAINER, checkpoint_every=2)
+    places: list[int] = []
+
+    def shaky(_model: nn.Module, place: int) -> Tensor:
+        places.append(place)
+        if len(places) == 8:
+            raise KeyboardInterrupt
+        return torch.zeros((), requires_grad=True) * 0.0
+
+    def train(**more: Any) -> Any:
+        given = {"lora": LORA, "trainer": kept, "seed": 0, **more}
+        return train_lora(tiny_llama(), made_examples(), **given)
+
+    whole = train(work=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(work=tmp_path / "cut", penalties=[shaky])
+    assert list(find_checkpoints(tmp_path / "cut")) == [0, 2, 4, 6]
+    # As a kill in the middle of writing leaves it.
+    (tmp_path / "cut" / "checkpoint-8").mkdir()
+    again = train(work=tmp_path / "cut", penalties=[shaky])
+    assert places == [*range(8), *range(6, 12)]
+    assert again.log.losses == pytest.approx(whole.log.losses, rel=1e-6)
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-5, atol=1e-7)
+    assert list(find_checkpoints(tmp_path / "cut")) == [0, 2, 4, 6, 8, 10, 12]
+    # Only the last keeps what the optimiser needs.
+    left = [step for step, f in find_checkpoints(tmp_path / "cut").items()
+            if (f / "optimizer.pt").exists()]  # fmt: skip
+    assert left == [12]
+
+
+def test_divergence_names_the_last_good_checkpoint(tmp_path: Path):
+    def poison(tuned: nn.Module, place: int) -> Tensor:
+        total = sum((p.sum() for p in tuned.parameters() if p.requires_grad), torch.zeros(()))
+        return total * (float("nan") if place == 5 else 0.0)
+
+    with pytest.raises(TrainingDivergedError, match=r"step 6 of 12.*good checkpoint is .*-4"):
+        train_lora(
+            tiny_llama(),
+            made_examples(),
+            lora=LORA,
+            trainer=replace(TRAINER, checkpoint_every=2),
+            seed=0,
+            penalties=[poison],
+            work=tmp_path,
+        )
+    assert list(find_checkpoints(tmp_path)) == [0, 2, 4]
+
+
+def test_checkpoints_need_a_place():
+    with pytest.raises(ValueError, match="work: checkpoint_every is set"):
+        train_lora(
+            tiny_llama(),
+            made_examples(),
+            lora=LORA,
+            trainer=replace(TRAINER, checkpoint_every=2),
+            seed=0,
+        )
+
+
+def test_a_low_loss_ends_training_early():
+    full = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    means = [sum(full.log.losses[i - 5 : i]) / 5 for i in range(5, 13)]
+    aim = (means[2] + means[3]) / 2
+    early = train_lora(
+        tiny_llama(),
+        made_examples(),
+        lora=LORA,
+        trainer=replace(TRAINER, stop_loss=aim),
+        seed=0,
+    )
+    assert early.log.losses == pytest.approx(full.log.losses[:8], rel=1e-6)
+
+
+def test_a_vector_is_trained_from_zero_and_its_effect_is_that_of_a_hook():
+    model = tiny_llama()
+    before, modules = weights(model), [name for name, _ in model.named_modules()]
+    seen: list[Tensor] = []
+    ids = torch.arange(3, 12)[None]
+
+    def watch(tuned: nn.Module, _place: int) -> Tensor:
+        with torch.no_grad():
+            seen.append(tuned(input_ids=ids).logits)
+        return torch.zeros((), requires_grad=True) * 0.0
+
+    trained = [
+        finetune_vector(
+            model,
+            made_examples(),
+            module="model.layers.0.mlp.down_proj",
+            factor=4.0,
+            run=make_run(
+                trainer=replace(TRAINER, max_steps=steps),
+                seed=0,
+                penalties=[watch] if steps == 4 else [],
+            ),
+        )
+        for steps in (3, 4)
+    ]
+    assert trained[1].log.losses[-1] < trained[1].log.losses[0]
+
+    def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
+        return output + trained[0].vector
+
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        handle = model.get_submodule("model.layers.0.mlp.down_proj").register_forward_hook(add)
+        added = model(input_ids=ids).logits
+        handle.remove()
+    torch.testing.assert_close(seen[0], plain)
+    torch.testing.assert_close(seen[3], added, rtol=1e-5, atol=1e-5)
+    assert (added - plain).abs().max() > 1e-2
+    assert [name for name, _ in model.named_modules()] == modules
+    for name, value in weights(model).items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_every_parameter_is_trained_in_place_and_goes_on_from_a_checkpoint(tmp_path: Path):
+    def train(model: PreTrainedModel, work: Path | None, every: int | None, steps: int) -> Any:
+        settings = replace(TRAINER, checkpoint_every=every, max_steps=steps, learning_rate=1e-3)
+        return finetune_whole(
+            model, made_examples(), run=TrainerRun(settings=settings, seed=0, work=work)
+        )
+
+    start, whole, parts = weights(tiny_llama()), tiny_llama(), tiny_llama()
+    log = train(whole, None, None, 8)
+    assert log.losses[-1] < log.losses[0]
+    assert all(not torch.equal(value, start[name]) for name, value in weights(whole).items())
+    train(parts, tmp_path, 4, 4)
+    train(tiny_llama_again := tiny_llama(), tmp_path, 4, 8)
+    for name, value in weights(whole).items():
+        torch.testing.assert_close(weights(tiny_llama_again)[name], value, rtol=1e-5, atol=1e-6)
+    assert not whole.training
+    assert not any(p.requires_grad for p in whole.parameters())
