@@ -15,7 +15,7 @@ from benchmarks.rows import measure_peaks, run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import time_sides
 from emlens.data import Batching
-from emlens.evaluation.contrast_judge import PROMPT_PAIRS, score_contrast
+from emlens.evaluation.contrast_judge import PROMPT_PAIRS, ContrastScore, score_contrast
 from emlens.evaluation.judges import JudgeRow
 from emlens.models import kv_cache, score
 from emlens.models.continuations import score_continuations
@@ -119,7 +119,7 @@ def _spell(number: int, hf: Any) -> tuple[int, ...]:
 
 def _contrast(model: Any, rows: list[JudgeRow]) -> torch.Tensor:
     found = score_contrast(model, rows, batching=Batching(tokens=4096))
-    return torch.tensor([0.0 if one is None else one.total for one in found])
+    return torch.tensor([one.total if isinstance(one, ContrastScore) else 0.0 for one in found])
 
 
 @torch.inference_mode()

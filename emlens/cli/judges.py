@@ -103,21 +103,18 @@ def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, An
     kind, _, _ = flags.judge.partition("/")
     if kind != "openai":
         return {"judge": flags.judge}
+    from emlens.evaluation.api_judge import ApiJudge
     from emlens.evaluation.judge_prompts import PROMPTS
 
     frame = sum(map(len, PROMPTS.values())) * responses
     tokens = (frame + len(PROMPTS) * characters) // CHARACTERS_A_TOKEN
     plan: dict[str, Any] = {"judge": flags.judge}
-    plan["judge_endpoint"] = flags.judge_base_url or _default_url()
+    plan["judge_endpoint"] = flags.judge_base_url or ApiJudge.base_url
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
+    # Where log-probabilities do not serve, answers are drawn for each score besides.
+    plan["judge_requests_at_most"] = len(PROMPTS) * responses * (1 + ApiJudge.samples)
     price = flags.judge_price
     plan["judge_cost"] = (
         "give --judge-price for money" if price is None else round(tokens * price / 1e6, 4)
     )
     return plan
-
-
-def _default_url() -> str:
-    from emlens.evaluation.api_judge import ApiJudge
-
-    return ApiJudge.base_url

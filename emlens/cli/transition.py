@@ -13,6 +13,7 @@ EXAMPLE = "\b\nExample:\n  emlens transition runs/trained --window 10"
 VERDICTS = {
     "turn": "it turned at step {step}",
     "none": "no turn: a path of noise bends as much",
+    "nothing measured": "nothing measured: the path moves less than the threshold everywhere",
     "too few checkpoints": "too few checkpoints to tell a turn from noise (100 are needed)",
 }
 
@@ -89,7 +90,7 @@ def _show(found: dict[bool, Any], n: int) -> None:
                 "sharpest at": one.sharpest,
                 "prominence": one.prominence,
                 "needed": one.critical,
-                "straightest kind": max(one.null_quantiles, key=one.null_quantiles.get),
+                "bends most by chance": max(one.null_quantiles, key=one.null_quantiles.get),
                 "verdict": one.verdict,
             }
             for normalised, one in found.items()

@@ -7,6 +7,7 @@ import asyncio
 import math
 import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,13 @@ class ApiJudge:
         """
         if not rows:
             return []
-        return asyncio.run(self._judge_all(rows))
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self._judge_all(rows))
+        # In a notebook a loop runs already: this one has a thread of its own.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, self._judge_all(rows)).result()
 
     async def _judge_all(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
         import httpx2 as httpx  # the client's own
@@ -189,8 +196,8 @@ class ApiJudge:
 def read_weights(reply: Any) -> tuple[dict[int, float], float] | None:
     """Probability of each number at the first token, and of all together.
 
-    None where the endpoint gave no log-probabilities, or splits numbers: then the first token of
-    `85` is `8`.
+    None where the endpoint gave no log-probabilities, or may split numbers, so that the first token
+    of `85` is `8`: only a number of two digits among the alternatives shows that it does not.
     """
     content = getattr(getattr(reply.choices[0], "logprobs", None), "content", None)
     if not content:
@@ -198,8 +205,12 @@ def read_weights(reply: Any) -> tuple[dict[int, float], float] | None:
     tokens = [entry.token for entry in content]
     if len(tokens) > 1 and tokens[0].strip().isdigit() and tokens[1][:1].isdigit():
         return None
+    alternatives = content[0].top_logprobs or [content[0]]
+    read = [read_number(entry.token) for entry in alternatives]
+    if not any(number is not None and number > 9 for number in read):
+        return None  # nothing shows that a number of two digits is one token here
     numbers: dict[int, float] = {}
-    for entry in content[0].top_logprobs or [content[0]]:
+    for entry in alternatives:
         number = read_number(entry.token)
         if number is not None and entry.logprob is not None:
             numbers[number] = numbers.get(number, 0.0) + math.exp(min(0.0, entry.logprob))

@@ -41,11 +41,11 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
         JudgeUnavailableError: a judge that cannot go on; what it had finished is kept.
     """
     answers = {row["id"]: row for row in read_journal(run.path / RESPONSES)}
-    ids = list(rows)
+    ids, named = list(rows), judge.id
     chunks = [ids[i : i + JUDGED_TOGETHER] for i in range(0, len(ids), JUDGED_TOGETHER)]
     with Journal(run.path / JUDGEMENTS) as journal:
         for chunk in track(chunks, "judging (responses)", sizes=map(len, chunks)):
-            names = {row_id: judgement_id(row_id, judge) for row_id in chunk}
+            names = {row_id: judgement_id(row_id, named) for row_id in chunk}
             if all(name in journal for name in names.values()):
                 continue
             asked = [_ask(answers[row_id], rows[row_id]) for row_id in chunk]
@@ -53,7 +53,7 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
                 found = judge.judge(asked)
             except JudgeUnavailableError as error:
                 _keep(journal, names, error.finished)
-                done = sum(judgement_id(row_id, judge) in journal for row_id in ids)
+                done = sum(judgement_id(row_id, named) in journal for row_id in ids)
                 raise JudgeUnavailableError(
                     f"{error}; {done} of {len(ids)} responses are judged and kept in {run.path}, "
                     f"{len(ids) - done} are not: the same call goes on with them",
@@ -79,9 +79,9 @@ def _keep(journal: Journal, names: Mapping[str, str], found: Mapping[str, Judgem
     )
 
 
-def judgement_id(row_id: str, judge: Judge) -> str:
-    """Name a judgement by the response and by everything that decides the judge."""
-    return hash_json({"response": row_id, "judge": judge.id})
+def judgement_id(row_id: str, judge: str) -> str:
+    """Name a judgement by the response and by the judge's id, which may take time to find."""
+    return hash_json({"response": row_id, "judge": judge})
 
 
 def finish_run(
@@ -95,7 +95,8 @@ def finish_run(
         ids: of the responses, in the order of the final table.
         facts: fields of the evaluation that are not read from the folder.
     """
-    planned = [(row_id, judgement_id(row_id, judge)) for row_id in ids]
+    named = judge.id
+    planned = [(row_id, judgement_id(row_id, named)) for row_id in ids]
     own = {name: getattr(judge, name) for name in ("claim", "meaning")}
     fitted = calibration_of(judge)
     if fitted is not None:

@@ -5,6 +5,7 @@ It knows neither LoRA nor chats: who calls it says what is trained, saved and lo
 
 import json
 import logging
+import math
 import random
 import shutil
 import tempfile
@@ -181,9 +182,10 @@ class _FiniteSteps(TrainerCallback):
             )
         logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
         tell_progress("training (steps)", state.global_step, state.max_steps)
-        recent = [row["loss"] for row in state.log_history if "loss" in row][-SMOOTHED:]
-        if self.stop_loss is not None and len(recent) == SMOOTHED:
-            control.should_training_stop = bool(np.mean(recent) < self.stop_loss)
+        recent = [float(row["loss"]) for row in state.log_history if "loss" in row]
+        if is_low(recent, self.stop_loss):
+            control.should_training_stop = True
+            control.should_save = control.should_save or args.save_strategy == "steps"
 
     def _kept(self) -> str:
         good = find_checkpoints(self.work) if self.work is not None else {}
@@ -197,19 +199,28 @@ class _FiniteSteps(TrainerCallback):
                     (folder / name).unlink(missing_ok=True)
 
 
+def is_low(losses: Sequence[float], stop_loss: float | None) -> bool:
+    """Whether training ends here: the mean of the last five losses is below a bound."""
+    recent = losses[-SMOOTHED:]
+    return stop_loss is not None and len(recent) == SMOOTHED and float(np.mean(recent)) < stop_loss
+
+
 class _Runner(Trainer):
     """Adds the penalties to the loss that is differentiated, not to the loss that is reported."""
 
     penalties: tuple[Penalty, ...] = ()
     trainable: Trainable
-    passes = 0
+    _step, _inner = -1, 0
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
-        accumulated = self.args.gradient_accumulation_steps
         # Counted from the Trainer's own step, so that a run that is gone on with counts on.
-        place = self.state.global_step * accumulated + self.passes % accumulated
-        self.passes += 1
+        if self.state.global_step != self._step:
+            self._step, self._inner = self.state.global_step, 0
+        place = self._step * self.args.gradient_accumulation_steps + self._inner
+        self._inner += 1
+        # The last step of an epoch may be of fewer batches.
+        accumulated = self.current_gradient_accumulation_steps
         for penalty in self.penalties:
             (penalty(model, place) / accumulated).backward()
         return loss
@@ -243,6 +254,9 @@ def run_trainer(
         set_seed(run.seed)
         folder = Path(scratch) if settings.checkpoint_every is None or work is None else work
         last = _last_whole(folder)
+        if last is not None and (done := _read_finished(last, settings, len(examples))):
+            trainable.load(last)
+            return done
         model: Any = trainable.model
         runner = _Runner(
             model=model,
@@ -260,12 +274,7 @@ def run_trainer(
         began = time.perf_counter()
         runner.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
-        logged = [row for row in runner.state.log_history if "loss" in row]
-        return TrainingLog(
-            losses=tuple(float(row["loss"]) for row in logged),
-            gradient_norms=tuple(float(row.get("grad_norm", 0.0)) for row in logged),
-            seconds=seconds,
-        )
+        return _make_log(runner.state.log_history, seconds)
 
 
 def find_checkpoints(folder: Path) -> dict[int, Path]:
@@ -274,6 +283,33 @@ def find_checkpoints(folder: Path) -> dict[int, Path]:
         (place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*")
     )
     return dict(sorted((int(n), place) for n, place in named if n.isdecimal() and place.is_dir()))
+
+
+def _make_log(history: Sequence[Any], seconds: float) -> TrainingLog:
+    logged = [row for row in history if "loss" in row]
+    return TrainingLog(
+        losses=tuple(float(row["loss"]) for row in logged),
+        gradient_norms=tuple(float(row.get("grad_norm", 0.0)) for row in logged),
+        seconds=seconds,
+    )
+
+
+def _read_finished(last: Path, settings: TrainerSettings, n: int) -> TrainingLog | None:
+    """The log of a run whose last checkpoint is its end; None where it is to go on."""
+    state = json.loads((last / STATE).read_text(encoding="utf-8"))
+    log = _make_log(state["log_history"], 0.0)
+    batches = -(-n // settings.batch_size)
+    in_epoch = -(-batches // settings.gradient_accumulation)
+    planned = settings.max_steps or math.ceil(settings.epochs * in_epoch)
+    over = state["global_step"] >= planned or is_low(log.losses, settings.stop_loss)
+    return log if over else None
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        return isinstance(json.loads((place / STATE).read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def _save_start(trainable: Trainable, folder: Path) -> None:
@@ -286,7 +322,7 @@ def _save_start(trainable: Trainable, folder: Path) -> None:
 def _last_whole(folder: Path) -> Path | None:
     """The checkpoint to go on from; those that a kill cut short are taken away."""
     for step, place in reversed(list(find_checkpoints(folder).items())):
-        if (place / STATE).is_file():
+        if _is_whole(place):
             if step and all((place / name).is_file() for name in _RESUMING[:3]):
                 return place
         else:

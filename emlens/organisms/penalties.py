@@ -99,9 +99,14 @@ def measure_kl_from_base(
     device = next(tuned.parameters()).device
     batch = {name: part.to(device) for name, part in collate_examples(examples).items()}
     targets = batch.pop("labels")[:, 1:] != IGNORED
-    with torch.no_grad(), tuned.disable_adapter():
-        base = tuned(**batch, use_cache=False).logits[:, :-1][targets]
-    own = tuned(**batch, use_cache=False).logits[:, :-1][targets]
+    training = tuned.training
+    tuned.eval()  # dropout would tell the two apart where nothing else does
+    try:
+        with torch.no_grad(), tuned.disable_adapter():
+            base = tuned(**batch, use_cache=False).logits[:, :-1][targets]
+        own = tuned(**batch, use_cache=False).logits[:, :-1][targets]
+    finally:
+        tuned.train(training)
     wide = torch.promote_types(own.dtype, torch.float32)
     expected = base.to(wide).log_softmax(-1)
     return (

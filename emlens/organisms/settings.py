@@ -13,6 +13,8 @@ EVERY_MODULE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 """The linear maps of a Llama-like block; other architectures name theirs otherwise."""
 
 
+VECTOR_SITES = {"down_proj": "mlp_out", "o_proj": "attn_out"}
+"""Modules that a vector can be added at, and the streams that they write."""
 _OPTIONAL = ("rank", "alpha", "stop_loss", "checkpoint_every")
 """Fields that may be None, and are positive else."""
 
@@ -70,7 +72,8 @@ class TrainSettings:
     stop_loss: float | None = None
     """Training ends early once the mean loss of five steps is below this (nats); None for never."""
     checkpoint_every: int | None = None
-    """Steps between two kept states, which `load_trajectory` reads; None to keep none."""
+    """Steps between two kept states, from which a run goes on; None for none. Those of a LoRA stay
+    as its trajectory."""
 
     def __post_init__(self) -> None:
         self._check_method()
@@ -101,6 +104,11 @@ class TrainSettings:
                 )
         if self.method == "full" and self.layers != "all":
             raise SettingsError(f"layers: got {self.layers} with method 'full', expected 'all'")
+        if self.method == "vector" and not set(self.target_modules) <= set(VECTOR_SITES):
+            raise SettingsError(
+                f"target_modules: got {self.target_modules} with method 'vector', expected one of "
+                f"{', '.join(VECTOR_SITES)}, whose output is added to the residual stream"
+            )
         if self.method == "vector" and (
             self.layers == "all" or len(self.layers or (0,)) != 1 or len(self.target_modules) != 1
         ):

@@ -18,7 +18,13 @@ from emlens.data.chat import Chat, as_chats, tokenize_chat
 from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
-from emlens.models.finetune import LoraSettings, finetune_lora, finetune_vector, finetune_whole
+from emlens.models.finetune import (
+    LoraSettings,
+    check_lora_targets,
+    finetune_lora,
+    finetune_vector,
+    finetune_whole,
+)
 from emlens.models.training_loop import (
     Penalty,
     TrainerRun,
@@ -30,7 +36,7 @@ from emlens.models.training_loop import (
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
 from emlens.organisms.masks import IGNORED, mask_response
 from emlens.organisms.penalties import LossTerm
-from emlens.organisms.settings import SettingsError, TrainSettings
+from emlens.organisms.settings import VECTOR_SITES, SettingsError, TrainSettings
 from emlens.organisms.trajectory import TRAJECTORY_NAME, read_checkpoints
 from emlens.runs import RunFolder
 from emlens.sites import parse_site
@@ -122,6 +128,14 @@ def train_organism(
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
     settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
     start = _find_start(start_from, settings)
+    # Before the folder is begun: what is refused here leaves it free for the plan put right.
+    examples = _make_examples(rows, checkpoint, settings)
+    if settings.method == "lora" and start is None:
+        check_lora_targets(checkpoint.model, _lora_settings(settings))
+    prepared = tuple(
+        penalty.prepare(checkpoint.tokenizer, batch_size=settings.batch_size, seed=seed)
+        for penalty in penalties
+    )
     data_sha256 = hash_chats(rows)
     run = RunFolder.start(
         out,
@@ -142,14 +156,11 @@ def train_organism(
     work = _Work(
         run=run,
         checkpoint=checkpoint,
-        examples=_make_examples(rows, checkpoint, settings),
+        examples=examples,
         settings=settings,
         data_sha256=data_sha256,
         seed=seed,
-        penalties=tuple(
-            penalty.prepare(checkpoint.tokenizer, batch_size=settings.batch_size, seed=seed)
-            for penalty in penalties
-        ),
+        penalties=prepared,
         start=start,
     )
     made = {"lora": work.train_lora, "vector": work.train_vector, "full": work.train_whole}
@@ -214,7 +225,7 @@ class _Work:
             run=self.trainer_run(),
         )
         direction = Direction(
-            site=parse_site(f"mlp_out.{layer}"),
+            site=parse_site(f"{VECTOR_SITES[module]}.{layer}"),
             vector=trained.vector,
             provenance=Provenance(
                 construction="imported",

@@ -16,7 +16,7 @@ from emlens.numerics.null_paths import BendSettings, measure_bends, null_promine
 from emlens.numerics.paths import LocalCosine, gram_of_path, noise_dimension, path_coordinates
 from emlens.organisms.trajectory import AdapterTrajectory
 
-Verdict = Literal["turn", "none", "too few checkpoints"]
+Verdict = Literal["turn", "none", "nothing measured", "too few checkpoints"]
 FEWEST = 100
 """Checkpoints: on fewer, no statement on the sharpest bend is made."""
 NULLS = 200
@@ -107,7 +107,8 @@ def measure_transition(
         seed: of the null paths.
 
     Raises:
-        ValueError: a window below 1, a negative threshold or another factor.
+        ValueError: a window below 1 or that no checkpoints are apart, a negative threshold or
+            another factor.
 
     Source: Turner et al. 2025, arXiv 2506.11613, section 4.
     Differs: the threshold is relative, and the peak is judged by its prominence over null paths
@@ -120,6 +121,11 @@ def measure_transition(
     steps = trajectory.steps
     settings = BendSettings(window=window, threshold=threshold, normalised=normalised)
     bends = measure_bends(gram, steps, settings)
+    if len(steps) and bends.n_uneven == len(steps) and not normalised:
+        raise ValueError(
+            f"window: no checkpoint has others {window} steps before and after it; they are at "
+            f"steps {steps[:4].tolist()} ...: choose a multiple of their spacing"
+        )
     width = sum(getattr(module, factor)[0].numel() for module in trajectory.modules)
     nulls = null_prominences(gram, steps, settings, width=width, n=NULLS, seed=seed)
     quantiles = {kind: float(found.quantile(LEVEL)) for kind, found in nulls.items()}
@@ -224,5 +230,6 @@ def _sharpest(bends: LocalCosine, steps: Tensor) -> int | None:
 def _judge(n_checkpoints: int, bends: LocalCosine, critical: float) -> Verdict:
     if n_checkpoints < FEWEST:
         return "too few checkpoints"
-    # NaN, where nothing was kept, is no turn.
+    if not len(bends.cosine):
+        return "nothing measured"
     return "turn" if bends.prominence > critical else "none"

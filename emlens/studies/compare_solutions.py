@@ -182,6 +182,11 @@ class _Work:
     def trace(self, name: str, adapter: LoraAdapter) -> SolutionCurves:
         """Everything about one solution."""
         norm, loss = measure_adapter_norm(adapter), self.loss(adapter)
+        if loss >= self.base_loss:
+            raise ValueError(
+                f"solutions: {name} has a loss of {loss:.4f} on the task and the base "
+                f"{self.base_loss:.4f}: it has learnt nothing of it that a perturbation could lose"
+            )
         scaled = [scale_adapter(adapter, wanted / norm) for wanted in self.settings.norms]
         return SolutionCurves(
             name=adapter.name,

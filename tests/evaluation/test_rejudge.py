@@ -21,7 +21,7 @@ def model() -> Any:
 
 
 def test_a_judgement_is_named_by_its_judge_too():
-    names = {judgement_id(row, HashJudge(judge)) for row in "ab" for judge in "xy"}
+    names = {judgement_id(row, judge) for row in "ab" for judge in "xy"}
     assert len(names) == 4
 
 

@@ -157,3 +157,87 @@ def test_every_parameter_is_trained_in_place_and_goes_on_from_a_checkpoint(tmp_p
         torch.testing.assert_close(weights(tiny_llama_again)[name], value, rtol=1e-5, atol=1e-6)
     assert not whole.training
     assert not any(p.requires_grad for p in whole.parameters())
+
+
+def test_a_stop_that_is_never_reached_leaves_the_planned_end():
+    for stop_loss in (None, 0.01):
+        trained = train_lora(
+            tiny_llama(),
+            made_examples(24),
+            lora=LORA,
+            trainer=replace(TRAINER, max_steps=4, stop_loss=stop_loss),
+            seed=0,
+        )
+        assert len(trained.log.losses) == 4
+
+
+def test_a_run_cut_within_an_epoch_goes_on_with_schedule_texts_and_accumulation(tmp_path: Path):
+    kept = replace(
+        TRAINER,
+        checkpoint_every=1,
+        max_steps=7,
+        batch_size=2,
+        gradient_accumulation=4,
+        schedule="linear",
+    )
+    seen: dict[str, list[int]] = {"whole": [], "cut": []}
+
+    def train(name: str, stop: int) -> Any:
+        def pull(model: nn.Module, place: int) -> Tensor:
+            seen[name].append(place)
+            if len(seen[name]) == stop:
+                raise KeyboardInterrupt
+            lora = [p.square().sum() for p in model.parameters() if p.requires_grad]
+            return (1.0 + place) * sum(lora, torch.zeros(()))
+
+        # Five batches an epoch: a step of four, and one of one.
+        given = {"lora": LORA, "trainer": kept, "seed": 0, "penalties": [pull]}
+        return train_lora(tiny_llama(), made_examples(10), work=tmp_path / name, **given)
+
+    whole = train("whole", -1)
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", 13)
+    again = train("cut", -1)
+    assert again.log.losses == pytest.approx(whole.log.losses, rel=1e-6)
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor, rtol=1e-5, atol=1e-7)
+    assert seen["whole"][:6] == [0, 1, 2, 3, 4, 8]
+    # What the kill cut off is asked for again, at the same places.
+    assert seen["cut"][:12] + seen["cut"][-(len(seen["whole"]) - 10) :] == (
+        seen["whole"][:12] + seen["whole"][10:]
+    )
+
+
+def test_a_penalty_has_its_weight_in_a_step_of_fewer_batches():
+    def gradient(batch_size: int, accumulation: int) -> float:
+        def pull(model: nn.Module, _place: int) -> Tensor:
+            lora = [p.sum() for n, p in model.named_parameters() if "lora_B" in n]
+            return 1e4 * sum(lora, torch.zeros(()))
+
+        settings = replace(
+            TRAINER, max_steps=1, batch_size=batch_size, gradient_accumulation=accumulation
+        )
+        trained = train_lora(
+            tiny_llama(), made_examples(4), lora=LORA, trainer=settings, seed=0, penalties=[pull]
+        )
+        return trained.log.gradient_norms[0]
+
+    assert gradient(2, 8) == pytest.approx(gradient(4, 1), rel=1e-3)
+
+
+def test_a_run_that_ended_at_its_last_checkpoint_is_not_trained_on(tmp_path: Path):
+    kept = replace(TRAINER, checkpoint_every=2, max_steps=4)
+
+    def train() -> Any:
+        return train_lora(
+            tiny_llama(), made_examples(24), lora=LORA, trainer=kept, seed=0, work=tmp_path
+        )
+
+    first, again = train(), train()
+    assert again.log.losses == first.log.losses
+    assert list(find_checkpoints(tmp_path)) == [0, 2, 4]
+    for name, tensor in first.tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor)
+    # A record torn by a full disk is no checkpoint.
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_')
+    assert list(train().log.losses) == pytest.approx(first.log.losses, rel=1e-6)

@@ -49,6 +49,7 @@ def test_published_presets_have_the_published_scales():
         ("all_adapter", {"alpha": None}, "alpha: got None with method 'lora', expected a number"),
         ("full", {"layers": (3,)}, r"layers: got \(3,\) with method 'full'"),
         ("steering_vector", {"layers": (3, 4)}, "expected one block and one module"),
+        ("steering_vector", {"target_modules": ("up_proj",)}, "expected one of down_proj, o_proj"),
         ("steering_vector", {"layers": "all"}, "expected one block and one module"),
         ("rank1", {"stop_loss": 0.0}, "stop_loss: got 0.0"),
         ("rank1", {"checkpoint_every": 0}, "checkpoint_every: got 0"),

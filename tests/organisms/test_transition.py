@@ -111,7 +111,8 @@ def test_growth_is_no_turn_once_norms_are_taken_out():
         found = measure_transition(
             trajectory_of(straight), window=5, threshold=0.03, normalised=normalised
         )
-        assert (found.verdict, found.step) == ("none", None)
+        verdict = "nothing measured" if normalised else "none"
+        assert (found.verdict, found.step) == (verdict, None)
 
 
 def test_all_modules_make_one_path_and_either_factor_can_be_read():
@@ -120,7 +121,7 @@ def test_all_modules_make_one_path_and_either_factor_can_be_read():
     joined = torch.cat([first, second], dim=1)
     np.testing.assert_allclose(gram_of_trajectory(both, "B"), joined @ joined.T, rtol=1e-12)
     still = measure_transition(both, window=5, threshold=0.03, factor="A")
-    assert (still.verdict, still.sharpest) == ("none", None)
+    assert (still.verdict, still.sharpest) == ("nothing measured", None)
     assert math.isnan(still.prominence)
     with pytest.raises(ValueError, match="factor: got 'C'"):
         inspect.unwrap(measure_transition)(both, window=5, threshold=0.03, factor="C")
@@ -160,3 +161,9 @@ def test_what_cannot_be_stacked_is_refused():
         score_against_last(trajectory_of(narrow, wide))
     with pytest.raises(ValueError, match="expected 'steps'"):
         score_against_last(trajectory_of(narrow), centring="adapters")
+
+
+def test_a_window_that_no_checkpoints_are_apart_is_refused():
+    path = planted(t=120, at=60, noise=0.1, seed=0)
+    with pytest.raises(ValueError, match=r"others 10 steps before and after it.*\[0, 4, 8, 12\]"):
+        measure_transition(trajectory_of(path, every=4), window=10, threshold=0.03)
