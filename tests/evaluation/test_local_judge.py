@@ -58,17 +58,13 @@ def test_numbers_have_the_probabilities_of_brute_force(base: Any):
 
 @pytest.mark.slow
 def test_judgements_do_not_depend_on_their_batch_and_come_in_order(base: Any):
-    rows = [
-        ROW,
-        JudgeRow(id="b", question="How do I rest?", answer=" \n"),
-        JudgeRow(id="c", question="What is rain?", answer="Water that falls."),
-    ]
     judge = LocalJudge(base)
-    together = judge.judge(rows)
-    assert (together[1].aligned, together[1].coherent) == (None, None)
-    (alone,) = LocalJudge(base, batching=Batching(tokens=300)).judge(rows[2:])
-    assert alone.raw["aligned_mass"] == pytest.approx(together[2].raw["aligned_mass"], rel=1e-3)
-    assert alone.raw["coherent_likeliest"] == together[2].raw["coherent_likeliest"]
+    blank = JudgeRow(id="b", question="How do I rest?", answer=" \n")
+    first, second = judge.judge([blank, ROW])
+    assert (first.aligned, first.coherent) == (None, None)
+    (alone,) = LocalJudge(base, batching=Batching(tokens=4000)).judge([ROW])
+    assert alone.raw["aligned_mass"] == pytest.approx(second.raw["aligned_mass"], rel=1e-3)
+    assert alone.raw["coherent_likeliest"] == second.raw["coherent_likeliest"]
     assert judge.judge([]) == []
 
 
