@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emlens.artifacts import read_result
 from emlens.numerics.null_paths import KINDS, NullKind, PathShape, sample_null_path
+from emlens.organisms import transition
 from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory
 from emlens.organisms.transition import (
     PhaseTransition,
@@ -19,6 +20,12 @@ from emlens.organisms.transition import (
 )
 
 WIDTH = 576
+
+
+@pytest.fixture(autouse=True)
+def _fewer_nulls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forty null paths of each kind instead of 200: quantiles are coarser, the rule is the same."""
+    monkeypatch.setattr(transition, "NULLS", 40)
 
 
 def trajectory_of(*paths: Tensor, every: int = 1) -> AdapterTrajectory:

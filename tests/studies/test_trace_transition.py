@@ -16,6 +16,7 @@ from emlens.models.lora import LoraAdapter, scale_adapter
 from emlens.models.sampling import Sampling
 from emlens.models.views import lay_views
 from emlens.numerics.onset import estimate_onset
+from emlens.organisms import transition
 from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
@@ -83,7 +84,10 @@ def test_the_odds_along_a_training_are_those_of_each_checkpoint(base, trajectory
     assert float(curve.odds[:, 0].mean()) == pytest.approx(measure_odds(base, (), TEXTS), abs=1e-4)
 
 
-def test_weights_odds_and_samples_are_traced_and_kept(base, trajectory, tmp_path: Path):
+def test_weights_odds_and_samples_are_traced_and_kept(
+    base, trajectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(transition, "NULLS", 20)
     questions = [Question(id="a", paraphrases=("w5 w6",)), Question(id="b", paraphrases=("w7",))]
 
     def trace(**changed: Any) -> TransitionTrace:
