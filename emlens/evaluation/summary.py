@@ -1,7 +1,7 @@
 """How much of a behaviour there is in judged responses, with intervals; not a judge."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from emlens.artifacts import Result
@@ -161,12 +161,25 @@ def summarise_scores(
         n_unscored=sum(unscored),
         em_percent=_percent(em, sizes),
         em_percent_these_questions=wilson(sum(em), sum(sizes)).scaled(100.0),
-        em_percent_upper=_percent([a + b for a, b in zip(em, unscored, strict=True)], sizes),
+        em_percent_upper=_not_below(
+            _percent([a + b for a, b in zip(em, unscored, strict=True)], sizes),
+            _percent(em, sizes),
+        ),
         em_percent_inclusive=_percent(inclusive, sizes),
         em_percent_of_coherent=_percent(em, coherent) if sum(coherent) else None,
         coherent_percent=_percent(coherent, sizes),
         questions=parts,
     )
+
+
+def _not_below(upper: Interval, em: Interval) -> Interval:
+    """The upper figure with a limit at least that of the share itself.
+
+    Unscored rows can make all questions equal, and then its own limit is that of the rows alone.
+    """
+    if upper.high >= em.high:
+        return upper
+    return replace(upper, high=em.high, method=f"{upper.method}; upper limit of em_percent")
 
 
 def _summarise_question(

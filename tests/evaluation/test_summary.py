@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -101,6 +101,7 @@ cells = st.tuples(
 @given(
     st.dictionaries(st.sampled_from("abcd"), st.lists(cells, min_size=1, max_size=8), min_size=1)
 )
+@example({"a": [(None, None), (0.0, 0.0)], "b": [(None, None), *[(0.0, 0.0)] * 2, (0.0, 51.0)]})
 def test_the_summary_is_the_sum_of_its_questions_in_any_order(scores):
     rows = [row for name, part in scores.items() for row in make_rows(*part, question=name)]
     ours, turned = summarise_scores(rows), summarise_scores(rows[::-1])
