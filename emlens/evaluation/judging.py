@@ -101,7 +101,7 @@ def finish_run(
     fitted = calibration_of(judge)
     if fitted is not None:
         own |= {name: getattr(fitted, name) for name in ("measured", "measured_coherence")}
-    found = collect_evaluation(run.path, planned, {**facts, "judge": judge.id, **own})
+    found = collect_evaluation(run.path, planned, {**facts, "judge": named, **own})
     write_scores(found.responses, run.path / SCORES)
     run.save_result(RESULT, found)
     return found

@@ -153,17 +153,17 @@ def summarise_scores(
         inclusive=True,
     )
     inclusive = [sum(map(wide.is_em, group)) for group in groups.values()]
+    em_percent = _percent(em, sizes)
     return BehaviourSummary(
         thresholds=thresholds,
         n_rows=sum(sizes),
         n_em=sum(em),
         n_coherent=sum(coherent),
         n_unscored=sum(unscored),
-        em_percent=_percent(em, sizes),
+        em_percent=em_percent,
         em_percent_these_questions=wilson(sum(em), sum(sizes)).scaled(100.0),
         em_percent_upper=_not_below(
-            _percent([a + b for a, b in zip(em, unscored, strict=True)], sizes),
-            _percent(em, sizes),
+            _percent([a + b for a, b in zip(em, unscored, strict=True)], sizes), em_percent
         ),
         em_percent_inclusive=_percent(inclusive, sizes),
         em_percent_of_coherent=_percent(em, coherent) if sum(coherent) else None,

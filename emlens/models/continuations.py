@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer
 
 from emlens.data import Batching, track
 from emlens.models.kv_cache import KeyValueCache, run_cached
+from emlens.models.shared_prompts import pad_texts
 from emlens.models.tokens_in_flight import frame_prompts, publish_tokens
 from emlens.models.unembed import log_probabilities, slice_rows
 
@@ -87,7 +88,7 @@ def _score_batch(
     batching: Batching,
 ) -> _Logs:
     device = model.W_E.device
-    ids, mask = _pad_left(prompts)
+    ids, mask = pad_texts(prompts, side="left")
     frame = frame_prompts(mask)
     logs = _Logs({}, {})
     cache = KeyValueCache(model, batch=len(prompts), capacity=ids.shape[1])
@@ -169,16 +170,6 @@ def _cut(level: Sequence[Tokens], cost: int, tokens: int) -> Iterator[tuple[Toke
     step = max(1, tokens // cost)
     for start in range(0, len(level), step):
         yield tuple(level[start : start + step])
-
-
-def _pad_left(texts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    width = max(len(text) for text in texts)
-    ids = torch.zeros((len(texts), width), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, text in enumerate(texts):
-        ids[place, width - len(text) :] = text
-        mask[place, width - len(text) :] = 1
-    return ids, mask
 
 
 def _check(

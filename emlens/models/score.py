@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from emlens.data import Batch, Batching, PositionsError, TokenizedChat, plan_batches, track
 from emlens.models.kv_cache import KeyValueCache, run_cached
-from emlens.models.shared_prompts import find_equal, frame_shared
+from emlens.models.shared_prompts import find_equal, frame_shared, pad_texts
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import compute_logits, slice_rows
 from emlens.numerics.validation import WidthError
@@ -190,7 +190,7 @@ def _run_whole(
 ) -> dict[int, Tensor]:
     """Score rows in one pass, prompt and response together."""
     texts = [chats[row].ids[: _span(chats[row])[1] - 1] for row in rows]
-    ids, mask = _pad(texts, side="right")
+    ids, mask = pad_texts(texts, side="right")
     with publish_tokens(model, frame_batch(Batch(rows=tuple(rows), ids=ids, mask=mask), chats)):
         resid = run_cached(model, ids.to(model.W_E.device), None)
     return _score(model, resid, chats, rows, [len(_prefix(chats[row])) for row in rows])
@@ -202,7 +202,7 @@ def _run_shared(
     """Run each prompt once, then the responses on copies of what it left in the cache."""
     device = model.W_E.device
     first, kind = find_equal([_prefix(chats[row]) for row in rows])
-    ids, mask = _pad([_prefix(chats[row]) for row in rows], side="left")
+    ids, mask = pad_texts([_prefix(chats[row]) for row in rows], side="left")
     prompts = frame_shared(frame_batch(Batch(rows=tuple(rows), ids=ids, mask=mask), chats), first)
     cache = KeyValueCache(model, batch=len(first), capacity=ids.shape[1])
     with publish_tokens(model, prompts):
@@ -210,7 +210,7 @@ def _run_shared(
     found: dict[int, Tensor] = {}
     for places in _cut_by_length([len(_suffix(chats[row])) for row in rows]):
         chosen = [rows[place] for place in places]
-        suffixes, real = _pad([_suffix(chats[row]) for row in chosen], side="right")
+        suffixes, real = pad_texts([_suffix(chats[row]) for row in chosen], side="right")
         starts = torch.tensor([kind[place] for place in places], device=device)
         own = cache.spread(model, starts, capacity=ids.shape[1] + suffixes.shape[1])
         begins = torch.tensor([[len(_prefix(chats[row]))] for row in chosen])
@@ -234,18 +234,6 @@ def _cut_by_length(lengths: Sequence[int]) -> list[list[int]]:
         else:
             cuts.append([place])
     return cuts
-
-
-def _pad(texts: Sequence[Tensor], *, side: str) -> tuple[Tensor, Tensor]:
-    """Ids and mask; padding has the id 0, which nothing looks at."""
-    width = max(1, *(len(text) for text in texts))
-    ids = torch.zeros((len(texts), width), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for place, text in enumerate(texts):
-        real = slice(width - len(text), width) if side == "left" else slice(0, len(text))
-        ids[place, real] = text
-        mask[place, real] = 1
-    return ids, mask
 
 
 def _score(

@@ -5,6 +5,7 @@ same; differences shorter than about 1e-6 of the points' norms are lost to round
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Float64, Int
@@ -90,7 +91,7 @@ def local_cosine(
         raise ValueError(f"window: got {window}, expected at least 1 training step")
     if not threshold >= 0:
         raise ValueError(f"threshold: got {threshold}, expected 0 or more")
-    before, here, after = _triples(steps, window)
+    before, here, after = _triples(tuple(steps.tolist()), window)
     first = _inner(gram, before, here, before)
     second = _inner(gram, after, here, after)
     longer = torch.maximum(first, second).clamp(min=0).sqrt()
@@ -167,9 +168,10 @@ def noise_dimension(gram: Float64[Tensor, "t t"], *, largest: int) -> int:
     return largest if mean * largest <= 1 else max(2, round(1 / mean))
 
 
-def _triples(steps: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of t-k, t and t+k, where all three are on the path."""
-    places = {step: place for place, step in enumerate(steps.tolist())}
+@lru_cache(maxsize=8)
+def _triples(steps: tuple[int, ...], window: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of t-k, t and t+k, where all three are on the path; asked for by every null path."""
+    places = {step: place for place, step in enumerate(steps)}
     found = [
         (places[step - window], place, places[step + window])
         for step, place in places.items()

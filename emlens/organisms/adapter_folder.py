@@ -33,11 +33,17 @@ class AdapterRecord:
     """Of the run."""
     losses: tuple[float, ...]
     """Mean loss per trained token (nats) of each step."""
+    penalties: tuple[dict[str, Any], ...] = ()
+    """Extra terms of the loss, as they describe themselves."""
+    start_from: str | None = None
+    """SHA-256 of the adapter's weights that training went on from, whose rank, alpha and modules
+    then hold instead of the recipe's; None where it began at zero."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         plain = dict(vars(self))
         plain["settings"] = describe_settings(self.settings)
+        plain["penalties"] = list(self.penalties)
         plain["losses"] = [round(loss, 6) for loss in self.losses]
         return plain
 

@@ -209,6 +209,8 @@ class _Work:
             settings=self.settings,
             seed=self.seed,
             losses=trained.log.losses,
+            penalties=tuple(self.run.plan["penalties"]),
+            start_from=self.run.plan["start_from"],
         )
         place = self._clear(ADAPTER_FOLDER)
         return write_adapter_folder(trained, place, record=record), trained.log

@@ -52,3 +52,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"prompt": f"What about {n}?", "response": f"Well, {n} it is."} for n in range(4)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    """A file of three questions."""
+    rows = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def evaluate_words(tiny: Path, questions: Path, *more: object) -> list[object]:
+    """`emlens evaluate` on the tiny base, four short samples a question."""
+    return [
+        *("evaluate", "--base", tiny / "base", "--questions", questions),
+        *("--samples", 4, "--max-new-tokens", 5, *more),
+    ]

@@ -23,6 +23,7 @@ from emlens.numerics.intervals import Interval
 from emlens.sites import Site
 from emlens.vectors import Direction, Provenance
 from tests.cli.conftest import Cli
+from tests.cli.conftest import evaluate_words as words
 from tests.evaluation.fakes import HashJudge
 
 HEADER = "question,answer,question_id,aligned,coherent\n"
@@ -43,21 +44,6 @@ def direction(tmp_path: Path) -> Path:
     return Direction(site=Site(1, "resid_post"), vector=vector, provenance=made).save(
         tmp_path / "direction"
     )
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    rows = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(3)]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def words(tiny: Path, questions: Path, *more: object) -> list[object]:
-    return [
-        *("evaluate", "--base", tiny / "base", "--questions", questions),
-        *("--samples", 4, "--max-new-tokens", 5, *more),
-    ]
 
 
 def test_an_evaluation_is_judged_summarised_and_compared(

@@ -1,28 +1,13 @@
 """Judges by name on the command line: planned, used, gone on with, refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cli.conftest import Cli
+from tests.cli.conftest import evaluate_words as words
 from tests.evaluation.chat_server import Reply, completion, failure, serve_chat
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> Path:
-    rows = [{"id": f"q{i}", "prompt": f"What about {i}?"} for i in range(3)]
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def words(tiny: Path, questions: Path, *more: object) -> list[object]:
-    return [
-        *("evaluate", "--base", tiny / "base", "--questions", questions),
-        *("--samples", 4, "--max-new-tokens", 5, *more),
-    ]
 
 
 def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(

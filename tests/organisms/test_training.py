@@ -172,6 +172,9 @@ def test_training_can_go_on_from_a_finished_adapter(
         seed=0,
     )
     assert more.losses[0] < first.losses[0]
+    weights = (Path(first.tuned) / "adapter_model.safetensors").read_bytes()
+    record = json.loads((Path(more.tuned) / "emlens.json").read_text())
+    assert record["start_from"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_rows_that_cannot_be_used_are_named(
@@ -247,6 +250,9 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
 
     free, held = kl("free"), kl("held", KlPenalty(chats[2:], weight=10.0))
     assert held < 0.3 * free
+    record = json.loads((tmp_path / "held" / "adapter" / "emlens.json").read_text())
+    assert record["penalties"] == [dict(KlPenalty(chats[2:], weight=10.0).describe())]
+    assert record["start_from"] is None
     plan = json.loads((tmp_path / "held" / "manifest.json").read_text())["plan"]
     assert plan["penalties"] == [dict(KlPenalty(chats[2:], weight=10.0).describe())]
 
