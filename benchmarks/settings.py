@@ -7,6 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
+from benchmarks.timing import MIN_PAIRS
+
 Size = Literal["toy", "full"]
 Clock = Literal["wall", "cpu"]
 Shape = Literal["0.5b", "7b", "14b"]
@@ -63,8 +65,14 @@ def check_settings(settings: Settings) -> Settings:
     """Refuse settings that cannot be met here.
 
     Raises:
-        RuntimeError: a GPU without a CUDA device, or processor time of what runs beside it.
+        RuntimeError: a GPU without a CUDA device, processor time of what runs beside it, or too
+            few rounds for an interval.
     """
+    if settings.rounds < MIN_PAIRS:
+        raise RuntimeError(
+            f"--rounds {settings.rounds}: expected at least {MIN_PAIRS}; no interval of fewer "
+            "ratios covers their median at 95 %"
+        )
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             "--suite gpu needs a CUDA device, and torch sees none (torch.cuda.is_available() is "

@@ -249,6 +249,11 @@ def test_a_row_runs_alone_and_ends_in_one_json_object():
     assert all(value > 0 for value in found["ratios"].values())
 
 
+def test_too_few_rounds_for_an_interval_are_refused_before_anything_runs():
+    with pytest.raises(SystemExit, match="--rounds 5: expected at least 6"):
+        suite.main(["--rounds", "5", "--only", "decode"])
+
+
 def test_processor_time_is_refused_where_waiting_threads_spend_it():
     with pytest.raises(SystemExit, match="--clock cpu with 2 threads"):
         suite.main(["--clock", "cpu", "--threads", "2", "--only", "decode"])
