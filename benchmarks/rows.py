@@ -15,7 +15,7 @@ from benchmarks.settings import DTYPES, FULL_ROUNDS, SHAPES, TOY_ROUNDS, Setting
 
 ROWS = (
     *("load_views", "load_tuned", "prefill", "decode", "decode_intervened", "respond"),
-    *("ablate", "stream", "pair_diff", "growth", "train", "judging"),
+    *("ablate", "stream", "pair_diff", "growth", "train", "judging", "api_judging"),
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import Cli
 from tests.cli.conftest import evaluate_words as words
-from tests.evaluation.chat_server import Reply, completion, failure, serve_chat
+from benchmarks.chat_server import Reply, completion, failure, serve_chat
 
 
 def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(

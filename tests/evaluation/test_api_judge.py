@@ -10,7 +10,7 @@ import pytest
 
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
-from tests.evaluation.chat_server import Reply, completion, failure, serve_chat
+from benchmarks.chat_server import Reply, completion, failure, serve_chat
 
 openai = pytest.importorskip("openai", reason="the extra eval is not installed")
 
