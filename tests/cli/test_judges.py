@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.chat_server import Reply, completion, failure, serve_chat
 from tests.cli.conftest import Cli
 from tests.cli.conftest import evaluate_words as words
-from benchmarks.chat_server import Reply, completion, failure, serve_chat
 
 
 def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(

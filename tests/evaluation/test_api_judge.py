@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.chat_server import Reply, completion, failure, serve_chat
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
-from benchmarks.chat_server import Reply, completion, failure, serve_chat
 
 openai = pytest.importorskip("openai", reason="the extra eval is not installed")
 
