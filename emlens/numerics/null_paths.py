@@ -4,7 +4,6 @@ Drawn in as many coordinates as a path has points, which for isotropic noise of 
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from emlens.numerics.paths import (
     LocalCosine,
-    gram_of_path,
+    bend_prominences,
     local_cosine,
     noise_dimension,
     normalise_gram,
@@ -27,6 +26,8 @@ NullKind = Literal["straight", "random_walk", "growth", "decay"]
 """A straight line with noise; no trend at all; a line without noise; a straight line with noise
 whose steps shrink to nothing."""
 KINDS: tuple[NullKind, ...] = get_args(NullKind)
+_TOGETHER = 25
+"""Paths that are drawn at once: memory grows with them and with the square of the points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +73,23 @@ def shape_of_path(gram: Float64[Tensor, "t t"], *, width: int) -> PathShape:
     )
 
 
-def sample_null_path(
-    shape: PathShape, kind: NullKind, generator: torch.Generator
-) -> Float64[Tensor, "t c"]:
-    """Points of one path, in coordinates of its own."""
-    n = len(shape.lengths)
-    noise = _random_directions(n + 1, shape.dimension, generator)
+def sample_null_paths(
+    shape: PathShape, kind: NullKind, *, n: int, generator: torch.Generator
+) -> Float64[Tensor, "n t c"]:
+    """Points of paths without a turn, in coordinates of their own."""
+    moved = len(shape.lengths)
+    noise = _random_directions(n, moved + 1, shape.dimension, generator)
     # A coordinate of its own for the trend: in many dimensions noise has no part in it.
-    trend = torch.zeros(n, noise.shape[1] + 1, dtype=torch.float64)
-    trend[:, -1] = 1.0
-    noise = torch.cat([noise, torch.zeros(n + 1, 1, dtype=torch.float64)], dim=1)
+    noise = torch.cat([noise, torch.zeros(n, moved + 1, 1, dtype=torch.float64)], dim=2)
     kept = {"random_walk": 0.0, "growth": 1.0}.get(kind, shape.straightness)
-    moves = math.sqrt(kept) * trend + math.sqrt(1 - kept) * noise[1:]
-    moves = moves / torch.linalg.vector_norm(moves, dim=1, keepdim=True)
+    moves = math.sqrt(1 - kept) * noise[:, 1:]
+    moves[..., -1] = math.sqrt(kept)
     lengths = shape.lengths
     if kind == "decay":
-        lengths = lengths * torch.linspace(1, 0, n + 1, dtype=torch.float64)[:-1]
-    start = shape.start * noise[:1]
-    return torch.cat([start, start + (lengths[:, None] * moves).cumsum(0)])
+        lengths = lengths * torch.linspace(1, 0, moved + 1, dtype=torch.float64)[:-1]
+    moves *= lengths[:, None] / torch.linalg.vector_norm(moves, dim=2, keepdim=True)
+    start = shape.start * noise[:, :1]
+    return torch.cat([start, start + moves.cumsum(1)], dim=1)
 
 
 def null_prominences(
@@ -104,14 +104,30 @@ def null_prominences(
     """Prominence of the sharpest bend of null paths, by kind; 0 where no point moves far enough."""
     shape = shape_of_path(gram, width=width)
     generator = torch.Generator().manual_seed(seed)
+    sizes = [len(part) for part in torch.arange(n).split(_TOGETHER)]
+    return {
+        kind: torch.cat(
+            [
+                prominences_of_paths(
+                    sample_null_paths(shape, kind, n=size, generator=generator), steps, settings
+                )
+                for size in sizes
+            ]
+        )
+        for kind in KINDS
+    }
 
-    def draw(kind: NullKind) -> Iterator[float]:
-        for _ in range(n):
-            own = gram_of_path(sample_null_path(shape, kind, generator))
-            found = measure_bends(own, steps, settings)
-            yield found.prominence if len(found.cosine) else 0.0
 
-    return {kind: torch.tensor(list(draw(kind)), dtype=torch.float64) for kind in KINDS}
+def prominences_of_paths(
+    points: Float64[Tensor, "n t c"], steps: Int[Tensor, " t"], settings: BendSettings
+) -> Float64[Tensor, " n"]:
+    """Prominence of the sharpest bend of each path; 0 where no point moves far enough."""
+    if settings.normalised:
+        norms = torch.linalg.vector_norm(points, dim=2)
+        real = (norms > 0).all(0)
+        points, steps = points[:, real] / norms[:, real, None], steps[real]
+    grams = points @ points.transpose(1, 2)
+    return bend_prominences(grams, steps, window=settings.window, threshold=settings.threshold)
 
 
 def measure_bends(
@@ -135,19 +151,20 @@ def measure_bends(
 
 
 def _random_directions(
-    n: int, dimension: int, generator: torch.Generator
-) -> Float64[Tensor, "n c"]:
+    paths: int, n: int, dimension: int, generator: torch.Generator
+) -> Float64[Tensor, "paths n c"]:
     """Isotropic unit vectors of `dimension`, turned so that the first span the first coordinates.
 
-    Row i has min(i + 1, dimension) coordinates: normal ones, and last the length of what is left.
+    Of each path row i has min(i + 1, dimension) coordinates: normal ones, and last the length of
+    what is left.
 
     Source: Bartlett 1933, Proc. R. Soc. Edinburgh 53, 260 (the factor of a Wishart matrix).
     """
     columns = min(n, dimension)
-    rows = torch.randn(n, columns, generator=generator, dtype=torch.float64).tril(-1)
+    rows = torch.randn(paths, n, columns, generator=generator, dtype=torch.float64).tril(-1)
     place = torch.arange(columns)
     # torch draws no chi-squared numbers from a generator; numpy's is seeded by it.
     seed = int(torch.randint(2**62, (1,), generator=generator))
-    squares = np.random.default_rng(seed).chisquare((dimension - place).numpy())
-    rows[place, place] = torch.from_numpy(squares).sqrt()
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    drawn = np.random.default_rng(seed).chisquare((dimension - place).numpy(), (paths, columns))
+    rows[:, place, place] = torch.from_numpy(drawn).sqrt()
+    return rows / torch.linalg.vector_norm(rows, dim=2, keepdim=True)

@@ -87,26 +87,35 @@ def local_cosine(
     Differs: the threshold is relative to the last norm.
     """
     _check_path(gram, steps)
-    if window < 1:
-        raise ValueError(f"window: got {window}, expected at least 1 training step")
-    if not threshold >= 0:
-        raise ValueError(f"threshold: got {threshold}, expected 0 or more")
-    before, here, after = _triples(tuple(steps.tolist()), window)
-    first = _inner(gram, before, here, before)
-    second = _inner(gram, after, here, after)
-    longer = torch.maximum(first, second).clamp(min=0).sqrt()
-    # A side that does not move, but for rounding, has no angle.
-    still = _ROUNDING * gram.diagonal().max() if len(gram) else 0.0
-    moves = (first > still) & (second > still)
-    kept = moves & (longer > threshold * gram[-1, -1].clamp(min=0).sqrt())
-    norms = (first[kept] * second[kept]).sqrt()
-    cosine = (_inner(gram, before, here, after)[kept] / norms).clamp(-1, 1)
+    _check_settings(window, threshold)
+    here, found = _bend(gram, steps, window, threshold)
+    kept = ~found.isnan()
     return LocalCosine(
         index=here[kept],
-        cosine=cosine,
+        cosine=found[kept],
         n_uneven=len(steps) - len(here),
         n_small=int((~kept).sum()),
     )
+
+
+def bend_prominences(
+    grams: Float64[Tensor, "n t t"],
+    steps: Int[Tensor, " t"],
+    *,
+    window: int,
+    threshold: float,
+) -> Float64[Tensor, " n"]:
+    """Prominence of the sharpest bend of many paths at once, as `local_cosine` measures it.
+
+    0 where no point moves far enough. Arguments and errors are those of `local_cosine`.
+    """
+    _check_path(grams, steps)
+    _check_settings(window, threshold)
+    _, found = _bend(grams, steps, window, threshold)
+    if not found.shape[1]:
+        return torch.zeros(len(grams), dtype=torch.float64)
+    largest = found.nan_to_num(nan=-torch.inf).amax(1)
+    return (largest - found.nanmedian(1).values).where(largest.isfinite(), 0.0)
 
 
 def path_coordinates(
@@ -182,12 +191,40 @@ def _triples(steps: tuple[int, ...], window: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def _inner(gram: Tensor, first: Tensor, origin: Tensor, second: Tensor) -> Tensor:
-    """<v[first] - v[origin], v[second] - v[origin]>."""
-    return gram[first, second] - gram[first, origin] - gram[origin, second] + gram[origin, origin]
+    """<v[first] - v[origin], v[second] - v[origin]>, of one path or many."""
+    return (
+        gram[..., first, second]
+        - gram[..., first, origin]
+        - gram[..., origin, second]
+        + gram[..., origin, origin]
+    )
+
+
+def _bend(gram: Tensor, steps: Tensor, window: int, threshold: float) -> tuple[Tensor, Tensor]:
+    """Places with both neighbours, and the cosines there [... p]; NaN where too little moves."""
+    before, here, after = _triples(tuple(steps.tolist()), window)
+    first = _inner(gram, before, here, before)
+    second = _inner(gram, after, here, after)
+    longer = torch.maximum(first, second).clamp(min=0).sqrt()
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    # A side that does not move, but for rounding, has no angle.
+    still = _ROUNDING * squares.amax(-1, keepdim=True) if len(steps) else 0.0
+    moves = (first > still) & (second > still)
+    kept = moves & (longer > threshold * squares[..., -1:].clamp(min=0).sqrt())
+    norms = (first * second).where(kept, 1.0).sqrt()
+    cosine = (_inner(gram, before, here, after) / norms).clamp(-1, 1)
+    return here, cosine.where(kept, torch.nan)
+
+
+def _check_settings(window: int, threshold: float) -> None:
+    if window < 1:
+        raise ValueError(f"window: got {window}, expected at least 1 training step")
+    if not threshold >= 0:
+        raise ValueError(f"threshold: got {threshold}, expected 0 or more")
 
 
 def _check_path(gram: Tensor, steps: Tensor) -> None:
-    if gram.shape != (len(steps), len(steps)):
+    if gram.shape[-2:] != (len(steps), len(steps)):
         raise WidthError(
             f"gram has shape {tuple(gram.shape)} for {len(steps)} steps, expected a square of them"
         )

@@ -14,10 +14,12 @@ from torch import Tensor
 from emlens.numerics.null_paths import (
     KINDS,
     BendSettings,
+    NullKind,
     PathShape,
     measure_bends,
     null_prominences,
-    sample_null_path,
+    prominences_of_paths,
+    sample_null_paths,
     shape_of_path,
 )
 from emlens.numerics.paths import (
@@ -166,7 +168,7 @@ def test_without_noise_the_dimension_is_the_largest():
 def test_null_paths_keep_lengths_and_straightness(kind: str):
     lengths = torch.linspace(1, 3, 120, dtype=torch.float64)
     shape = PathShape(lengths=lengths, start=2.0, straightness=0.5, dimension=300)
-    path = sample_null_path(shape, kind, torch.Generator().manual_seed(0))  # pyright: ignore[reportArgumentType]
+    path = sample_null_paths(shape, kind, n=1, generator=torch.Generator().manual_seed(0))[0]  # pyright: ignore[reportArgumentType]
     gram = gram_of_path(path)
     assert float(gram[0, 0].sqrt()) == pytest.approx(2.0)
     expected = lengths * (torch.linspace(1, 0, 121).double()[:-1] if kind == "decay" else 1)
@@ -180,7 +182,9 @@ def test_null_directions_have_the_cosines_of_isotropic_noise(dimension: int):
     shape = PathShape(
         lengths=torch.ones(100).double(), start=0.0, straightness=0.0, dimension=dimension
     )
-    path = sample_null_path(shape, "random_walk", torch.Generator().manual_seed(3))
+    path = sample_null_paths(shape, "random_walk", n=1, generator=torch.Generator().manual_seed(3))[
+        0
+    ]
     cosines = step_cosines(gram_of_path(path))
     off = cosines[~torch.eye(100, dtype=torch.bool)]
     assert float(off.square().mean()) == pytest.approx(1 / dimension, rel=0.15)
@@ -192,12 +196,30 @@ def test_the_shape_of_a_path_is_what_was_planted():
     shape = PathShape(
         lengths=torch.linspace(2, 1, 150).double(), start=1.0, straightness=0.4, dimension=90
     )
-    path = sample_null_path(shape, "straight", generator)
+    path = sample_null_paths(shape, "straight", n=1, generator=generator)[0]
     found = shape_of_path(gram_of_path(path), width=5000)
     np.testing.assert_allclose(found.lengths, shape.lengths, rtol=1e-9)
     assert found.start == pytest.approx(1.0)
     assert found.straightness == pytest.approx(0.4, abs=0.04)
     assert found.dimension == pytest.approx(90, rel=0.25)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_paths_at_once_have_the_prominences_of_each(kind: NullKind, normalised: bool):
+    lengths = torch.linspace(1, 0.01, 60).double()
+    shape = PathShape(lengths=lengths, start=0.0, straightness=0.6, dimension=9)
+    generator = torch.Generator().manual_seed(5)
+    paths = sample_null_paths(shape, kind, n=4, generator=generator)
+    steps = torch.arange(61)
+    for threshold in (0.0, 0.1, 5.0):
+        bends = BendSettings(window=4, threshold=threshold, normalised=normalised)
+        found = prominences_of_paths(paths, steps, bends)
+        each = [measure_bends(gram_of_path(path), steps, bends) for path in paths]
+        expected = [one.prominence if len(one.cosine) else 0.0 for one in each]
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-9)
+    assert found.tolist() == [0.0] * 4
+    assert len({round(float(x), 9) for x in paths[:, -1, 0]}) == (1 if kind == "growth" else 4)
 
 
 def test_null_prominences_repeat_with_their_seed_and_bound_each_kind():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from emlens.artifacts import read_result
-from emlens.numerics.null_paths import KINDS, NullKind, PathShape, sample_null_path
+from emlens.numerics.null_paths import KINDS, NullKind, PathShape, sample_null_paths
 from emlens.organisms import transition
 from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory
 from emlens.organisms.transition import (
@@ -80,7 +80,9 @@ def test_fresh_null_paths_are_seldom_taken_for_turns(kind: NullKind):
         lengths=torch.linspace(1, 0.2, 119).double(), start=0.0, straightness=0.5, dimension=300
     )
     for seed in range(4):
-        path = sample_null_path(shape, kind, torch.Generator().manual_seed(1000 + seed))
+        path = sample_null_paths(
+            shape, kind, n=1, generator=torch.Generator().manual_seed(1000 + seed)
+        )[0]
         found = measure_transition(trajectory_of(path), window=5, threshold=0.03)
         turns += found.verdict == "turn"
     # At one in twenty, more than two of four happens once in 2,000 times.
