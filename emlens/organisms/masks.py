@@ -4,13 +4,15 @@ It finds them by the spans of `emlens.data.chat`, never by searching for a marke
 for scoring: there, choose positions with `emlens.data.positions`.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from emlens.data.chat import TokenizedChat
+from emlens.data.chat import Chat, TokenizedChat, tokenize_chat
+from emlens.models.training_loop import TrainingExample
 
 IGNORED = -100
 """Label of a token that takes no part in the loss."""
@@ -18,6 +20,10 @@ IGNORED = -100
 
 class NoResponseError(ValueError):
     """A chat without a response has nothing to be trained on."""
+
+
+class ChatTooLongError(ValueError):
+    """A row has more tokens than the settings or the model allow."""
 
 
 class MaskedChat(NamedTuple):
@@ -52,3 +58,31 @@ def mask_response(chat: TokenizedChat) -> MaskedChat:
     labels = torch.full_like(chat.ids, IGNORED)
     labels[start:stop] = chat.ids[start:stop]
     return MaskedChat(ids=chat.ids[:stop], labels=labels[:stop])
+
+
+def make_examples(
+    chats: Sequence[Chat], tokenizer: Any, *, longest: int, named: str = "chats"
+) -> list[TrainingExample]:
+    """Sequences with the labels of their responses, in the order of the chats.
+
+    Args:
+        chats: each with a response.
+        tokenizer: with a chat template.
+        longest: tokens that a row may have; none is cut.
+        named: what errors call the chats.
+
+    Raises:
+        NoResponseError: a chat without a response.
+        ChatTooLongError: one with too many tokens, by its place and id.
+    """
+    examples = []
+    for index, chat in enumerate(chats):
+        masked = mask_response(tokenize_chat(chat, tokenizer))
+        if len(masked.ids) > longest:
+            raise ChatTooLongError(
+                f"{named}[{index}] (id {chat.id!r}): {len(masked.ids)} tokens, expected at most "
+                f"{longest}, by max_length or the model's context; shorten it, or raise "
+                "max_length where the context has room"
+            )
+        examples.append(TrainingExample(ids=masked.ids, labels=masked.labels))
+    return examples

@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from emlens.data.chat import Chat, tokenize_chat
+from emlens.data.chat import Chat
 from emlens.data.prompts import hash_chats
 from emlens.models.training_loop import IGNORED, Penalty, TrainingExample, collate_examples
-from emlens.organisms.masks import mask_response
+from emlens.organisms.masks import make_examples
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class LossTerm(Protocol):
         """Everything that decides it, as JSON values."""
         ...
 
-    def prepare(self, tokenizer: Any, *, batch_size: int, seed: int) -> Penalty:
+    def prepare(self, tokenizer: Any, *, batch_size: int, longest: int, seed: int) -> Penalty:
         """The term as the training loop calls it."""
         ...
 
@@ -60,14 +60,14 @@ class KlPenalty:
         """Everything that decides it, as JSON values."""
         return {"kind": "kl", "chats_sha256": hash_chats(self.chats), "weight": self.weight}
 
-    def prepare(self, tokenizer: Any, *, batch_size: int, seed: int) -> Penalty:
+    def prepare(self, tokenizer: Any, *, batch_size: int, longest: int, seed: int) -> Penalty:
         """The term on `batch_size` of the chats at each pass, every chat once before any again.
 
         Raises:
             NoResponseError: a chat without a response.
+            ChatTooLongError: one of more than `longest` tokens.
         """
-        masked = [mask_response(tokenize_chat(chat, tokenizer)) for chat in self.chats]
-        examples = [TrainingExample(ids=one.ids, labels=one.labels) for one in masked]
+        examples = make_examples(self.chats, tokenizer, longest=longest, named="KlPenalty.chats")
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(examples), generator=generator).tolist()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from emlens.artifacts import Result
-from emlens.data.chat import Chat, as_chats, tokenize_chat
+from emlens.data.chat import Chat, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
@@ -34,7 +34,7 @@ from emlens.models.training_loop import (
     find_checkpoints,
 )
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
-from emlens.organisms.masks import IGNORED, mask_response
+from emlens.organisms.masks import IGNORED, make_examples
 from emlens.organisms.penalties import LossTerm
 from emlens.organisms.settings import VECTOR_SITES, SettingsError, TrainSettings
 from emlens.organisms.trajectory import TRAJECTORY_NAME, read_checkpoints
@@ -48,10 +48,6 @@ logger = logging.getLogger(__name__)
 RESULT_NAME = "training"
 ADAPTER_FOLDER, VECTOR_FOLDER, MODEL_FOLDER = "adapter", "vector", "model"
 CHECKPOINT_FOLDER = "checkpoints"
-
-
-class ChatTooLongError(ValueError):
-    """A row has more tokens than the settings or the model allow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +113,8 @@ def train_organism(
 
     Raises:
         SettingsError: `layers` is still to be chosen, or meant for a model of another depth.
-        NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens.
+        NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens, of
+            a penalty's too.
         TrainingDivergedError: The loss or gradient is not finite; it names the step, and the last
             good checkpoint where any are kept.
         PlanChangedError: `out` holds a run with another plan.
@@ -129,11 +126,14 @@ def train_organism(
     settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
     start = _find_start(start_from, settings)
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
-    examples = _make_examples(rows, checkpoint, settings)
+    longest = _find_longest(checkpoint, settings)
+    examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
     if settings.method == "lora" and start is None:
         check_lora_targets(checkpoint.model, _lora_settings(settings))
     prepared = tuple(
-        penalty.prepare(checkpoint.tokenizer, batch_size=settings.batch_size, seed=seed)
+        penalty.prepare(
+            checkpoint.tokenizer, batch_size=settings.batch_size, longest=longest, seed=seed
+        )
         for penalty in penalties
     )
     data_sha256 = hash_chats(rows)
@@ -302,22 +302,10 @@ def _find_module(checkpoint: Checkpoint, layer: int, name: str) -> str:
     return found[0]
 
 
-def _make_examples(
-    rows: Sequence[Chat], checkpoint: Checkpoint, settings: TrainSettings
-) -> list[TrainingExample]:
+def _find_longest(checkpoint: Checkpoint, settings: TrainSettings) -> int:
+    """Tokens that a row may have."""
     n_ctx = getattr(checkpoint.model.config, "max_position_embeddings", settings.max_length)
-    longest = min(settings.max_length, n_ctx)
-    examples = []
-    for index, row in enumerate(rows):
-        masked = mask_response(tokenize_chat(row, checkpoint.tokenizer))
-        if len(masked.ids) > longest:
-            raise ChatTooLongError(
-                f"chats[{index}] (id {row.id!r}): {len(masked.ids)} tokens, expected at most "
-                f"{longest}; shorten it, or raise max_length ({settings.max_length}) where the "
-                f"model's context of {n_ctx} has room"
-            )
-        examples.append(TrainingExample(ids=masked.ids, labels=masked.labels))
-    return examples
+    return min(settings.max_length, n_ctx)
 
 
 def _lora_settings(settings: TrainSettings) -> LoraSettings:

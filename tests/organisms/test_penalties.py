@@ -11,7 +11,7 @@ from emlens.data.chat import Chat, Message, tokenize_chat
 from emlens.models.checkpoints import Checkpoint
 from emlens.models.training_loop import IGNORED, TrainingExample
 from emlens.organisms import penalties
-from emlens.organisms.masks import NoResponseError, mask_response
+from emlens.organisms.masks import ChatTooLongError, NoResponseError, mask_response
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from tests.organisms.conftest import byte_tokenizer
 
@@ -57,8 +57,10 @@ def test_penalties_without_texts_or_weight_are_refused(chats: list[Chat]):
         KlPenalty(chats, weight=0.0)
     with pytest.raises(NoResponseError, match="'bare'"):
         KlPenalty([Chat((Message("user", "hi"),), id="bare")], weight=1.0).prepare(
-            byte_tokenizer(), batch_size=1, seed=0
+            byte_tokenizer(), batch_size=1, longest=99, seed=0
         )
+    with pytest.raises(ChatTooLongError, match=r"KlPenalty.chats\[0\] .* expected at most 12"):
+        KlPenalty(chats, weight=1.0).prepare(byte_tokenizer(), batch_size=1, longest=12, seed=0)
 
 
 def test_every_text_comes_before_any_again(
@@ -71,7 +73,9 @@ def test_every_text_comes_before_any_again(
         return torch.tensor(2.0)
 
     monkeypatch.setattr(penalties, "measure_kl_from_base", record)
-    term = KlPenalty(chats, weight=3.0).prepare(tiny_base.tokenizer, batch_size=2, seed=1)
+    term = KlPenalty(chats, weight=3.0).prepare(
+        tiny_base.tokenizer, batch_size=2, longest=99, seed=1
+    )
     assert float(term(tiny_base.model, 0)) == 6.0
     term(tiny_base.model, 1)
     lengths = [len(mask_response(tokenize_chat(c, tiny_base.tokenizer)).ids) for c in chats]

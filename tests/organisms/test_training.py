@@ -25,10 +25,10 @@ from emlens.models.training_loop import (
     collate_examples,
 )
 from emlens.organisms import training
-from emlens.organisms.masks import NoResponseError, mask_response
+from emlens.organisms.masks import ChatTooLongError, NoResponseError, mask_response
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
-from emlens.organisms.training import ChatTooLongError, TrainingRun, train_organism
+from emlens.organisms.training import TrainingRun, train_organism
 from emlens.organisms.trajectory import load_trajectory
 from emlens.runs import PlanChangedError
 from emlens.sources import shipped_path
@@ -46,7 +46,7 @@ class Shaky:
     def describe(self) -> dict[str, Any]:
         return {"kind": "shaky"}
 
-    def prepare(self, tokenizer: object, *, batch_size: int, seed: int) -> Penalty:
+    def prepare(self, tokenizer: object, *, batch_size: int, longest: int, seed: int) -> Penalty:
         return self._call
 
     def _call(self, model: nn.Module, _place: int) -> Tensor:
@@ -183,7 +183,7 @@ def test_rows_that_cannot_be_used_are_named(
     with pytest.raises(ChatTooLongError, match=r"chats\[0\] \(id 'one'\): \d+ tokens, .* most 12"):
         train(tiny_base, chats, tmp_path / "a", max_length=12)
     long = Chat((Message("user", "x" * 90), Message("assistant", "y")), id="long")
-    with pytest.raises(ChatTooLongError, match="context of 96"):
+    with pytest.raises(ChatTooLongError, match=r"\(id 'long'\): \d+ tokens, expected at most 96"):
         train(tiny_base, [*chats, long], tmp_path / "b")
     with pytest.raises(NoResponseError, match="'bare'"):
         train(tiny_base, [Chat((Message("user", "hi"),), id="bare")], tmp_path / "c")
