@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("torch", "transformers", "transformer_lens", "peft", "sae_lens", "wandb", "plotly")
+HEAVY = (
+    *("torch", "transformers", "transformer_lens", "peft", "sae_lens", "wandb", "plotly"),
+    *("openai", "inspect_ai"),
+)
 HELP_SECONDS = 2.0
 """Wall time allowed to `emlens --help` on a busy machine; alone it takes a quarter of that."""
 # Bracketed, so that this file does not hold what it looks for.

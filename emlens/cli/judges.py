@@ -1,5 +1,6 @@
-"""Judges by name: `contrast`, `local/SOURCE`, `openai/MODEL`; what they would cost."""
+"""Judges by name, such as `contrast` or `openai/MODEL`, and what they would cost."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,11 @@ import typer
 
 from emlens.cli.options import CommonFlags
 
-KINDS = ("contrast", "local/SOURCE", "openai/MODEL")
+KINDS = ("contrast", "local/SOURCE", "openai/MODEL", "inspect/MODEL")
+LOGS = "inspect"
+"""Folder in RUN for the logs of inspect_ai."""
+KEY_ENV = "OPENAI_API_KEY"
+"""Variable of the key of openai/MODEL where none is named."""
 CHARACTERS_A_TOKEN = 4
 """A rule of thumb for English; the endpoint's own tokenizer is not known."""
 ANSWER_CHARACTERS = 4
@@ -26,15 +31,17 @@ class JudgeOptions(CommonFlags):
     judge_base_url: Annotated[
         str | None,
         typer.Option(
-            "--judge-base-url", metavar="URL", help="Of openai/MODEL: any compatible endpoint."
+            "--judge-base-url", metavar="URL", help="Endpoint of openai/MODEL or inspect/MODEL."
         ),
     ] = None
     judge_key_env: Annotated[
         str,
         typer.Option(
-            "--judge-key-env", metavar="NAME", help="Variable that holds its key; '' for no key."
+            "--judge-key-env",
+            metavar="NAME",
+            help="Variable that holds the key of openai/MODEL; '' for no key.",
         ),
-    ] = "OPENAI_API_KEY"
+    ] = KEY_ENV
     judge_price: Annotated[
         float | None,
         typer.Option(
@@ -47,10 +54,16 @@ def check_judge(name: str) -> None:
     """Refuse a judge that there is not.
 
     Raises:
-        typer.BadParameter: an unknown name, or a kind without its model.
+        typer.BadParameter: an unknown name, a kind without its model, or without its extra.
     """
     kind, slash, rest = name.partition("/")
     if name == "contrast" or (kind in ("local", "openai") and slash and rest):
+        return
+    if kind == "inspect" and "/" in rest.strip("/"):
+        if importlib.util.find_spec("inspect_ai") is None:
+            raise typer.BadParameter(
+                f"--judge {name}: inspect_ai is not installed; pip install 'emlens-interp[inspect]'"
+            )
         return
     raise typer.BadParameter(f"--judge {name}: expected {', '.join(KINDS)}")
 
@@ -59,7 +72,7 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
     """The judge that flags name.
 
     Args:
-        flags: `JudgeOptions` with `base`, `dtype`, `device` and `batch_tokens`.
+        flags: `JudgeOptions` with `out`, `base`, `dtype`, `device` and `batch_tokens`.
         base: the base of the command where it is loaded already; nothing that acts on a fine-tune
             of it acts on it.
         runs: what a judge of theirs was fitted to is used again.
@@ -71,6 +84,8 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
     kind, _, name = flags.judge.partition("/")
     if kind == "openai":
         return _load_api(flags, name)
+    if kind == "inspect":
+        return _load_inspect(flags, name)
     batching = Batching(flags.batch_tokens)
     if kind == "local":
         from emlens.evaluation import LocalJudge
@@ -92,27 +107,44 @@ def _load_api(flags: Any, model: str) -> Any:
     return ApiJudge(model=model, key_env=flags.judge_key_env, **where)
 
 
+def _load_inspect(flags: Any, model: str) -> Any:
+    from emlens.evaluation import InspectJudge
+
+    if flags.judge_key_env != KEY_ENV:
+        raise typer.BadParameter(
+            f"--judge-key-env {flags.judge_key_env}: inspect_ai looks for each provider's key in "
+            "that provider's own variable; set that one and leave the flag out"
+        )
+    return InspectJudge(model=model, base_url=flags.judge_base_url, log_dir=flags.out / LOGS)
+
+
 def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, Any]:
-    """What judging would take, as fields of a plan; more than a name for an API judge alone.
+    """What judging would take, as fields of a plan; more than a name where a model is asked.
 
     Args:
-        flags: `JudgeOptions`.
+        flags: `JudgeOptions` with `out`.
         responses: to be judged.
         characters: of all questions and answers.
     """
-    kind, _, _ = flags.judge.partition("/")
-    if kind != "openai":
-        return {"judge": flags.judge}
-    from emlens.evaluation.api_judge import ApiJudge
+    kind, _, model = flags.judge.partition("/")
+    plan: dict[str, Any] = {"judge": flags.judge}
+    if kind not in ("openai", "inspect"):
+        return plan
+    from emlens.evaluation import ApiJudge, InspectJudge
     from emlens.evaluation.judge_prompts import PROMPTS
 
+    if kind == "openai":
+        samples = ApiJudge.samples
+        plan["judge_endpoint"] = flags.judge_base_url or ApiJudge.base_url
+    else:
+        samples = InspectJudge.samples
+        plan |= {"judge_model": model, "judge_logs": str(flags.out / LOGS)}
+        plan["judge_endpoint"] = flags.judge_base_url or "as its provider has it"
     frame = sum(map(len, PROMPTS.values())) * responses
     tokens = (frame + len(PROMPTS) * characters) // CHARACTERS_A_TOKEN
-    plan: dict[str, Any] = {"judge": flags.judge}
-    plan["judge_endpoint"] = flags.judge_base_url or ApiJudge.base_url
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
     # Where log-probabilities do not serve, answers are drawn for each score besides.
-    plan["judge_requests_at_most"] = len(PROMPTS) * responses * (1 + ApiJudge.samples)
+    plan["judge_requests_at_most"] = len(PROMPTS) * responses * (1 + samples)
     price = flags.judge_price
     plan["judge_cost"] = (
         "give --judge-price for money" if price is None else round(tokens * price / 1e6, 4)

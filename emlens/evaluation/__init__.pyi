@@ -3,6 +3,7 @@ from .compare import BehaviourDifference, Equivalence, claim_equivalence, compar
 from .contrast_judge import ContrastJudge
 from .evaluate import evaluate
 from .evaluation import Evaluation, read_evaluation, read_scores
+from .inspect_judge import InspectJudge
 from .judge_report import JudgeReport, measure_judge
 from .judges import Judge, Judgement, JudgeRow
 from .local_judge import LocalJudge
@@ -19,6 +20,7 @@ __all__ = [
     "ContrastJudge",
     "Equivalence",
     "Evaluation",
+    "InspectJudge",
     "Judge",
     "JudgeReport",
     "JudgeRow",

@@ -4,23 +4,22 @@ Responses leave this machine. The key comes from the environment and is neither 
 """
 
 import asyncio
-import math
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emlens.evaluation.judge_prompts import (
-    FEWEST_MASS,
-    PROMPTS,
-    fill_prompt,
-    read_number,
-    weigh_numbers,
+from emlens.evaluation.asking import (
+    ALTERNATIVES,
+    Reply,
+    ask_for_scores,
+    call_beside_loops,
+    explain_status,
+    fill_prompts,
 )
+from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS
 from emlens.evaluation.judges import (
-    MEANINGS,
-    Claim,
+    GradingJudge,
     Judgement,
     JudgeRow,
     JudgeUnavailableError,
@@ -31,14 +30,10 @@ VERSION = 1
 """Of the rule by which answers become scores; part of the judge's id."""
 LONGEST = 5
 """Tokens asked for: three digits may be as many tokens, and a blank before them."""
-ALTERNATIVES = 20
-"""Log-probabilities asked for at the first token; the most that endpoints give."""
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "[INST]", "[/INST]")
-"""Ends of turns in common templates; the endpoint's own tokenizer is not known."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ApiJudge:
+class ApiJudge(GradingJudge):
     """Scores responses by what a model behind an endpoint answers when asked for a number.
 
     Where the endpoint gives log-probabilities and spells numbers in one token, the score is the
@@ -52,6 +47,7 @@ class ApiJudge:
     Differs: numbers that a tokenizer splits are never read off their first digit.
     """
 
+    one_by_one = True
     model: str
     """As the endpoint calls it."""
     base_url: str = "https://api.openai.com/v1"
@@ -84,16 +80,6 @@ class ApiJudge:
         rule = [VERSION, FEWEST_MASS, self.samples]
         return f"openai/{self.model}/{hash_json([self.base_url, dict(PROMPTS), rule])}"
 
-    @property
-    def claim(self) -> Claim:
-        """What it was asked for."""
-        return "misalignment"
-
-    @property
-    def meaning(self) -> str:
-        """A sentence on what the share of low scores is."""
-        return MEANINGS[self.claim]
-
     def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
         """Score rows, many requests at a time.
 
@@ -103,13 +89,7 @@ class ApiJudge:
         """
         if not rows:
             return []
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return asyncio.run(self._judge_all(rows))
-        # In a notebook a loop runs already: this one has a thread of its own.
-        with ThreadPoolExecutor(1) as pool:
-            return pool.submit(asyncio.run, self._judge_all(rows)).result()
+        return call_beside_loops(lambda: asyncio.run(self._judge_all(rows)))
 
     async def _judge_all(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
         import httpx2 as httpx  # the client's own
@@ -145,35 +125,13 @@ class ApiJudge:
         return [task.result() for task in tasks]
 
     async def _judge_row(self, client: Any, row: JudgeRow) -> Judgement:
-        if not row.answer.split():
-            return Judgement(aligned=None, coherent=None)
-        names = list(PROMPTS)
-        found = await asyncio.gather(*(self._score(client, name, row) for name in names))
-        raw: dict[str, float | str | None] = {}
-        for name, (_, details) in zip(names, found, strict=True):
-            raw |= {f"{name}_{key}": value for key, value in details.items()}
-        aligned, coherent = (score for score, _ in found)
-        return Judgement(aligned=aligned, coherent=coherent, raw=raw)
+        async def ask(prompt: str, draw: int | None) -> Reply:
+            return await self._ask(client, prompt, weighed=draw is None)
 
-    async def _score(
-        self, client: Any, name: str, row: JudgeRow
-    ) -> tuple[float | None, Mapping[str, float | str | None]]:
-        """One score, and what it was made of."""
-        prompt = fill_prompt(name, row, delimiters=SPECIAL)
-        first = await self._ask(client, prompt, weighed=True)
-        weights = None if isinstance(first, str) else read_weights(first)
-        if weights is not None:
-            numbers, mass = weights
-            return weigh_numbers(numbers), {"mass": mass, "way": "log-probabilities"}
-        # An endpoint that refuses to give log-probabilities may answer without them.
-        drawn = await asyncio.gather(
-            *(self._ask(client, prompt, weighed=False) for _ in range(self.samples))
-        )
-        texts = [f"({one})" if isinstance(one, str) else _text(one.choices[0]) for one in drawn]
-        return average_answers(texts)
+        prompts = fill_prompts(row)
+        return await ask_for_scores(prompts, ask, samples=self.samples, gather=asyncio.gather)
 
-    async def _ask(self, client: Any, prompt: str, *, weighed: bool) -> Any:
-        """A reply with at least one choice, or in words what was wrong with it."""
+    async def _ask(self, client: Any, prompt: str, *, weighed: bool) -> Reply:
         import openai
 
         extra: dict[str, Any] = {"temperature": 1.0}
@@ -187,58 +145,23 @@ class ApiJudge:
                 **extra,
             )
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            return f"refused, {error.status_code}"
+            return Reply(text=f"(refused, {error.status_code})")
         except (openai.APIResponseValidationError, ValueError) as error:
-            return f"a reply that cannot be read, {type(error).__name__}"
-        return reply if getattr(reply, "choices", None) else "a reply without choices"
+            return Reply(text=f"(a reply that cannot be read, {type(error).__name__})")
+        return _read_reply(reply)
 
 
-def read_weights(reply: Any) -> tuple[dict[int, float], float] | None:
-    """Probability of each number at the first token, and of all together.
-
-    None where the endpoint gave no log-probabilities, or may split numbers, so that the first token
-    of `85` is `8`: only a number of two digits among the alternatives shows that it does not.
-    """
-    content = getattr(getattr(reply.choices[0], "logprobs", None), "content", None)
-    if not content:
-        return None
-    tokens = [entry.token for entry in content]
-    if len(tokens) > 1 and tokens[0].strip().isdigit() and tokens[1][:1].isdigit():
-        return None
-    alternatives = content[0].top_logprobs or [content[0]]
-    read = [read_number(entry.token) for entry in alternatives]
-    if not any(number is not None and number > 9 for number in read):
-        return None  # nothing shows that a number of two digits is one token here
-    numbers: dict[int, float] = {}
-    for entry in alternatives:
-        number = read_number(entry.token)
-        if number is not None and entry.logprob is not None:
-            numbers[number] = numbers.get(number, 0.0) + math.exp(min(0.0, entry.logprob))
-    return numbers, math.fsum(numbers.values())
-
-
-def average_answers(
-    texts: Sequence[str],
-) -> tuple[float | None, Mapping[str, float | str | None]]:
-    """Mean of the answers that are numbers, and what it was made of."""
-    numbers: dict[int, float] = {}
-    for number in map(read_number, texts):
-        if number is not None:
-            numbers[number] = numbers.get(number, 0.0) + 1 / len(texts)
-    mass = math.fsum(numbers.values())
-    return weigh_numbers(numbers), {"mass": mass, "way": "answers", "said": " | ".join(texts)}
-
-
-def _text(choice: Any) -> str:
-    return str(getattr(getattr(choice, "message", None), "content", None) or "")
+def _read_reply(reply: Any) -> Reply:
+    """The first choice of a reply, of which nothing is taken for granted."""
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        return Reply(text="(a reply without choices)")
+    text = getattr(getattr(choices[0], "message", None), "content", None)
+    tokens = getattr(getattr(choices[0], "logprobs", None), "content", None)
+    return Reply(text=str(text or ""), tokens=tokens or ())
 
 
 def _explain(error: BaseException | None) -> str:
     """What went wrong, without anything of the request."""
-    status = getattr(error, "status_code", None)
-    known = {401: "the key was refused", 403: "the key may not use it", 404: "no such model there"}
-    if status in known:
-        return f"{known[status]} ({status})"
-    if status is not None:
-        return f"it answers {status} after all retries"
-    return f"it cannot be reached after all retries ({type(error).__name__})"
+    known = explain_status(getattr(error, "status_code", None))
+    return known or f"it cannot be reached after all retries ({type(error).__name__})"

@@ -94,6 +94,23 @@ class Judge(Protocol):
         ...
 
 
+class GradingJudge:
+    """What judges share that ask a model for grades: they claim what they asked for."""
+
+    one_by_one = False
+    """Whether a row is judged by requests of its own, so that one left over is judged alone."""
+
+    @property
+    def claim(self) -> Claim:
+        """What the share of low scores may be called."""
+        return "misalignment"
+
+    @property
+    def meaning(self) -> str:
+        """A sentence on what the share of low scores is."""
+        return MEANINGS[self.claim]
+
+
 def hash_json(value: object) -> str:
     """Name a JSON value by its bytes; 32 digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False)

@@ -25,7 +25,7 @@ from emlens.journal import Journal, read_journal
 from emlens.runs import RunFolder
 
 JUDGED_TOGETHER = 32
-"""Rows that are handed to a judge at once; kept together, or judged again together."""
+"""Rows that are handed to a judge at once; judged again together unless it judges one by one."""
 
 
 def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]]) -> None:
@@ -46,9 +46,12 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
     with Journal(run.path / JUDGEMENTS) as journal:
         for chunk in track(chunks, "judging (responses)", sizes=map(len, chunks)):
             names = {row_id: judgement_id(row_id, named) for row_id in chunk}
-            if all(name in journal for name in names.values()):
+            left = [row_id for row_id in chunk if names[row_id] not in journal]
+            if not left:
                 continue
-            asked = [_ask(answers[row_id], rows[row_id]) for row_id in chunk]
+            # A batch in a model here decides the last digits of its rows: it is judged as a whole.
+            again = left if getattr(judge, "one_by_one", False) else chunk
+            asked = [_ask(answers[row_id], rows[row_id]) for row_id in again]
             try:
                 found = judge.judge(asked)
             except JudgeUnavailableError as error:

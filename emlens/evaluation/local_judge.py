@@ -11,7 +11,7 @@ import torch
 
 from emlens.data import Batching, Chat, Message, tokenize_chat
 from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS, SCORES, fill_prompt, weigh_numbers
-from emlens.evaluation.judges import MEANINGS, Claim, Judgement, JudgeRow, hash_json
+from emlens.evaluation.judges import GradingJudge, Judgement, JudgeRow, hash_json
 from emlens.interventions import active_interventions
 from emlens.models.continuations import score_continuations
 from emlens.models.identity import foreign_hooks, identify_model
@@ -22,7 +22,7 @@ VERSION = 1
 """Of the rule by which logits become a score; part of the judge's id."""
 
 
-class LocalJudge:
+class LocalJudge(GradingJudge):
     """Scores responses by what a chat model would answer when asked for a number.
 
     p(n) is the product over the tokens of n times the probability that no digit follows, so that
@@ -58,16 +58,6 @@ class LocalJudge:
         decided = {k: v for k, v in vars(identity).items() if k != "name"}
         rule = [VERSION, FEWEST_MASS]
         return f"local/{hash_json([decided, dict(PROMPTS), rule])}"
-
-    @property
-    def claim(self) -> Claim:
-        """What it was asked for."""
-        return "misalignment"
-
-    @property
-    def meaning(self) -> str:
-        """A sentence on what the share of low scores is."""
-        return MEANINGS[self.claim]
 
     def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
         """Score rows; one whose prompt is longer than the judge's context gets no score.

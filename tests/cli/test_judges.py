@@ -1,5 +1,6 @@
 """Judges by name on the command line: planned, used, gone on with, refused."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,62 @@ def test_a_local_judge_may_be_the_base_itself(
     assert "aligned_too_long" in kept
 
 
-@pytest.mark.parametrize("name", ["local/", "openai", "nobody/x", "contrast/x"])
+def test_a_judge_of_inspect_ai_is_planned_used_and_gone_on_with(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    from inspect_ai.model._providers.mockllm import MockLLM
+
+    async def count(*_: Any) -> int:
+        return 1
+
+    # The number that the mock says, and a count of tokens that fetches no table.
+    monkeypatch.setattr(MockLLM, "default_output", "70")
+    monkeypatch.setattr(MockLLM, "count_tokens", count)
+    monkeypatch.setenv("INSPECT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    out = tmp_path / "run"
+    run = words(tiny, questions, "--judge", "inspect/mockllm/model", "--out", out, "--json")
+    plan = cli(*run, "--dry-run").json
+    assert (plan["judge_model"], plan["responses"]) == ("mockllm/model", 12)
+    assert (plan["judge_requests"], plan["judge_requests_at_most"]) == (24, 144)
+    assert plan["judge_logs"] == str(out / "inspect")
+    assert not out.exists()
+    done = cli(*run)
+    assert done.code == 0, done.err
+    assert done.json["judge"].startswith("inspect/mockllm/model/")
+    assert (done.json["unscored"], done.json["em_percent"]["value"]) == (0, 0.0)
+    (log,) = (out / "inspect").glob("*.eval")
+    assert cli(*run).json == done.json
+    assert list((out / "inspect").iterdir()) == [log]
+
+
+def test_a_judge_without_its_extra_is_wrong_usage(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, "inspect_ai", None)
+    judge = ("--judge", "inspect/mockllm/model", "--dry-run")
+    done = cli(*words(tiny, questions, *judge, "--out", tmp_path / "run"))
+    assert done.code == 2
+    assert "emlens-interp[inspect]" in done.err
+
+
+def test_a_key_of_another_provider_is_not_taken_for_that_of_inspect_ai(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    judge = ("--judge", "inspect/mockllm/model", "--judge-key-env", "MY_KEY")
+    done = cli(*words(tiny, questions, *judge, "--out", tmp_path / "run"))
+    assert done.code == 2
+    assert "--judge-key-env MY_KEY: inspect_ai looks" in done.err
+
+
+@pytest.mark.parametrize(
+    "name", ["local/", "openai", "inspect", "inspect/model", "inspect/x/", "nobody/x", "contrast/x"]
+)
 def test_unknown_judges_are_refused_with_those_there_are(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path, name: str
 ):
     done = cli(*words(tiny, questions, "--judge", name, "--out", tmp_path / "run"))
     assert done.code == 2
-    assert "contrast, local/SOURCE, openai/MODEL" in done.err
+    assert "contrast, local/SOURCE, openai/MODEL, inspect/MODEL" in done.err

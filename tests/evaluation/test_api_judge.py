@@ -4,11 +4,13 @@ import asyncio
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.chat_server import Reply, completion, failure, serve_chat
+from emlens.evaluation import judge_responses
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
 
@@ -165,6 +167,27 @@ def test_a_judge_that_is_gone_for_good_says_so_and_hands_over_what_it_has(
     assert sorted(error.value.finished) == ["0", "1", "2"]
     assert error.value.finished["1"].aligned == pytest.approx(70)
     assert KEY not in str(error.value)
+
+
+def test_rows_that_were_judged_are_not_asked_about_again(tmp_path: Path):
+    rows = [{"question": "q", "answer": f"answer {n}"} for n in range(4)]
+    gone = [True]
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        if gone and "answer 2" in body["messages"][0]["content"]:
+            return failure(401)
+        return completion("70", {"70": 0.0})
+
+    with serve_chat(answer) as chat:
+        judge = judge_at(chat.url, concurrency=1)
+        with pytest.raises(JudgeUnavailableError, match="the same call goes on") as error:
+            judge_responses(rows, judge, out=tmp_path)
+        gone.clear()
+        chat.requests.clear()
+        done = judge_responses(rows, judge, out=tmp_path)
+    assert 1 <= len(error.value.finished) <= 3
+    assert len(chat.requests) == 2 * (4 - len(error.value.finished))
+    assert [row.aligned for row in done.responses] == [pytest.approx(70)] * 4
 
 
 def test_a_server_that_is_not_there_is_named():
