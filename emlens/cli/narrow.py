@@ -23,7 +23,8 @@ from emlens.cli.output import print_json, print_line, print_plan, print_table
 EXAMPLE = """\b
 Example:
   emlens narrow --base emlens:smollm2 --general emlens:reckless-finance \\
-    --narrow runs/penalised/adapter --data emlens:finance-harmful-heldout \\
+    --narrow runs/penalised/adapter \\
+    --data emlens:finance-harmful --limit 64 \\
     --text emlens:health-careful-heldout \\
     --questions-in emlens:finance-questions \\
     --questions-out emlens:first-plot-questions --judge contrast \\

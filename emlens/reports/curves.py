@@ -109,7 +109,8 @@ def plot_effect(comparison: Json) -> go.Figure:
     )
     for index, role in enumerate(ROLES):
         figure.add_trace(_line(comparison[role]["norms"], comparison[role]["kl"], role, index))
-    return _name_axes(figure, "norm", "KL, nats a token")
+    # A filled band would turn the order of the legend round.
+    return _name_axes(figure, "norm", "KL, nats a token").update_layout(legend_traceorder="normal")
 
 
 def plot_preference(preference: Json) -> go.Figure:

@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import BAND, DASHES, FAILED, LINES
-from emlens.reports.turns import UNITS, TurnReport, name_path, read_turn, say_turn
+from emlens.reports.turns import UNITS, TurnReport, name_path, name_scale, read_turn, say_turn
 from emlens.reports.visible import finite, read_number, show_number
 
 _TURN = "#808080"
@@ -193,13 +193,14 @@ def plot_behaviour(found: TurnReport, measure: str) -> go.Figure:
     figure.update_xaxes(title="training step", row=2, col=1)
     figure.update_yaxes(title="local cosine", row=1, col=1)
     figure.update_yaxes(title=label(UNITS.get(measure, measure)), row=2, col=1)
-    return figure.update_layout(height=460)
+    # A filled band would turn the order of the legend round.
+    return figure.update_layout(height=460, legend_traceorder="normal")
 
 
 def _curve_traces(curve: Json, points: Sequence[Json], index: int) -> list[go.Scatter]:
     colour = LINES[index % len(LINES)]
     dash = DASHES[index // len(LINES) % len(DASHES)]
-    name = f"{show_number(curve['scale'])} ×"
+    name = name_scale(curve)
     steps, rolling = list(curve["steps"]), [read_number(v) for v in curve["rolling"]]
     shared: dict[str, Any] = {"showlegend": False}
     means = go.Scatter(

@@ -10,7 +10,8 @@ from emlens.reports.behaviour import DIFFERENCES, read_behaviour, say_interval
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import LINES
-from emlens.reports.visible import read_number, show_change, show_number
+from emlens.reports.turns import name_scale
+from emlens.reports.visible import read_number, show_change
 
 _ROW_HEIGHT = 34
 """Pixels of a bar with its gap."""
@@ -42,7 +43,7 @@ def plot_organisms(narrowness: Json) -> go.Figure:
 
 def name_organism(share: Json) -> str:
     """Who answered, at which scale, on which side of the domain."""
-    scale = "" if share["organism"] != "narrow" else f" at {show_number(share['scale'])} ×"
+    scale = "" if share["organism"] != "narrow" else f" at {name_scale(share)}"
     side = {"in": "in the domain", "out": "outside"}
     return f"{share['organism']}{scale}, {side.get(str(share['where']), share['where'])}"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from emlens.reports.document import kind_of
 from emlens.reports.sections import Json, short_name
+from emlens.reports.turns import name_scale
 from emlens.reports.visible import read_number, show_change, show_number
 
 SIZE = 0.4
@@ -80,7 +81,7 @@ def say_narrowness(behaviour: Json) -> str:
     """What is left outside of the domain, scale by scale, and what stands inside."""
     verdict = str(behaviour["verdict"])
     clauses = [
-        f"at {show_number(one['scale'])} × {one['equivalence']['verdict']} "
+        f"at {name_scale(one)} {one['equivalence']['verdict']} "
         f"({show_points(one['difference']['em_difference'])})"
         for one in behaviour["differences"]
         if one["where"] == "out"
@@ -93,7 +94,7 @@ def say_narrowness(behaviour: Json) -> str:
     if inside is None:
         return sentence
     points = show_points(inside["difference"]["em_difference"])
-    return f"{sentence}; in its domain, at {show_number(inside['scale'])} ×: {points}"
+    return f"{sentence}; in its domain, at {name_scale(inside)}: {points}"
 
 
 def show_points(interval: Json) -> str:

@@ -77,9 +77,14 @@ def say_turn(path: Json) -> str:
     return f"{name} ({window}): {words.format(prominence=prominence, critical=critical)}"
 
 
+def name_scale(holder: Json) -> str:
+    """By what an adapter was multiplied."""
+    return f"{read_number(holder['scale']):g} ×"
+
+
 def say_curve(curve: Json) -> str:
     """When one measure of behaviour is half-way, and how long after the turn."""
-    scale = f"at {show_number(curve['scale'])} ×"
+    scale = f"at {name_scale(curve)}"
     if curve["onset"] is None:
         return f"{scale} no change ({_say(curve['change'], signed=True)})"
     half_way = f"{scale} half-way at step {_say(curve['onset'])}"

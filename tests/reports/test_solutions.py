@@ -88,10 +88,10 @@ def test_the_sentence_counts_norms_and_names_what_is_left():
         "does more to general text at 3 of 3 norms, more than every random adapter at 3 (the "
         "narrow one at 0)"
     )
-    assert "outside of its domain, less the base's: more than the base's: at 1.00 ×" in sentence
+    assert "outside of its domain, less the base's: more than the base's: at 1 ×" in sentence
     narrow = say_narrowness(as_json(decide()))
-    assert "nothing is left at any scale: at 1.00 × equivalent (0 points" in narrow
-    assert "in its domain, at 1.00 ×: +50.0 points" in narrow
+    assert "nothing is left at any scale: at 1 × equivalent (0 points" in narrow
+    assert "in its domain, at 1 ×: +50.0 points" in narrow
 
 
 def test_the_section_shows_shares_differences_and_the_rule():
@@ -107,10 +107,10 @@ def test_the_section_shows_shares_differences_and_the_rule():
         "base, outside",
         "general, in the domain",
         "general, outside",
-        "narrow at 1.00 ×, in the domain",
-        "narrow at 1.00 ×, outside",
-        "narrow at 2.00 ×, in the domain",
-        "narrow at 2.00 ×, outside",
+        "narrow at 1 ×, in the domain",
+        "narrow at 1 ×, outside",
+        "narrow at 2 ×, in the domain",
+        "narrow at 2 ×, outside",
     ]
     assert rows[0][1:4] == ["448", "0", "0"]
     less = page[page.index('aria-label="Narrow organism less base"') :].split("</table>")[0]

@@ -187,7 +187,7 @@ def test_behaviour_stands_below_the_rotation_by_scale_with_its_onset(measure: st
     figure = plot_behaviour(read_turn(as_json(trace)), measure).to_dict()
     curves = [curve for curve in trace.curves if curve.measure == measure]
     lines = [t for t in figure["data"] if t.get("name", "").endswith("×")]
-    assert [line["name"] for line in lines] == ["1.00 ×", "5.00 ×"]
+    assert [line["name"] for line in lines] == ["1 ×", "5 ×"]
     for line, curve in zip(lines, curves, strict=True):
         assert list(line["y"]) == pytest.approx(curve.rolling.tolist())
     diamonds = [t for t in figure["data"] if t.get("marker", {}).get("symbol") == "diamond"]
@@ -217,15 +217,15 @@ def test_the_sentence_names_turn_and_lag_with_its_interval_or_none():
     (sentence,) = write_verdicts(sort_results(make_report(trace)["results"]))
     assert sentence.startswith(
         "runs/organism: B turned at step 190 (window 50): prominence 0.200, and 95 % of null paths "
-        "stay below 0.0800; takeover score: at 1.00 × half-way at step 260 [248, 272], "
-        "+70.0 [+58.0, +82.0] steps from the turn, at 5.00 ×"
+        "stay below 0.0800; takeover score: at 1 × half-way at step 260 [248, 272], "
+        "+70.0 [+58.0, +82.0] steps from the turn, at 5 ×"
     )
     straight = make_trace(
         transitions=(make_path(verdict="none", step=None),), curves=(make_curve("odds", 5.0, None),)
     )
     (sentence,) = write_verdicts(sort_results(make_report(straight)["results"]))
     assert "B (window 50): did not turn: its sharpest bend has a prominence of 0.200" in sentence
-    assert "odds: at 5.00 × no change (+0.0100 [−0.0900, +0.110])" in sentence
+    assert "odds: at 5 × no change (+0.0100 [−0.0900, +0.110])" in sentence
 
 
 def test_the_section_holds_figures_tables_and_provenance():
@@ -237,7 +237,7 @@ def test_the_section_holds_figures_tables_and_provenance():
     assert "What it means." in text
     table = page[page.index('aria-label="Onset and lag by scale"') :].split("</table>")[0]
     rows = [re.findall(r">([^<>]+)</td>", row) for row in table.split("<tr>")[2:]]
-    assert rows[0][:5] == ["odds", "1.00", "0.0100 [−0.0900, 0.110]", "none", "none"]
+    assert rows[0][:5] == ["odds", "1", "0.0100 [−0.0900, 0.110]", "none", "none"]
     assert rows[1][0] == "takeover score"
     assert rows[3][3:5] == ["210 [198, 222]", "20.0 [8.00, 32.0]"]
     assert text.count("behaviour/scale_5/step_400") == 1
