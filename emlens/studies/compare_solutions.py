@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens.data import Chat, prompt_hashes, text_hash, tokenize_chat, track
+from emlens.data import Chat, prompt_hashes, report_progress, text_hash, tokenize_chat, track
 from emlens.diffing import compare_logits
 from emlens.models.attach import attach_adapter
 from emlens.models.checkpoints import Checkpoint
@@ -192,7 +192,8 @@ class _Work:
 
     def loss_of(self, model: Any) -> float:
         """Nats a response token of the task."""
-        scores = score_responses(model, self.task)
+        with report_progress(None):  # of perturbations and norms, not of the rows at each of them
+            scores = score_responses(model, self.task)
         tokens = sum(len(score.log_probs) for score in scores)
         return -sum(score.total for score in scores) / tokens
 
@@ -201,7 +202,8 @@ class _Work:
         pair = ModelPair(
             base=self.host, tuned=attach_adapter(self.host, adapter), adapter=None, proof=None
         )
-        return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
+        with report_progress(None):
+            return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
 
     def loss(self, adapter: LoraAdapter) -> float:
         """Of the task with an adapter attached."""
@@ -216,16 +218,19 @@ class _Work:
                 f"{self.base_loss:.4f}: it has learnt nothing of it that a perturbation could lose"
             )
         scaled = [scale_adapter(adapter, wanted / norm) for wanted in self.settings.norms]
+        costs = [
+            (self.loss(one), self.kl_of(one)) for one in track(scaled, f"rescaling {name} (norms)")
+        ]
         return SolutionCurves(
             name=adapter.name,
             norm=norm,
             base_loss=self.base_loss,
             loss=loss,
             norms=self.settings.norms,
-            losses=tuple(map(self.loss, scaled)),
+            losses=tuple(loss for loss, _ in costs),
             epsilons=self.settings.epsilons,
             loss_increase=self._perturb(name, adapter, loss),
-            kl=tuple(map(self.kl_of, scaled)),
+            kl=tuple(kl for _, kl in costs),
         )
 
     def measure_random(self, like: LoraAdapter) -> RandomEffect:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emlens.data import Batching, ContrastTexts, tokenize_chat, track
+from emlens.data import Batching, ContrastTexts, report_progress, tokenize_chat, track
 from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.judges import Judge
 from emlens.models.attach import attach_adapter
@@ -192,7 +192,8 @@ def measure_odds_curve(
     host: Any = base
     for column, step in enumerate(track(chosen, "scoring (checkpoints)")):
         model: Any = attach_adapter(host, adapter_at(trajectory, step, scale))
-        scores = score_responses(model, chats, batching=batching)
+        with report_progress(None):  # of checkpoints, not of the texts at each of them
+            scores = score_responses(model, chats, batching=batching)
         means = torch.tensor([score.mean for score in scores])
         odds[:, column] = means[:n] - means[n:]
         if not bool(odds[:, column].isfinite().all()):

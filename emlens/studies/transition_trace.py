@@ -221,8 +221,8 @@ class TransitionTrace(Result):
                 "change": curve.change.value,
                 "onset": None if curve.onset is None else curve.onset.value,
                 "lag": None if curve.lag is None else curve.lag.value,
-                "low": None if curve.lag is None else curve.lag.low,
-                "high": None if curve.lag is None else curve.lag.high,
+                "lag low": None if curve.lag is None else curve.lag.low,
+                "lag high": None if curve.lag is None else curve.lag.high,
             }
             for curve in self.curves
         ]
