@@ -21,6 +21,7 @@ from emlens.cli import (
     evaluate,
     export,
     generate,
+    narrow,
     report,
     scores,
     train,
@@ -111,6 +112,7 @@ app.add_typer(adapters.app, name="adapters")
 app.command("diff", epilog=diff.EXAMPLE)(diff.diff)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("transition", epilog=transition.EXAMPLE)(transition.transition)
+app.command("narrow", epilog=narrow.EXAMPLE)(narrow.narrow)
 app.add_typer(directions.app, name="directions")
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("evaluate", epilog=evaluate.EVALUATE_EXAMPLE)(evaluate.evaluate)

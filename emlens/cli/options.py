@@ -159,3 +159,29 @@ def _parse_factor(number: str, value: str) -> float:
     if factor - factor != 0:
         raise typer.BadParameter(f"--scale {value}: expected a finite number")
     return factor
+
+
+def parse_numbers(flag: str, text: str, *, whole: bool = False) -> tuple[float, ...]:
+    """Read numbers with commas between them, as in `--scales 1,5,10`.
+
+    Args:
+        flag: named in errors.
+        text: what was given.
+        whole: take whole numbers only.
+
+    Raises:
+        typer.BadParameter: anything else, or a number below or at 0.
+    """
+    kind = "whole numbers" if whole else "numbers"
+    found: list[float] = []
+    for part in text.split(","):
+        try:
+            number = float(int(part) if whole else float(part))
+        except ValueError:
+            raise typer.BadParameter(
+                f"{flag} {text}: {part.strip()!r} is not one of the {kind} expected, such as 1,5,10"
+            ) from None
+        if not 0 < number < float("inf"):
+            raise typer.BadParameter(f"{flag} {text}: {part.strip()} is not above 0 and finite")
+        found.append(number)
+    return tuple(found)

@@ -26,21 +26,21 @@ def header(kind: str) -> dict[str, str]:
     return {"schema": f"emlens/{kind}/1", "emlens_version": emlens.__version__}
 
 
-def print_plan(plan: Any, out: Path, *, json: bool) -> None:
+def print_plan(plan: Any, out: Path | None, *, json: bool) -> None:
     """Print what a command would do, instead of doing it.
 
     Args:
         plan: a dataclass or a mapping.
-        out: where it would write.
+        out: where it would write; None where it would only print.
         json: as one JSON object, `emlens/plan/1`, instead of lines.
     """
     from emlens.encoding import encode
 
     fields = encode(plan, "plan")
     if json:
-        print_json({**header("plan"), "out": str(out), **fields})
+        print_json({**header("plan"), "out": None if out is None else str(out), **fields})
         return
-    print_line(f"nothing was done; this would be written to {out}:")
+    print_line(f"nothing was done; this would be {f'written to {out}' if out else 'printed'}:")
     for name, value in fields.items():
         print_line(f"  {name}: {value}")
 

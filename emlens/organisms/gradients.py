@@ -72,12 +72,8 @@ def measure_gradient_preference(
 
     Source: Soligo et al. 2026, arXiv 2602.07852.
     """
-    wanted = {module.name: module.B.shape[1:] for module in trajectory.modules}
-    for name, adapter in solutions.items():
-        if {m: lora.B.shape for m, lora in adapter.modules.items()} != wanted:
-            raise ValueError(f"solutions: {name} does not adapt the trajectory's modules")
-    if not solutions:
-        raise ValueError("solutions: got none, expected adapters to compare the gradient with")
+    check_like_trajectory(trajectory, solutions)
+    wanted = {module.name for module in trajectory.modules}
     masked = [mask_response(tokenize_chat(chat, base.tokenizer)) for chat in as_chats(chats)]
     examples = [TrainingExample(ids=one.ids, labels=one.labels) for one in masked]
     steps = trajectory.steps.tolist()
@@ -94,6 +90,27 @@ def measure_gradient_preference(
         cosines=-(ends @ gradients.T) / (lengths[:, None] * norms[None, :]),
         norms=norms,
     )
+
+
+def check_like_trajectory(
+    trajectory: AdapterTrajectory, solutions: Mapping[str, LoraAdapter]
+) -> None:
+    """Refuse solutions whose B's are not those of a trajectory's modules.
+
+    Raises:
+        ValueError: no solution, or one of other modules or shapes; it is named.
+    """
+    if not solutions:
+        raise ValueError("solutions: got none, expected adapters to compare the gradient with")
+    wanted = {module.name: tuple(module.B.shape[1:]) for module in trajectory.modules}
+    for name, adapter in solutions.items():
+        found = {module: tuple(lora.B.shape) for module, lora in adapter.modules.items()}
+        if found != wanted:
+            odd = sorted(m for m in {*found, *wanted} if found.get(m) != wanted.get(m))[0]
+            raise ValueError(
+                f"solutions: {name} does not adapt the trajectory's modules: {odd} has B "
+                f"{found.get(odd)}, expected {wanted.get(odd)}; train all three by one recipe"
+            )
 
 
 def _gradient(

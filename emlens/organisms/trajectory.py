@@ -3,11 +3,12 @@
 Own runs, the `checkpoint-*` folders of any Trainer, or such a Hub folder. Not for full fine-tunes.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,12 +18,15 @@ from emlens.artifacts import JSON_NAME, Result, read_kind, read_result
 from emlens.models.adapter_files import fingerprint_modules, load_adapter
 from emlens.models.lora import LoraAdapter, LoraModule
 from emlens.models.training_loop import find_checkpoints
+from emlens.runs import RunFolder
 from emlens.sources import Source, locate_source, parse_source
 
 TRAJECTORY_NAME = "trajectory"
 """Of the result in a run folder."""
 _FILES = [f"checkpoint-*/{name}" for name in ("adapter_*", "trainer_state.json")]
 _OWN = [JSON_NAME, "tensors.safetensors", f"results/{TRAJECTORY_NAME}/*"]
+_PLAN = "manifest.json"
+"""Of a run, which names the base that it trained on."""
 
 
 class TrajectoryError(ValueError):
@@ -83,12 +87,32 @@ class AdapterTrajectory(Result):
             fingerprint=fingerprint_modules(modules),
         )
 
+    def fingerprint(self) -> str:
+        """Hash of every step, scale and factor; what it was read from and its losses do not count.
+
+        Returns:
+            32 digits.
+        """
+        digest = hashlib.sha256(repr(self.steps.tolist()).encode())
+        for module in self.modules:
+            digest.update(f"{module.name} {module.scale!r}".encode())
+            for factor in (module.A, module.B):
+                digest.update(repr(tuple(factor.shape)).encode())
+                digest.update(factor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def norms(self, factor: Literal["A", "B"]) -> Float[Tensor, " t"]:
+        """Frobenius norm of a factor over all modules, at each checkpoint; float64."""
+        squares = torch.zeros(len(self), dtype=torch.float64)
+        for module in self.modules:
+            squares += getattr(module, factor).double().flatten(1).square().sum(1)
+        return squares.sqrt()
+
     def rows(self) -> list[dict[str, Any]]:
         """One row a checkpoint: Frobenius norms of the factors, over all modules."""
-        norms = {factor: _norms([getattr(m, factor) for m in self.modules]) for factor in "AB"}
         return [
-            {"step": int(step), "norm_A": float(norms["A"][i]), "norm_B": float(norms["B"][i])}
-            for i, step in enumerate(self.steps)
+            {"step": int(step), "norm_A": float(a), "norm_B": float(b)}
+            for step, a, b in zip(self.steps, self.norms("A"), self.norms("B"), strict=True)
         ]
 
 
@@ -111,6 +135,24 @@ def load_trajectory(source: str | Path | Source) -> AdapterTrajectory:
         if (place / JSON_NAME).is_file() and read_kind(place) == AdapterTrajectory.kind:
             return read_result(place, AdapterTrajectory)
     return read_checkpoints(folder, name=str(source))
+
+
+def find_base(source: str | Path | Source) -> str | None:
+    """The base that a trajectory says it was trained on, as a source; None where it does not say.
+
+    A run's own record, else the adapter configuration of the last checkpoint.
+
+    Raises:
+        TrajectoryError: a last checkpoint that is damaged.
+        ArtifactError: a record of a run that is damaged.
+        SourceError: there is no such source.
+    """
+    folder = locate_source(parse_source(source), allow_patterns=[*_FILES, *_OWN, _PLAN])
+    if (folder / _PLAN).is_file():
+        named = RunFolder.open(folder).plan.get("base")
+        return named if isinstance(named, str) else None
+    found = find_checkpoints(folder)
+    return _load_checkpoint(found[max(found)]).base_name if found else None
 
 
 def read_checkpoints(folder: Path, *, name: str) -> AdapterTrajectory:
@@ -203,7 +245,3 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
     return torch.tensor([float(row.get(name, float("nan"))) for row in rows], dtype=torch.float64)
-
-
-def _norms(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack([part.double().flatten(1).square().sum(1) for part in parts]).sum(0).sqrt()

@@ -117,15 +117,11 @@ def measure_transition(
     """
     if factor not in ("A", "B"):
         raise ValueError(f"factor: got {factor!r}, expected 'A' or 'B'")
-    gram = gram_of_trajectory(trajectory, factor)
     steps = trajectory.steps
+    check_window(steps, window)
+    gram = gram_of_trajectory(trajectory, factor)
     settings = BendSettings(window=window, threshold=threshold, normalised=normalised)
     bends = measure_bends(gram, steps, settings)
-    if len(steps) and bends.n_uneven == len(steps) and not normalised:
-        raise ValueError(
-            f"window: no checkpoint has others {window} steps before and after it; they are at "
-            f"steps {steps[:4].tolist()} ...: choose a multiple of their spacing"
-        )
     width = sum(getattr(module, factor)[0].numel() for module in trajectory.modules)
     nulls = null_prominences(gram, steps, settings, width=width, n=NULLS, seed=seed)
     quantiles = {kind: float(found.quantile(LEVEL)) for kind, found in nulls.items()}
@@ -155,6 +151,24 @@ def measure_transition(
         coordinates=points,
         explained=shares,
     )
+
+
+def check_window(steps: Int[Tensor, " t"], window: int) -> None:
+    """Refuse a window at which no local cosine could be had.
+
+    Args:
+        steps: of the checkpoints.
+        window: k, in training steps.
+
+    Raises:
+        ValueError: no checkpoint has others that many steps before and after it.
+    """
+    known = set(steps.tolist())
+    if known and not any({step - window, step + window} <= known for step in known):
+        raise ValueError(
+            f"window: no checkpoint has others {window} steps before and after it; they are at "
+            f"steps {steps[:4].tolist()} ...: choose a multiple of their spacing"
+        )
 
 
 def gram_of_trajectory(

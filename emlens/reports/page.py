@@ -10,7 +10,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from emlens.reports.behaviour import Behaviour, read_behaviour, say_behaviour, say_difference
+from emlens.reports.curves import list_curves
 from emlens.reports.document import reading
+from emlens.reports.paths import TitledFigure, list_figures, plot_behaviour
 from emlens.reports.plots import (
     MEASURES,
     Measure,
@@ -30,8 +32,15 @@ from emlens.reports.sections import (
     short_name,
     sort_results,
 )
-from emlens.reports.shares import plot_difference, plot_evaluation, plot_shares
+from emlens.reports.shares import (
+    name_organism,
+    plot_difference,
+    plot_evaluation,
+    plot_shares,
+)
+from emlens.reports.solutions import SolutionReport, read_solutions, say_pair
 from emlens.reports.tokens import TokenViews, view_tokens
+from emlens.reports.turns import UNITS, TurnReport, name_path, read_turn, say_trace
 from emlens.reports.verdict import write_verdicts
 from emlens.reports.visible import read_number
 
@@ -85,6 +94,28 @@ class OutputBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TurnBlock:
+    """A path of weights: figures of it, then of behaviour beside it, then numbers."""
+
+    turn: TurnReport
+    plots: list[tuple[TitledFigure, Plot]]
+    behaviour: list[tuple[str, str, Plot]]
+    """What is measured, its unit, and the figure."""
+    paths: list[tuple[str, Json]]
+    """Each path by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolutionBlock:
+    """Two solutions of one task: figures and numbers."""
+
+    solutions: SolutionReport
+    plots: list[tuple[TitledFigure, Plot]]
+    shares: list[tuple[str, Json]]
+    """Each share by who answered what."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Page:
     """Everything that a report shows, in its order."""
 
@@ -101,6 +132,8 @@ class Page:
     removals: list[tuple[Json, Plot]]
     evaluations: list[tuple[Behaviour, Plot]]
     differences: list[tuple[Json, Plot]]
+    turns: list[TurnBlock]
+    solutions: list[SolutionBlock]
     seconds: dict[str, float]
     facts: list[tuple[str, Any]]
     others: list[tuple[str, list[tuple[str, Any]]]]
@@ -137,6 +170,10 @@ def build_page(report: Json) -> Page:
         differences = [
             (d, counter.add(plot_difference(d), say_difference(d))) for d in sections.differences
         ]
+    with reading("transition"):
+        turns = [_turn_block(document, counter) for document in sections.turns]
+    with reading("narrow"):
+        solutions = [_solution_block(document, counter) for document in sections.solutions]
     with reading("extra"):
         answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
         facts = [
@@ -161,6 +198,8 @@ def build_page(report: Json) -> Page:
         removals=removals,
         evaluations=evaluations,
         differences=differences,
+        turns=turns,
+        solutions=solutions,
         seconds=seconds,
         facts=facts,
         others=[(str(r.get("schema")), _plain_fields(r)) for r in sections.others],
@@ -252,6 +291,34 @@ def _output_block(comparison: Comparison) -> OutputBlock:
     )
 
 
+def _turn_block(document: Json, plots: _Plots) -> TurnBlock:
+    found, says = read_turn(document), say_trace(document)
+    measures = list(dict.fromkeys(str(curve["measure"]) for curve in found.curves))
+    return TurnBlock(
+        turn=found,
+        plots=[(one, plots.add(one.figure, f"{one.title}: {says}")) for one in list_figures(found)],
+        behaviour=[
+            (
+                found.claim if measure == "share" else "Odds of fixed texts",
+                UNITS.get(measure, measure),
+                plots.add(plot_behaviour(found, measure), says),
+            )
+            for measure in measures
+        ],
+        paths=[(name_path(path), path) for path in found.paths],
+    )
+
+
+def _solution_block(document: Json, plots: _Plots) -> SolutionBlock:
+    found, says = read_solutions(document), say_pair(document)
+    shares = [] if found.behaviour is None else found.behaviour["shares"]
+    return SolutionBlock(
+        solutions=found,
+        plots=[(one, plots.add(one.figure, f"{one.title}: {says}")) for one in list_curves(found)],
+        shares=[(name_organism(share), share) for share in shares],
+    )
+
+
 def _say_losses(training: Json) -> str:
     return f"Training loss over {len(training['losses'])} steps"
 
@@ -264,6 +331,8 @@ def _find_title(sections: Sections) -> str:
     names = [c.name for c in sections.comparisons]
     names += [short_name(str(proof["adapter"])) for proof in sections.proofs]
     names += [read_behaviour(e).heading for e in sections.evaluations]
+    names += [read_turn(turn).heading for turn in sections.turns]
+    names += [read_solutions(pair).heading for pair in sections.solutions]
     known = list(dict.fromkeys(name for name in names if name is not None))
     return ", ".join(known) or "emlens report"
 

@@ -16,8 +16,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emlens.artifacts import Result
+from emlens.reports.curves import plot_preference, plot_solutions
 from emlens.reports.document import kind_of, reading
 from emlens.reports.labels import label
+from emlens.reports.paths import plot_path, plot_trace
 from emlens.reports.sections import (
     DIFFERENCE_KIND,
     EVALUATION_KINDS,
@@ -30,7 +32,7 @@ from emlens.reports.sections import (
     first_shares,
     list_series,
 )
-from emlens.reports.shares import plot_difference, plot_evaluation, plot_shares
+from emlens.reports.shares import plot_difference, plot_evaluation, plot_organisms, plot_shares
 from emlens.reports.theme import BAND, DASHES, FAILED, LINES, TEMPLATES
 from emlens.reports.visible import (
     finite,
@@ -337,6 +339,11 @@ _FIGURES: dict[str, Callable[[Json], go.Figure]] = {
     "null_band": _plot_null,
     REMOVAL_KIND: plot_shares,
     DIFFERENCE_KIND: plot_difference,
+    "phase_transition": plot_path,
+    "transition_trace": plot_trace,
+    "solution_comparison": plot_solutions,
+    "gradient_preference": plot_preference,
+    "narrowness": plot_organisms,
     **dict.fromkeys(EVALUATION_KINDS, plot_evaluation),
     **dict.fromkeys(TRAINING_KINDS, plot_losses),
 }

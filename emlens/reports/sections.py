@@ -14,6 +14,9 @@ TRAINING_KINDS = ("training_run", "training")
 REMOVAL_KIND = "direction_removal"
 EVALUATION_KINDS = ("evaluation", "behaviour_summary")
 DIFFERENCE_KIND = "behaviour_difference"
+TURN_KINDS = ("transition_trace", "phase_transition")
+SOLUTION_KINDS = ("solution_comparison", "narrowness")
+_HEADER = ("schema", "emlens_version")
 _ORIGIN = ("base", "base_fingerprint", "tuned", "tuned_fingerprint", "n_chats", "method")
 
 Json = Mapping[str, Any]
@@ -59,6 +62,10 @@ class Sections:
     """Judged responses of one model each, or their summaries alone."""
     differences: tuple[Json, ...]
     """Two evaluations each, the second less the first."""
+    turns: tuple[Json, ...]
+    """Paths of weights through a training, with behaviour beside them or alone."""
+    solutions: tuple[Json, ...]
+    """Two solutions of one task, or their behaviour alone."""
     others: tuple[Json, ...]
     """Kinds that have no figure: shown as tables of their plain fields."""
 
@@ -105,6 +112,7 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
         ReportError: A comparison or null band lacks what it is sorted by.
     """
     comparisons: list[Comparison] = []
+    results = leave_out_parts(results)
     with reading("results"):
         bands = [r for r in results if kind_of(r) == "null_band"]
         for index, result in enumerate(results):
@@ -117,7 +125,7 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
                 )
                 comparisons.append(comparison)
     known = {"adapter_proof", "null_band", REMOVAL_KIND, DIFFERENCE_KIND}
-    known.update(COMPARISON_KINDS, TRAINING_KINDS, EVALUATION_KINDS)
+    known.update(COMPARISON_KINDS, TRAINING_KINDS, EVALUATION_KINDS, TURN_KINDS, SOLUTION_KINDS)
     return Sections(
         proofs=tuple(r for r in results if kind_of(r) == "adapter_proof"),
         comparisons=tuple(comparisons),
@@ -125,8 +133,25 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
         removals=tuple(r for r in results if kind_of(r) == REMOVAL_KIND),
         evaluations=tuple(r for r in results if kind_of(r) in EVALUATION_KINDS),
         differences=tuple(r for r in results if kind_of(r) == DIFFERENCE_KIND),
+        turns=tuple(r for r in results if kind_of(r) in TURN_KINDS),
+        solutions=tuple(r for r in results if kind_of(r) in SOLUTION_KINDS),
         others=tuple(r for r in results if kind_of(r) not in known),
     )
+
+
+def leave_out_parts(results: Sequence[Json]) -> list[Json]:
+    """Results without those that another of them holds: stages of a study beside the whole."""
+    whole = [r for r in results if kind_of(r) in (TURN_KINDS[0], SOLUTION_KINDS[0])]
+    held = [part for result in whole for value in result.values() for part in _list_parts(value)]
+    return [
+        result
+        for result in results
+        if {k: v for k, v in result.items() if k not in _HEADER} not in held
+    ]
+
+
+def _list_parts(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _compare(result: Json) -> tuple[Json | None, Json | None, Json] | None:

@@ -10,6 +10,7 @@ from emlens.reports.behaviour import DIFFERENCES, read_behaviour, say_interval
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import LINES
+from emlens.reports.turns import name_scale
 from emlens.reports.visible import read_number, show_change
 
 _ROW_HEIGHT = 34
@@ -32,6 +33,19 @@ def plot_shares(removal: Json) -> go.Figure:
     """Share of each arm with its interval, and how many of its responses are coherent."""
     bars = [_total(str(arm["name"]), arm["n"], arm) for arm in removal["arms"]]
     return _draw_bars(bars, str(removal["claim"]))
+
+
+def plot_organisms(narrowness: Json) -> go.Figure:
+    """Share of base, general and narrow organism in the domain and outside of it."""
+    bars = [_total(name_organism(share), share["n"], share) for share in narrowness["shares"]]
+    return _draw_bars(bars, str(narrowness["claim"]))
+
+
+def name_organism(share: Json) -> str:
+    """Who answered, at which scale, on which side of the domain."""
+    scale = "" if share["organism"] != "narrow" else f" at {name_scale(share)}"
+    side = {"in": "in the domain", "out": "outside"}
+    return f"{share['organism']}{scale}, {side.get(str(share['where']), share['where'])}"
 
 
 def plot_evaluation(document: Json) -> go.Figure:

@@ -18,6 +18,8 @@ from emlens.reports.sections import (
     list_series,
     short_name,
 )
+from emlens.reports.solutions import say_pair
+from emlens.reports.turns import say_trace
 from emlens.reports.visible import read_number, show_number
 
 _SPANS = {"response": "the response", "prompt": "the prompt", "all": "all tokens"}
@@ -45,6 +47,8 @@ def write_verdicts(sections: Sections) -> list[str]:
         sentences = [_say_removal(removal) for removal in sections.removals]
         sentences += [say_behaviour(evaluation) for evaluation in sections.evaluations]
         sentences += [say_difference(difference) for difference in sections.differences]
+        sentences += [say_trace(turn) for turn in sections.turns]
+        sentences += [say_pair(pair) for pair in sections.solutions]
         sentences += ["; ".join(_clauses(proof, comparison)) for proof, comparison in pairs]
     return [f"{sentence}." for sentence in sentences if sentence]
 

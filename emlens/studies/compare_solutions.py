@@ -1,170 +1,199 @@
 """Is the general solution of a narrow task easier than the narrow one? Loss, stability, effect.
 
 For two adapters of one base that were trained on the same rows, one of them held near the base on
-other texts. How misaligned they are is for `emlens.evaluate`, the narrow one at larger scales too.
+other texts. How they behave is asked by `measure_narrowness`, which this study can take in.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from emlens.artifacts import Result
-from emlens.data import Chat, as_chats, text_hash, tokenize_chat
+from emlens.data import Chat, prompt_hashes, report_progress, text_hash, tokenize_chat, track
 from emlens.diffing import compare_logits
 from emlens.models.attach import attach_adapter
+from emlens.models.checkpoints import Checkpoint
 from emlens.models.identity import identify_model
 from emlens.models.lora import LoraAdapter, scale_adapter
 from emlens.models.null import measure_adapter_norm, perturb_adapter, sample_null_adapters
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
+from emlens.organisms.gradients import (
+    GradientPreference,
+    check_like_trajectory,
+    measure_gradient_preference,
+)
+from emlens.organisms.trajectory import AdapterTrajectory
 from emlens.runs import RunFolder
+from emlens.studies.measure_narrowness import (
+    NarrownessProbe,
+    check_solutions,
+    hash_asked,
+    measure_narrowness,
+)
+from emlens.studies.solution_curves import (
+    RandomEffect,
+    SolutionComparison,
+    SolutionCurves,
+    SolutionSettings,
+)
 from emlens.studies.stages import Stages
 
-EPSILONS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Sizes of the perturbations."""
+COMPARISON = "comparison"
+"""Name of the result in the run folder."""
+BEHAVIOUR = "behaviour"
+"""Folder of the evaluations, in the run folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolutionSettings:
-    """Where the solutions are looked at."""
+class SolutionTexts:
+    """What two solutions are compared on.
 
-    norms: tuple[float, ...]
-    """Mean norms of ||scale B A||_F that each solution is rescaled to."""
-    epsilons: tuple[float, ...] = EPSILONS
-    """Sizes of the perturbations, see `perturb_adapter`."""
-    seeds: int = 10
-    """Perturbations of each size, and random adapters beside the effect on text."""
+    Raises:
+        ValueError: none, or rows of the task without a response.
+    """
 
+    task: tuple[Chat, ...]
+    """Rows of the narrow task, with responses."""
+    general: tuple[Chat, ...]
+    """General text that neither was trained on; every token of it is compared."""
 
-@dataclass(frozen=True, kw_only=True)
-class SolutionCurves(Result):
-    """One solution: what it costs and what it changes."""
-
-    kind: ClassVar[str] = "solution_curves"
-
-    name: str
-    norm: float
-    """Mean over modules of ||scale B A||_F, as it was trained."""
-    loss: float
-    """Nats a response token of the task, as it was trained."""
-    norms: tuple[float, ...]
-    losses: tuple[float, ...]
-    """Of the task at each norm: the lower at one norm, the more efficient."""
-    epsilons: tuple[float, ...]
-    loss_increase: Float[Tensor, "epsilons seeds"]
-    """(L(x') - L(x)) / (L(base) - L(x)): 1 is back at the base's loss."""
-    kl: tuple[float, ...]
-    """KL(base || solution) on general text at each norm, nats a token."""
+    def __post_init__(self) -> None:
+        for name in ("task", "general"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: got no texts, expected at least one")
+        for place, chat in enumerate(self.task):
+            if chat.response is None or not chat.response.content:
+                raise ValueError(f"task[{place}] has no response: its loss is what is compared")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolutionComparison(Result):
-    """The general and the narrow solution of one task side by side."""
+class GradientPath:
+    """A training on the task, along which its gradient is compared with the solutions."""
 
-    kind: ClassVar[str] = "solution_comparison"
-
-    base_loss: float
-    """Of the task, nats a response token."""
-    general: SolutionCurves
-    narrow: SolutionCurves
-    random_kl: Float[Tensor, "norms seeds"]
-    """KL(base || random adapter of the same norm) on general text."""
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row a norm."""
-        return [
-            {
-                "norm": norm,
-                "loss general": self.general.losses[i],
-                "loss narrow": self.narrow.losses[i],
-                "kl general": self.general.kl[i],
-                "kl narrow": self.narrow.kl[i],
-                "kl random": float(self.random_kl[i].median()),
-            }
-            for i, norm in enumerate(self.general.norms)
-        ]
+    checkpoint: Checkpoint
+    """The base, as it is trained on."""
+    trajectory: AdapterTrajectory
+    """Of an adapter with the modules and ranks of both solutions."""
+    every: int = 1
+    """Checkpoints from one that is taken to the next."""
 
 
 def compare_solutions(
     base: HookedModel,
     solutions: Mapping[str, LoraAdapter],
     *,
-    task: Sequence[Chat],
-    text: Sequence[Chat],
+    texts: SolutionTexts,
     settings: SolutionSettings,
     out: str | Path,
+    path: GradientPath | None = None,
+    probe: NarrownessProbe | None = None,
 ) -> SolutionComparison:
     """Compare two solutions of one task; the same call on the same `out` goes on.
 
     Args:
         base: what both were trained on.
         solutions: `general` and `narrow`.
-        task: rows of the narrow task, with responses.
-        text: general text that neither was trained on.
+        texts: rows of the task, and general text.
         settings: norms, sizes of perturbations, seeds.
         out: run folder.
+        path: along which the gradient's preference is measured; None to leave that out.
+        probe: what the organisms are asked; None to ask nothing.
 
     Raises:
-        ValueError: other names, or rows without responses.
+        ValueError: other names, adapters that the base does not fit, one that has learnt nothing of
+            the task, or questions that are among its rows.
         PlanChangedError: `out` holds a run of another plan.
 
     Source: Soligo et al. 2026, arXiv 2602.07852.
     Differs: the effect on text is that of the adapters, beside random ones of the same norm; the
         published comparison scaled a Gaussian vector without dividing by its norm.
     """
-    if set(solutions) != {"general", "narrow"}:
-        raise ValueError(f"solutions: got {sorted(solutions)}, expected 'general' and 'narrow'")
+    check_solutions(base, solutions)
+    if probe is not None:
+        _check_held_out(texts, probe)
+    if path is not None:
+        check_like_trajectory(path.trajectory, solutions)
+    known = vars(identify_model(base))
     run = RunFolder.start(
         out,
         {
             "kind": SolutionComparison.kind,
-            "base": identify_model(base).weights,
+            "base": {k: v for k, v in known.items() if k != "name"},
             "solutions": {name: adapter.fingerprint for name, adapter in solutions.items()},
-            "task": [text_hash(chat) for chat in task],
-            "text": [text_hash(chat) for chat in text],
+            "task": [text_hash(chat) for chat in texts.task],
+            "text": [text_hash(chat) for chat in texts.general],
             "settings": settings,
+            "path": None if path is None else [path.trajectory.fingerprint(), path.every],
+            "probe": None if probe is None else probe.describe(),
         },
     )
     stages = Stages(run)
-    work = _Work(base, tuple(as_chats(task)), tuple(as_chats(text)), settings)
+    work = _Work(base, texts, settings)
     found = {
         name: stages.keep(name, SolutionCurves, lambda name=name: work.trace(name, solutions[name]))
         for name in ("general", "narrow")
     }
+    random = stages.keep("random", RandomEffect, lambda: work.measure_random(solutions["general"]))
+    preference = None
+    if path is not None:
+        preference = stages.keep(
+            "preference", GradientPreference, lambda: _prefer(path, solutions, texts.task)
+        )
+    behaviour = None
+    if probe is not None:
+        behaviour = measure_narrowness(base, solutions, probe=probe, out=run.path / BEHAVIOUR)
     result = SolutionComparison(
-        base_loss=work.base_loss,
+        base=known["name"],
         general=found["general"],
         narrow=found["narrow"],
-        random_kl=work.measure_random(solutions["general"]),
+        random=random,
+        preference=preference,
+        behaviour=behaviour,
     )
-    run.save_result("comparison", result)
+    run.save_result(COMPARISON, result)
     return result
+
+
+def _check_held_out(texts: SolutionTexts, probe: NarrownessProbe) -> None:
+    asked = hash_asked((*probe.inside, *probe.outside))
+    if seen := asked & set(prompt_hashes(texts.task)):
+        raise ValueError(
+            f"probe: {len(seen)} of {len(asked)} prompts are among the rows of the task; ask what "
+            "neither organism was trained on"
+        )
+
+
+def _prefer(
+    path: GradientPath, solutions: Mapping[str, LoraAdapter], task: Sequence[Chat]
+) -> GradientPreference:
+    return measure_gradient_preference(
+        path.checkpoint, path.trajectory, solutions, chats=task, every=path.every
+    )
 
 
 class _Work:
     """Losses and divergences of adapters over one base."""
 
-    def __init__(
-        self,
-        base: HookedModel,
-        task: Sequence[Chat],
-        text: Sequence[Chat],
-        settings: SolutionSettings,
-    ) -> None:
+    def __init__(self, base: HookedModel, texts: SolutionTexts, settings: SolutionSettings) -> None:
         self.host: Any = base
-        self.text, self.settings = text, settings
-        self.task = [tokenize_chat(chat, base.tokenizer) for chat in task]
-        self.base_loss = self.loss_of(self.host)
+        self.text, self.settings = texts.general, settings
+        self.task = [tokenize_chat(chat, base.tokenizer) for chat in texts.task]
+
+    @cached_property
+    def base_loss(self) -> float:
+        """Of the task, without an adapter."""
+        return self.loss_of(self.host)
 
     def loss_of(self, model: Any) -> float:
         """Nats a response token of the task."""
-        scores = score_responses(model, self.task)
+        with report_progress(None):  # of perturbations and norms, not of the rows at each of them
+            scores = score_responses(model, self.task)
         tokens = sum(len(score.log_probs) for score in scores)
         return -sum(score.total for score in scores) / tokens
 
@@ -173,7 +202,8 @@ class _Work:
         pair = ModelPair(
             base=self.host, tuned=attach_adapter(self.host, adapter), adapter=None, proof=None
         )
-        return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
+        with report_progress(None):
+            return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
 
     def loss(self, adapter: LoraAdapter) -> float:
         """Of the task with an adapter attached."""
@@ -188,32 +218,35 @@ class _Work:
                 f"{self.base_loss:.4f}: it has learnt nothing of it that a perturbation could lose"
             )
         scaled = [scale_adapter(adapter, wanted / norm) for wanted in self.settings.norms]
+        costs = [
+            (self.loss(one), self.kl_of(one)) for one in track(scaled, f"rescaling {name} (norms)")
+        ]
         return SolutionCurves(
             name=adapter.name,
             norm=norm,
+            base_loss=self.base_loss,
             loss=loss,
             norms=self.settings.norms,
-            losses=tuple(map(self.loss, scaled)),
+            losses=tuple(loss for loss, _ in costs),
             epsilons=self.settings.epsilons,
-            loss_increase=self._perturb(adapter, loss),
-            kl=tuple(map(self.kl_of, scaled)),
+            loss_increase=self._perturb(name, adapter, loss),
+            kl=tuple(kl for _, kl in costs),
         )
 
-    def measure_random(self, like: LoraAdapter) -> Tensor:
+    def measure_random(self, like: LoraAdapter) -> RandomEffect:
         """KL of random adapters with its shapes, rescaled to each norm."""
         drawn = sample_null_adapters(like, n=self.settings.seeds, seed=0)
         norms = [measure_adapter_norm(one) for one in drawn]
-        return torch.tensor(
+        kl = [
             [
-                [
-                    self.kl_of(scale_adapter(one, wanted / norm))
-                    for one, norm in zip(drawn, norms, strict=True)
-                ]
-                for wanted in self.settings.norms
+                self.kl_of(scale_adapter(one, wanted / norm))
+                for one, norm in zip(drawn, norms, strict=True)
             ]
-        )
+            for wanted in track(self.settings.norms, "random adapters (norms)")
+        ]
+        return RandomEffect(norms=self.settings.norms, kl=torch.tensor(kl))
 
-    def _perturb(self, adapter: LoraAdapter, loss: float) -> Tensor:
+    def _perturb(self, name: str, adapter: LoraAdapter, loss: float) -> Tensor:
         room = self.base_loss - loss
         return torch.tensor(
             [
@@ -221,6 +254,6 @@ class _Work:
                     (self.loss(perturb_adapter(adapter, epsilon=epsilon, seed=seed)) - loss) / room
                     for seed in range(self.settings.seeds)
                 ]
-                for epsilon in self.settings.epsilons
+                for epsilon in track(self.settings.epsilons, f"perturbing {name} (sizes)")
             ]
         )

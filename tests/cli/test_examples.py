@@ -64,8 +64,14 @@ def make_training(cli: Cli, tiny: Path) -> None:
     assert cli(*train, "--base", tiny / "base", *more).code == 0
 
 
+def make_narrow(cli: Cli, tiny: Path) -> None:
+    """An adapter that was held near its base, `runs/penalised/adapter`."""
+    shutil.copytree(tiny / "tuned", "runs/penalised/adapter")
+
+
 NEEDS = {
     "emlens transition": make_training,
+    "emlens narrow": make_narrow,
     "emlens report": make_diffs,
     "emlens directions fit": make_evaluations,
     "emlens directions compare": make_directions,

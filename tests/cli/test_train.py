@@ -109,10 +109,11 @@ def test_a_penalty_and_checkpoints_can_be_asked_for(cli: Cli, tiny: Path, tmp_pa
     assert manifest["plan"]["penalties"][0]["weight"] == 2.5
     found = cli("transition", run, "--window", 10, "--out", tmp_path / "found", "--json")
     assert found.code == 0, found.err
-    assert found.json["schema"] == "emlens/phase_transition/1"
-    assert found.json["verdict"] == "too few checkpoints"
-    assert found.json["all_steps"] == [0, 10, 20]
-    assert (tmp_path / "found" / "result.json").is_file()
+    assert found.json["schema"] == "emlens/transition_trace/1"
+    raw, control = found.json["transitions"]
+    assert raw["verdict"] == control["verdict"] == "too few checkpoints"
+    assert raw["all_steps"] == [0, 10, 20]
+    assert (tmp_path / "found" / "report.html").is_file()
     table = cli("transition", run, "--window", 10)
     assert "3 checkpoints, steps 0 to 20" in table.out
     assert "too few checkpoints" in table.out

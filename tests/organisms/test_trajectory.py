@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from emlens.organisms.trajectory import (
     AdapterTrajectory,
     TrajectoryError,
+    find_base,
     load_trajectory,
 )
 from emlens.results import load_result
+from emlens.runs import RunFolder
 
 STEPS = (0, 5, 12)
 
@@ -88,6 +91,42 @@ def test_a_saved_trajectory_is_read_alone_or_out_of_a_run(run: Path, tmp_path: P
         again = load_trajectory(place)
         assert torch.equal(again.modules[1].B, trajectory.modules[1].B)
     assert isinstance(load_result(tmp_path / "run" / "results" / "trajectory"), AdapterTrajectory)
+
+
+def test_every_step_and_factor_enters_the_fingerprint(run: Path):
+    trajectory = load_trajectory(run)
+    name = trajectory.fingerprint()
+    assert replace(trajectory, source="elsewhere").fingerprint() == name
+    assert load_trajectory(run).fingerprint() == name
+    first = trajectory.modules[0]
+    for changed in (
+        replace(first, scale=first.scale * 2),
+        replace(first, A=first.A.index_put((torch.tensor([1]),), torch.tensor(0.0))),
+        replace(first, B=first.B + 1e-3),
+        replace(first, name="model.layers.7.mlp.down_proj"),
+    ):
+        other = replace(trajectory, modules=(changed, *trajectory.modules[1:]))
+        assert other.fingerprint() != name
+    assert replace(trajectory, steps=torch.tensor([0, 5, 13])).fingerprint() != name
+
+
+def test_norms_are_those_of_all_modules_together(run: Path):
+    trajectory = load_trajectory(run)
+    parts = [m.A.double().flatten(1) for m in trajectory.modules]
+    torch.testing.assert_close(trajectory.norms("A"), torch.cat(parts, dim=1).norm(dim=1))
+
+
+def test_the_base_is_what_a_run_or_the_last_checkpoint_names(run: Path, tmp_path: Path):
+    assert find_base(run) is None
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    config = copy / "checkpoint-12" / "adapter_config.json"
+    named = json.loads(config.read_text()) | {"base_model_name_or_path": "some/base"}
+    config.write_text(json.dumps(named))
+    assert find_base(copy) == "some/base"
+    RunFolder.start(tmp_path / "own", {"kind": "training_run", "base": "emlens:smollm2"})
+    assert find_base(tmp_path / "own") == "emlens:smollm2"
+    (tmp_path / "empty").mkdir()
+    assert find_base(tmp_path / "empty") is None
 
 
 def test_a_checkpoint_cut_short_is_named(run: Path, tmp_path: Path):

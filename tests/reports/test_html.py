@@ -94,7 +94,7 @@ def test_what_was_not_measured_does_not_appear(
 
 
 def test_a_result_of_a_kind_without_a_figure_is_shown_as_a_table(report: dict[str, Any]):
-    report["results"] = [{"schema": "emlens/phase_transition/1", "step": 41, "prominence": 2.5}]
+    report["results"] = [{"schema": "emlens/disturbance/1", "ablated": 41, "steered": 2.5}]
     report["extra"] = {}
     page = render_report(report)
     assert sections_of(page) == ["others", "provenance"]

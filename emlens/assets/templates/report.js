@@ -7,8 +7,10 @@
   const settings = { displayModeBar: false, responsive: true };
 
   function recolour(trace, scheme) {
-    const place = trace.line ? themes.light.layout.colorway.indexOf(trace.line.color) : -1;
-    if (place >= 0) trace.line.color = themes[scheme].layout.colorway[place];
+    for (const part of [trace.line, trace.marker, trace.error_x, trace.error_y]) {
+      const place = part ? themes.light.layout.colorway.indexOf(part.color) : -1;
+      if (place >= 0) part.color = themes[scheme].layout.colorway[place];
+    }
   }
 
   // A printed page does not tell its width in time: these are pixels that A4 and Letter have.

@@ -1,0 +1,110 @@
+"""A turn, and behaviour along a training, as a report words them from their JSON alone.
+
+Figures are in `paths`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from emlens.reports.document import kind_of
+from emlens.reports.sections import Json, short_name
+from emlens.reports.visible import read_number, show_change, show_number
+
+UNITS = MappingProxyType({"odds": "nats a token", "share": "per cent of responses"})
+_NO_TURN = {
+    "none": "did not turn: its sharpest bend has a prominence of {prominence}, and paths of noise "
+    "reach {critical}",
+    "nothing measured": "nothing measured: the path moves less than the threshold everywhere",
+    "too few checkpoints": "too few checkpoints to tell a turn from noise (100 are needed)",
+}
+"""Verdicts without a turn, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnReport:
+    """A trace, or one path of weights alone, in the shape that figures and tables take."""
+
+    heading: str
+    paths: list[Json]
+    """PhaseTransitions' fields."""
+    training: Json | None
+    """TrainingCurves' fields; None where a path stands alone."""
+    curves: list[Json]
+    """BehaviourCurves' fields."""
+    points: list[Json]
+    """BehaviourPoints' fields."""
+    claim: str
+    """What the share may be called."""
+    meaning: str
+    """A sentence on what it is; empty where nothing was sampled."""
+
+
+def read_turn(document: Json) -> TurnReport:
+    """Read the JSON of a TransitionTrace or of a PhaseTransition.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    if kind_of(document) == "phase_transition":
+        document = {"source": document["source"], "transitions": [document]}
+    return TurnReport(
+        heading=short_name(str(document["source"])),
+        paths=list(document["transitions"]),
+        training=document.get("training"),
+        curves=list(document.get("curves", ())),
+        points=list(document.get("points", ())),
+        claim=str(document.get("claim") or "share"),
+        meaning=str(document.get("meaning") or ""),
+    )
+
+
+def name_path(path: Json) -> str:
+    """Whose path it is, and how it was looked at."""
+    return f"{path['factor']}{', norms taken out' if path['normalised'] else ''}"
+
+
+def say_turn(path: Json) -> str:
+    """The clause about one path: the step of its turn, or why there is none."""
+    prominence, critical = (show_number(path[name]) for name in ("prominence", "critical"))
+    name, window = name_path(path), f"window {path['window']}"
+    if path["step"] is not None:
+        return (
+            f"{name} turned at step {path['step']} ({window}): prominence {prominence}, and 95 % "
+            f"of null paths stay below {critical}"
+        )
+    words = _NO_TURN.get(str(path["verdict"]), str(path["verdict"]))
+    return f"{name} ({window}): {words.format(prominence=prominence, critical=critical)}"
+
+
+def name_scale(holder: Json) -> str:
+    """By what an adapter was multiplied."""
+    return f"{read_number(holder['scale']):g} ×"
+
+
+def say_curve(curve: Json) -> str:
+    """When one measure of behaviour is half-way, and how long after the turn."""
+    scale = f"at {name_scale(curve)}"
+    if curve["onset"] is None:
+        return f"{scale} no change ({_say(curve['change'], signed=True)})"
+    half_way = f"{scale} half-way at step {_say(curve['onset'])}"
+    lag = curve["lag"]
+    return half_way if lag is None else f"{half_way}, {_say(lag, signed=True)} steps from the turn"
+
+
+def say_trace(document: Json) -> str:
+    """The sentence about a trace: the turn, then behaviour by scale."""
+    found = read_turn(document)
+    sentence = f"{found.heading}: {say_turn(found.paths[0])}"
+    measures = {str(curve["measure"]) for curve in found.curves}
+    shown = "share" if "share" in measures else "odds"
+    clauses = [say_curve(c) for c in found.curves if c["measure"] == shown]
+    if not clauses:
+        return sentence
+    return f"{sentence}; {found.claim if shown == 'share' else shown}: {', '.join(clauses)}"
+
+
+def _say(interval: Mapping[str, object], *, signed: bool = False) -> str:
+    show = show_change if signed else show_number
+    value, low, high = (show(read_number(interval[name])) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

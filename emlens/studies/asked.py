@@ -1,0 +1,60 @@
+"""One evaluation of a study, in a folder of its own: read where it is finished, else gone on with.
+
+For studies that ask many models the same. What decides the evaluation stands in the study's plan.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from emlens.data import Batching
+from emlens.encoding import ArtifactError
+from emlens.evaluation import Evaluation, Judge, Question, evaluate, read_evaluation
+from emlens.evaluation.evaluation import RESULT
+from emlens.models.sampling import Sampling
+from emlens.runs import RunFolder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asking:
+    """Whose answers are judged, and how they are sampled."""
+
+    judge: Judge
+    sampling: Sampling
+    batching: Batching = field(default_factory=Batching)
+
+    def ask(self, model: Any, questions: Sequence[Question], folder: Path) -> Evaluation:
+        """Sample and judge answers to questions, if that was not done to the end.
+
+        Args:
+            model: answers; not looked at where the folder holds a finished evaluation.
+            questions: what is asked.
+            folder: of this evaluation alone.
+        """
+        if is_asked(folder):
+            return read_evaluation(folder)
+        return evaluate(
+            model,
+            questions,
+            judge=self.judge,
+            out=folder,
+            sampling=self.sampling,
+            batching=self.batching,
+        )
+
+
+def is_asked(folder: Path) -> bool:
+    """Whether a folder holds a finished evaluation."""
+    try:
+        return RunFolder.open(folder).has_result(RESULT)
+    except ArtifactError:
+        return False  # not begun, or cut short before its plan was written
+
+
+def count_responses(questions: Sequence[Question], samples: int) -> int:
+    """Responses to questions, where a wording gets `samples` unless the question says otherwise."""
+    return sum(
+        len(question.paraphrases) * (question.samples_per_paraphrase or samples)
+        for question in questions
+    )
