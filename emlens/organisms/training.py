@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats
@@ -130,12 +130,8 @@ def train_organism(
     examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
     if settings.method == "lora" and start is None:
         check_lora_targets(checkpoint.model, _lora_settings(settings))
-    prepared = tuple(
-        penalty.prepare(
-            checkpoint.tokenizer, batch_size=settings.batch_size, longest=longest, seed=seed
-        )
-        for penalty in penalties
-    )
+    shared: dict[str, Any] = {"batch_size": settings.batch_size, "longest": longest, "seed": seed}
+    prepared = tuple(penalty.prepare(checkpoint.tokenizer, **shared) for penalty in penalties)
     data_sha256 = hash_chats(rows)
     run = RunFolder.start(
         out,
