@@ -89,7 +89,8 @@ def test_zero_probabilities_count_as_their_limits():
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 2**20), spread=st.floats(0, 20))
+# Below a spread of 1e-6 scipy's own sum rounds to less than 0, and its root is no number.
+@given(seed=st.integers(0, 2**20), spread=st.floats(1e-6, 20))
 def test_js_is_scipys_symmetric_and_at_most_ln_2(seed: int, spread: float):
     p, q = (log_probs(2, 12, seed=seed + i, spread=spread) for i in (0, 1))
     got = js_divergence(p, q)
