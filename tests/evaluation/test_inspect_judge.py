@@ -4,7 +4,6 @@ import asyncio
 import gc
 import logging
 import math
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -282,15 +281,6 @@ def test_a_judge_can_be_asked_while_an_event_loop_runs(tmp_path: Path):
 
     (found,) = asyncio.run(ask())
     assert found.aligned == pytest.approx(70)
-
-
-def test_an_interrupt_is_passed_on(tmp_path: Path):
-    def answer(*_: Any) -> ModelOutput:
-        signal.raise_signal(signal.SIGINT)
-        return say("70", {"70": 0.0})
-
-    with pytest.raises(KeyboardInterrupt):
-        judge_by(Script(answer), tmp_path, concurrency=1).judge([ROW])
 
 
 def test_the_process_is_left_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
