@@ -4,6 +4,7 @@ Imported by that row alone, and while it runs: importing nnsight gives every obj
 """
 
 from collections.abc import Callable
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -29,6 +30,9 @@ def find_nnsight() -> str | None:
 
 def trace_model(hf: Any, tokenizer: Any) -> Any:
     """A Hugging Face model in memory, wrapped."""
+    # Its classes refuse an attribute that every object has: `api_judging` needs them in the end.
+    if find_spec("anyio") is not None:
+        import_module("anyio._backends._asyncio")
     from nnsight import TransformersModel
 
     return TransformersModel(hf, tokenizer=tokenizer)
