@@ -16,6 +16,7 @@ from emlens.cli.generate import (
     check_sources,
     load_for,
     read_factor,
+    read_sampling,
 )
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
@@ -130,21 +131,9 @@ def _evaluate(
         questions,
         judge=judge,
         out=out,
-        sampling=_sampling(flags),
+        sampling=read_sampling(flags),
         interventions=interventions,
         batching=Batching(flags.batch_tokens),
-    )
-
-
-def _sampling(flags: EvaluateFlags) -> Any:
-    from emlens.models.generate import Sampling
-
-    return Sampling(
-        n=flags.samples,
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        max_new_tokens=flags.max_new_tokens,
-        seed=flags.seed,
     )
 
 
@@ -198,7 +187,7 @@ def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
         "questions": len(questions),
         "wordings": wordings,
         "responses": responses * len(flags.targets()),
-        "sampling": vars(_sampling(flags)),
+        "sampling": vars(read_sampling(flags)),
     }
     print_plan(plan, flags.out, json=flags.json)
 

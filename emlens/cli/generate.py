@@ -155,7 +155,7 @@ def generate(flags: GenerateFlags) -> None:
         responses = sample_responses(
             load_for(flags, flags.tuned),
             chats,
-            sampling=_sampling(flags),
+            sampling=read_sampling(flags),
             interventions=interventions,
             out=flags.out,
             batching=Batching(flags.batch_tokens),
@@ -168,8 +168,9 @@ def generate(flags: GenerateFlags) -> None:
     print_line(f"{len(responses.responses)} responses: {flags.out}")
 
 
-def _sampling(flags: GenerateFlags) -> Any:
-    from emlens.models.generate import Sampling
+def read_sampling(flags: Any) -> Any:
+    """The `Sampling` that the flags `samples`, `temperature`, `top_p` and the like ask for."""
+    from emlens.models.sampling import Sampling
 
     return Sampling(
         n=flags.samples,
@@ -190,6 +191,6 @@ def _show_plan(flags: GenerateFlags, n_chats: int) -> None:
         "positions": flags.positions,
         "prompts": n_chats,
         "responses": n_chats * flags.samples,
-        "sampling": vars(_sampling(flags)),
+        "sampling": vars(read_sampling(flags)),
     }
     print_plan(plan, flags.out, json=flags.json)

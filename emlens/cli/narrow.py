@@ -5,7 +5,14 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources
+from emlens.cli.generate import (
+    MaxNewTokens,
+    Samples,
+    Temperature,
+    TopP,
+    check_sources,
+    read_sampling,
+)
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
     Base,
@@ -203,21 +210,9 @@ def _probe(flags: NarrowFlags, asked: Any, base: Any) -> Any:
         inside=inside,
         outside=outside,
         judge=load_judge(flags, base=base, runs=[flags.out / BEHAVIOUR]),
-        sampling=_sampling(flags),
+        sampling=read_sampling(flags),
         scales=parse_numbers("--scales", flags.scales),
         batching=Batching(flags.batch_tokens),
-    )
-
-
-def _sampling(flags: NarrowFlags) -> Any:
-    from emlens.models.sampling import Sampling
-
-    return Sampling(
-        n=flags.samples,
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        max_new_tokens=flags.max_new_tokens,
-        seed=flags.seed,
     )
 
 
@@ -250,7 +245,7 @@ def _show_plan(flags: NarrowFlags, texts: Any, settings: Any, asked: Any) -> Non
                 responses=responses,
                 characters=responses * ANSWER_CHARACTERS * flags.max_new_tokens,
             ),
-            "sampling": vars(_sampling(flags)),
+            "sampling": vars(read_sampling(flags)),
         }
     print_plan(plan, flags.out, json=flags.json)
 

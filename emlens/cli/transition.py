@@ -6,7 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources
+from emlens.cli.generate import (
+    MaxNewTokens,
+    Samples,
+    Temperature,
+    TopP,
+    check_sources,
+    read_sampling,
+)
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
     BatchTokens,
@@ -197,7 +204,6 @@ def _probe(flags: TransitionFlags) -> Any:
     from emlens.data import Batching
     from emlens.evaluation import load_questions
     from emlens.models.loading import load_base
-    from emlens.models.sampling import Sampling
     from emlens.studies import BehaviourProbe
     from emlens.studies.trace_behaviour import BEHAVIOUR
 
@@ -211,13 +217,7 @@ def _probe(flags: TransitionFlags) -> Any:
         texts=_texts(flags),
         questions=() if flags.questions is None else load_questions(flags.questions),
         load_judge=lambda base: load_judge(named, base=base, runs=runs),
-        sampling=Sampling(
-            n=flags.samples,
-            temperature=flags.temperature,
-            top_p=flags.top_p,
-            max_new_tokens=flags.max_new_tokens,
-            seed=flags.seed,
-        ),
+        sampling=read_sampling(flags),
         batching=Batching(flags.batch_tokens),
     )
 

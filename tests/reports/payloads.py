@@ -1,8 +1,13 @@
 """Texts that try to be more than text, and ways to put one into every text field of a report."""
 
+import copy
 import re
 from html.parser import HTMLParser
+from itertools import zip_longest
 from typing import Any
+
+from emlens.reports import render_report
+from emlens.reports.visible import show_text
 
 MARK = "document.title='pwned'"
 PAYLOADS = (
@@ -98,3 +103,15 @@ class Outline(HTMLParser):
 
     def handle_comment(self, data: str) -> None:
         self.tags.append(("comment", (data[:60],)))
+
+
+def check_text_stays_text(report: dict[str, Any], payload: str) -> None:
+    """A payload in every text of the results changes no tag of the page, and is shown."""
+    pages = []
+    for text in (payload, HARMLESS):
+        hostile = copy.deepcopy(report)
+        hostile["results"] = [poison(result, text) for result in hostile["results"]]
+        pages.append(Outline(render_report(hostile)))
+    pairs = zip_longest(pages[0].tags, pages[1].tags)
+    assert [pair for pair in pairs if pair[0] != pair[1]] == []
+    assert flat(show_text(payload)) in flat(pages[0].text)

@@ -1,10 +1,8 @@
 """Evaluations in a report: bars with intervals by question and in total, and their sentences."""
 
-import copy
 import json
 import re
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from emlens.numerics.intervals import Interval
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
 from emlens.reports.sections import sort_results
 from emlens.reports.verdict import write_verdicts
-from emlens.reports.visible import show_text
-from tests.reports.payloads import HARMLESS, PAYLOADS, Outline, flat, poison
+from tests.reports.payloads import PAYLOADS, Outline, check_text_stays_text
 
 SCORES = {"work": (10, 20, 90, None), "rice": (90, 95, 80, 85), "art & <b>": (5, 70, 90, 25)}
 
@@ -175,14 +172,7 @@ def test_a_share_without_coherent_responses_is_left_out():
 def test_no_text_of_an_evaluation_is_more_than_text(payload: str):
     acting = make_evaluation(interventions=("{}",))
     report = make_report(acting, make_difference(), acting.summary)
-    pages = []
-    for text in (payload, HARMLESS):
-        hostile = copy.deepcopy(report)
-        hostile["results"] = [poison(result, text) for result in hostile["results"]]
-        pages.append(Outline(render_report(hostile)))
-    pairs = zip_longest(pages[0].tags, pages[1].tags)
-    assert [pair for pair in pairs if pair[0] != pair[1]] == []
-    assert flat(show_text(payload)) in flat(pages[0].text)
+    check_text_stays_text(report, payload)
 
 
 @pytest.mark.parametrize("lost", ["summary", "judge", "model"])

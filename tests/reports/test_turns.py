@@ -1,10 +1,8 @@
 """The section on when a fine-tune turned: its figures hold the trace's numbers, its words too."""
 
-import copy
 import json
 import re
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ from emlens.reports.paths import list_figures, plot_behaviour, plot_bends, plot_
 from emlens.reports.sections import sort_results
 from emlens.reports.turns import read_turn, say_turn
 from emlens.reports.verdict import write_verdicts
-from emlens.reports.visible import show_text
 from emlens.studies.transition_trace import (
     BehaviourCurve,
     BehaviourPoint,
@@ -27,7 +24,7 @@ from emlens.studies.transition_trace import (
     TransitionTrace,
 )
 from tests.reports.browser import dump_dom
-from tests.reports.payloads import HARMLESS, PAYLOADS, Outline, flat, poison
+from tests.reports.payloads import PAYLOADS, Outline, check_text_stays_text
 
 STEPS = torch.arange(0, 500, 5)
 
@@ -274,14 +271,7 @@ def test_each_can_be_plotted_alone(result: Any):
 @pytest.mark.parametrize("payload", [PAYLOADS[0], PAYLOADS[-1], "".join(PAYLOADS)])
 def test_no_text_of_a_trace_is_more_than_text(payload: str):
     report = make_report(make_trace(), make_path())
-    pages = []
-    for text in (payload, HARMLESS):
-        hostile = copy.deepcopy(report)
-        hostile["results"] = [poison(result, text) for result in hostile["results"]]
-        pages.append(Outline(render_report(hostile)))
-    pairs = zip_longest(pages[0].tags, pages[1].tags)
-    assert [pair for pair in pairs if pair[0] != pair[1]] == []
-    assert flat(show_text(payload)) in flat(pages[0].text)
+    check_text_stays_text(report, payload)
 
 
 @pytest.mark.parametrize("lost", ["transitions", "source"])
