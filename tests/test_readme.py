@@ -16,7 +16,7 @@ import emlens
 from emlens.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/tutorial.md", "docs/index.md")
+PAGES = ("README.md", "docs/tutorial.md", "docs/tutorial_organisms.md", "docs/index.md")
 
 
 def read_page(page: str) -> str:
