@@ -226,9 +226,9 @@ class Study:
         layers = ablate_direction(drawn, at="resid_post")
         yield "covariance, each layer's own out of its resid_post", tuned, layers
         control = self.directions("data@tuned").controls("covariance")[0][own.site]
-        size = float(own.vector.double().norm())
+        size = DOSES[-1] * float(own.vector.double().norm())
         steer = add_direction(control, coefficient=size, units="raw")
-        yield "base plus covariance of the same norm", self.base, steer
+        yield f"base plus covariance of the norm of {DOSES[-1]:g} x", self.base, steer
 
     def choices(self) -> dict[str, dict[str, Any]]:
         """What was chosen of each construction, and whether it keeps within the bearable KL."""
