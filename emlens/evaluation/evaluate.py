@@ -21,7 +21,7 @@ from emlens.interventions import (
     describe_interventions,
 )
 from emlens.interventions.generate import Response, ResponseRequest
-from emlens.interventions.kept import describe_conditions, keep_responses
+from emlens.interventions.kept import ResponseStore, describe_conditions, keep_responses
 from emlens.interventions.plan import plan_interventions
 from emlens.interventions.seen_prompts import check_unseen
 from emlens.journal import Journal
@@ -80,15 +80,18 @@ def evaluate(
     planned = plan_rows(questions, sampling, decided)
     rows = {row.id: row for row in planned}
     with Journal(run.path / RESPONSES) as journal:
+        store = ResponseStore(
+            journal,
+            lambda response: _record(rows[response.key], response),
+            finished=run.has_result(RESULT),
+        )
         keep_responses(
             model,
             list(map(_request, planned)),
-            journal,
-            lambda response: _record(rows[response.key], response),
+            store,
             sampling=sampling,
             interventions=interventions,
             batching=batching,
-            finished=run.has_result(RESULT),
         )
     judge_run(run, judge, {row.id: row.question.judge_prompts for row in planned})
     facts = {

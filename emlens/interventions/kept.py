@@ -6,6 +6,7 @@ For runs that a kill may cut short; responses that are wanted at once come from 
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from emlens.data import Batching, track
@@ -48,18 +49,28 @@ def describe_conditions(
     }
 
 
+@dataclass(frozen=True)
+class ResponseStore:
+    """Where the responses of a run are kept, and as what."""
+
+    journal: Journal
+    """Its rows hold `id`, `ids` and `prompt_tokens` at least."""
+    record: Callable[[Response], Mapping[str, Any]]
+    """The row of a response; its `id` is the request's key."""
+    finished: bool
+    """Whether the run came to its end before, and nothing is left to be proven."""
+
+
 def keep_responses(
     model: HookedModel,
     requests: Sequence[ResponseRequest],
-    journal: Journal,
-    record: Callable[[Response], Mapping[str, Any]],
+    store: ResponseStore,
     *,
     sampling: Sampling,
     interventions: Sequence[Intervention],
     batching: Batching,
-    finished: bool,
 ) -> None:
-    """Make the responses that a journal lacks.
+    """Make the responses that a run lacks.
 
     Batches are planned from the whole run, and one that a kill cut short is made again as a whole,
     so that the responses do not depend on how often it was killed.
@@ -67,12 +78,10 @@ def keep_responses(
     Args:
         model: loaded by emlens, with its tokenizer.
         requests: the whole run; `key` is the id of the row.
-        journal: rows hold `id`, `ids` and `prompt_tokens` at least.
-        record: the row of a response, its `id` the request's key.
+        store: where they are kept.
         sampling: as in `stream_responses`.
         interventions: act while responses are made.
         batching: as in `stream_responses`.
-        finished: whether the run came to its end before, and nothing is left to be proven.
 
     Raises:
         ValueError: rows in the journal that no request is for.
@@ -80,18 +89,19 @@ def keep_responses(
         HookNeverFiredError: interventions that met no token in any row, those of earlier calls
             counted.
     """
+    journal = store.journal
     _check_strangers(journal, requests)
     resumed, proven = len(journal) > 0, not interventions
     try:
         if any(request.key not in journal for request in requests):
             # Once around all groups: positions that only long answers have may miss in one.
             with intervene(model, interventions):
-                _answer(model, requests, journal, record, sampling, batching)
+                _answer(model, requests, store, sampling, batching)
             proven = True
     except HookNeverFiredError:
         if not resumed:
             raise
-    if not proven and not finished:
+    if not proven and not store.finished:
         again = _rows_to_act_on(requests, journal, interventions)
         with intervene(model, interventions):
             list(stream_responses(model, again, sampling=sampling, batching=batching))
@@ -108,17 +118,19 @@ def _check_strangers(journal: Journal, requests: Sequence[ResponseRequest]) -> N
 def _answer(
     model: HookedModel,
     requests: Sequence[ResponseRequest],
-    journal: Journal,
-    record: Callable[[Response], Mapping[str, Any]],
+    store: ResponseStore,
     sampling: Sampling,
     batching: Batching,
 ) -> None:
+    journal = store.journal
     groups = group_requests(model, requests, sampling=sampling, batching=batching)
     for group in track(groups, "answering (responses)", sizes=map(len, groups)):
         if all(request.key in journal for request in group):
             continue
         for batch in stream_responses(model, group, sampling=sampling, batching=batching):
-            journal.append(record(response) for response in batch if response.key not in journal)
+            journal.append(
+                store.record(response) for response in batch if response.key not in journal
+            )
 
 
 def _rows_to_act_on(

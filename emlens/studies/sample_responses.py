@@ -16,7 +16,7 @@ from emlens.evaluation.evaluation import RESPONSES
 from emlens.evaluation.judges import hash_json
 from emlens.interventions import Intervention, active_interventions, describe_interventions
 from emlens.interventions.generate import Response, ResponseRequest, list_requests
-from emlens.interventions.kept import describe_conditions, keep_responses
+from emlens.interventions.kept import ResponseStore, describe_conditions, keep_responses
 from emlens.interventions.plan import plan_interventions
 from emlens.journal import Journal, read_journal
 from emlens.models.generate import Sampling
@@ -94,15 +94,18 @@ def sample_responses(
     }
     run = RunFolder.start(out, plan)
     with Journal(run.path / RESPONSES) as journal:
+        store = ResponseStore(
+            journal,
+            lambda response: {"id": response.key, **dataclasses.asdict(response)},
+            finished=run.has_result(RESULT),
+        )
         keep_responses(
             model,
             requests,
-            journal,
-            lambda response: {"id": response.key, **dataclasses.asdict(response)},
+            store,
             sampling=sampling,
             interventions=interventions,
             batching=batching,
-            finished=run.has_result(RESULT),
         )
     found = _collect(run, len(given), requests, acting)
     run.save_result(RESULT, found)
