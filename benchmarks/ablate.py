@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import describe_model, draw_ids, load_hugging_face
-from benchmarks.peers import EXACT
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.reference import EXACT
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import time_sides
+from benchmarks.work import Work, count_pass
 from emlens.interventions import Ablate, Intervention, fold_into_weights, intervene, write_sites
 from emlens.models.views import lay_views
 
@@ -30,6 +31,7 @@ def measure(settings: Settings) -> Record:
     batch, length = SHAPES[settings.size]
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
+    work: dict[str, Work] = {}
     sizes: dict[str, Any] = {"batch": batch, "pos": length}
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
@@ -51,6 +53,7 @@ def measure(settings: Settings) -> Record:
             for side in ("emlens", "folded", "python_hooks")
         ]
         seconds |= {f"{dtype}: {side}": timings.median(side) for side in timings.seconds}
+        work[f"{dtype}: plain"] = count_pass(hf, batch, length)
         sizes |= describe_model(hf) | {"sites": len(write_sites(lay_views(hf, None)))}
     return Record(
         row="ablate",
@@ -59,7 +62,8 @@ def measure(settings: Settings) -> Record:
         figures=figures,
         headline={side: f"{side}: cost" for side in ("emlens", "folded", "python_hooks")},
         seconds=seconds,
-        peak_bytes=measure_peaks("ablate", SIDES, settings),
+        work=work,
+        peak_sides=SIDES,
     )
 
 

@@ -1,17 +1,20 @@
 """Decode: how fast are 32 greedy tokens after a prompt of 32, for one row and for 32?
 
-Bound: every weight read once a token, timed as the bare multiplications of that many rows in the
-same run (reading the cache comes on top).
+Bound: the bare multiplications of the prompt and then of every further token, timed in the same
+rounds (reading the cache comes on top); and for a step alone, which is the time of all tokens less
+that of the first, the bytes of weights and cache over the rate at which the machine reads memory.
 Beside it: Hugging Face generate (sdpa attention) and TransformerLens's own loading and generate.
 Neither side looks for an end of text.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.machine import read_memory
 from benchmarks.models import (
     describe_model,
     draw_ids,
@@ -19,11 +22,13 @@ from benchmarks.models import (
     load_hugging_face,
     sweep_weights,
 )
-from benchmarks.peers import check_tokens, generate_hugging_face, generate_own_way, load_own_way
+from benchmarks.peers import find_peers, generate_hugging_face, generate_own_way, load_own_way
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.reference import check_tokens
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings, time_sides
+from benchmarks.work import Work, count_decode, count_pass
 from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.views import lay_views
 
@@ -46,37 +51,58 @@ def measure(settings: Settings) -> Record:
     n = NEW[settings.size]
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
-    sizes: dict[str, Any] = {"prompt": PROMPT, "new": n, "batch": BATCHES[settings.size]}
+    work: dict[str, Work] = {}
+    notes: list[str] = []
+    batches = settings.batches(BATCHES[settings.size])
+    sizes: dict[str, Any] = {"prompt": PROMPT, "new": n, "batch": batches}
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
-        makers = {side: make_side(side, hf) for side in SIDES}
-        for batch in BATCHES[settings.size]:
+        makers = {side: make_side(side, hf) for side in SIDES[:2]}
+        makers |= find_peers({side: partial(make_side, side, hf) for side in SIDES[2:]}, notes)
+        reading, read = read_memory(settings)
+        for batch in batches:
             ids = draw_ids(hf, batch, PROMPT)
             sides = {side: make(ids, n) for side, make in makers.items()}
             _check(sides, hf, ids)
             timings = time_sides(
-                sides | {"bound": _sweep_often(hf, batch, n)},
+                sides
+                | {
+                    "bound": sweep_tokens(hf, batch, n),
+                    "first token": makers["emlens"](ids, 1),
+                    "reading": reading,
+                },
                 rounds=settings.rounds,
                 device=settings.device,
                 clock=settings.read_clock,
             )
+            timings = timings.derived("step", lambda found, n=n: step_seconds(found, n))
+            step = count_pass(hf, batch, 1, held=PROMPT + n // 2)
             figures += _compare(timings, dtype, batch, settings)
-            for side in timings.seconds:
-                seconds[f"batch {batch}, {dtype}: {side}"] = timings.median(side)
-            read = n * sum(w.numel() * w.element_size() for w in linear_weights(hf))
-            rate = read / timings.median("emlens")
-            sizes[f"batch {batch}, {dtype}: weight bytes/s"] = rate
+            figures.append(
+                Figure(
+                    name=f"batch {batch}: step, share of the machine's bytes/s",
+                    dtype=dtype,
+                    ratio=timings.share("step", step.bytes, "reading", read),
+                    better="higher",
+                )
+            )
+            case = f"batch {batch}, {dtype}"
+            seconds |= {f"{case}: {side}": timings.median(side) for side in timings.seconds}
+            work |= {f"{case}: {side}": count_decode(hf, batch, PROMPT, n) for side in sides}
+            work |= {f"{case}: step": step, f"{case}: reading": Work(flops=0, bytes=read)}
     return Record(
         row="decode",
         settings=settings,
         sizes=sizes,
         figures=figures,
         headline={
-            f"vs_{peer}": f"batch 1: vs_{peer}" for peer in ("transformer_lens", "huggingface")
+            f"vs_{peer}": f"batch {batches[0]}: vs_{peer}" for peer in ("huggingface", "bound")
         },
         seconds=seconds,
-        peak_bytes=measure_peaks("decode", SIDES, settings),
+        work=work,
+        peak_sides=SIDES,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -100,18 +126,28 @@ def generate_ours(model: Any, ids: Tensor, n: int) -> Tensor:
 
 def _check(sides: dict[str, Callable[[], Tensor]], hf: Any, ids: Tensor) -> None:
     theirs = sides["huggingface"]()
-    for side in ("emlens", "transformer_lens"):
+    for side in sides.keys() - {"huggingface"}:
         check_tokens(sides[side](), theirs, hf, ids)
 
 
-def _sweep_often(hf: Any, batch: int, n: int) -> Callable[[], None]:
-    sweep = sweep_weights(linear_weights(hf), batch)
+def sweep_tokens(hf: Any, batch: int, n: int) -> Callable[[], None]:
+    """The multiplications of the prompts, unembedded at their end, and of n - 1 further tokens."""
+    *blocks, unembed = linear_weights(hf)
+    prompts, first = sweep_weights(blocks, batch * PROMPT), sweep_weights([unembed], batch)
+    step = sweep_weights([*blocks, unembed], batch)
 
-    def often() -> None:
-        for _ in range(n):
-            sweep()
+    def sweep() -> None:
+        prompts()
+        first()
+        for _ in range(n - 1):
+            step()
 
-    return often
+    return sweep
+
+
+def step_seconds(found: Mapping[str, float], n: int) -> float:
+    """A decode step's seconds: those of n tokens less those of the first, which is the prompt's."""
+    return max(found["emlens"] - found["first token"], 1e-9) / (n - 1)
 
 
 def _compare(timings: Timings, dtype: str, batch: int, settings: Settings) -> list[Figure]:
@@ -124,6 +160,7 @@ def _compare(timings: Timings, dtype: str, batch: int, settings: Settings) -> li
             aim=settings.aim(AIMS.get((dtype, batch, peer))),
         )
         for peer in ("huggingface", "transformer_lens", "bound")
+        if peer in timings.seconds
     ]
 
 

@@ -7,6 +7,7 @@ under Hugging Face's own generate; and through nnsight, where it is installed.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,14 @@ from torch import Tensor
 from benchmarks.adapters import make_cases
 from benchmarks.decode import BATCHES, NEW, PROMPT, generate_ours
 from benchmarks.models import describe_model, draw_ids, load_hugging_face, load_tokenizer
-from benchmarks.nnsight_peer import (
-    MISSING,
-    decode_ablated,
-    decode_adapted,
-    find_nnsight,
-    trace_model,
-)
-from benchmarks.peers import check_logits, check_tokens, generate_hugging_face
+from benchmarks.nnsight_peer import decode_ablated, decode_adapted, trace_model
+from benchmarks.peers import find_peers, generate_hugging_face
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.reference import check_logits, check_tokens
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings, time_sides
+from benchmarks.work import Work, count_decode
 from emlens.interventions import Ablate, Intervention, intervene
 from emlens.models.attach import attach_adapter
 from emlens.models.lora import LoraAdapter
@@ -44,12 +41,18 @@ def measure(settings: Settings) -> Record:
     n = NEW[settings.size]
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
-    sizes: dict[str, Any] = {"prompt": PROMPT, "new": n, "batch": BATCHES[settings.size]}
+    batches = settings.batches(BATCHES[settings.size])
+    sizes: dict[str, Any] = {"prompt": PROMPT, "new": n, "batch": batches}
+    work: dict[str, Work] = {}
+    notes: list[str] = []
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
-        makers = {side: make_side(side, hf, settings) for side in sides_here()}
-        for batch in BATCHES[settings.size]:
+        makers = {side: make_side(side, hf, settings) for side in SIDES}
+        makers |= find_peers(
+            {side: partial(make_side, side, hf, settings) for side in NNSIGHT}, notes
+        )
+        for batch in batches:
             ids = draw_ids(hf, batch, PROMPT)
             sides = {side: make(ids, n) for side, make in makers.items()}
             _check(sides, hf, ids, settings)
@@ -59,24 +62,21 @@ def measure(settings: Settings) -> Record:
             figures += _compare(timings, dtype, batch, settings)
             for side in sides:
                 seconds[f"batch {batch}, {dtype}: {side}"] = timings.median(side)
+            work[f"batch {batch}, {dtype}: plain"] = count_decode(hf, batch, PROMPT, n)
     return Record(
         row="decode_intervened",
         settings=settings,
         sizes=sizes,
         figures=figures,
         headline={
-            "ablate_over_decode": "batch 1: ablate over decode",
-            "adapters_over_decode": "batch 1: adapters over decode",
+            f"{change}_over_decode": f"batch {batches[0]}: {change} over decode"
+            for change in CHANGES
         },
         seconds=seconds,
-        peak_bytes=measure_peaks("decode_intervened", SIDES, settings),
-        notes=(f"nnsight {find_nnsight()}" if find_nnsight() else MISSING,),
+        work=work,
+        peak_sides=SIDES,
+        notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def sides_here() -> tuple[str, ...]:
-    """The sides that can be run with what is installed."""
-    return SIDES + (NNSIGHT if find_nnsight() else ())
 
 
 def make_side(side: str, hf: Any, settings: Settings) -> Callable[[Tensor, int], Callable]:

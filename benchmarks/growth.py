@@ -1,4 +1,4 @@
-"""Growth: how do time and peak memory grow with prompts, layers, adapters and tokens a batch?
+"""Growth: how do time and peak memory grow with prompts, layers, adapters, batch and length?
 
 Bound: straight lines. Memory should not grow with prompts at all.
 Beside it: what `emlens doctor --plan` says beforehand, for the comparison of two models.
@@ -10,20 +10,28 @@ At full size each point is a process of its own, and
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from transformers import LlamaForCausalLM
 
 from benchmarks.adapters import Case
 from benchmarks.memory import measure_residence, resident_bytes
-from benchmarks.models import TOY, load_hugging_face, load_tokenizer, make_chats, random_model
+from benchmarks.models import (
+    TOY,
+    load_hugging_face,
+    load_tokenizer,
+    make_chats,
+    plan_source,
+    random_model,
+)
 from benchmarks.records import Figure, Record
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import exact_ratio
 from emlens.activations import stream_activations
-from emlens.data import Batching
+from emlens.data import Batching, Chat, TokenizedChats
 from emlens.diffing.compare import compare_models
 from emlens.models.attach import attach_adapter
 from emlens.models.memory import plan_memory
@@ -34,6 +42,10 @@ WORDS = 32
 """Of each chat; its header comes on top."""
 FLAT = 1.05
 """Largest peak over the smallest, where memory should not grow."""
+PLAN_ERROR = 1.1
+"""Planned bytes over measured ones, or the reverse, whichever is above 1."""
+LONG_BATCH = 4096
+"""Tokens a batch where it is the length of a chat that grows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,7 @@ CURVES = {
     "layers": Curve(toy=(2, 4), full=(4, 8, 16, 32)),
     "adapters": Curve(toy=(1, 4), full=(1, 4, 16, 64)),
     "tokens a batch": Curve(toy=(64, 256), full=(512, 2048, 8192)),
+    "tokens a chat": Curve(toy=(32, 128), full=(128, 512, 1900)),
 }
 
 
@@ -64,9 +77,11 @@ class Point:
     """One size of one curve."""
 
     x: int
+    items: int
+    """Prompts, layers, adapters, or tokens that were run: what time is counted by."""
     seconds: float
     floor: int
-    """Resident bytes before anything is loaded."""
+    """Bytes in use before anything is loaded."""
     loaded: int
     """And after."""
     peak: int
@@ -75,13 +90,16 @@ class Point:
 
 
 def measure(settings: Settings) -> Record:
-    """Run every point of every curve in float32."""
+    """Run every point of every curve; in float32, on a GPU in its only dtype."""
+    dtype = settings.dtypes[0]
     curves = {
-        name: [_run_point(name, x, settings) for x in curve.sizes(settings)]
+        name: [_run_point(name, x, dtype, settings) for x in curve.sizes(settings)]
         for name, curve in CURVES.items()
     }
     figures = [
-        figure for name, points in curves.items() for figure in _compare(name, points, settings)
+        figure
+        for name, points in curves.items()
+        for figure in _compare(name, points, dtype, settings)
     ]
     return Record(
         row="growth",
@@ -93,39 +111,43 @@ def measure(settings: Settings) -> Record:
     )
 
 
-def _compare(name: str, points: list[Point], settings: Settings) -> list[Figure]:
+def _compare(name: str, points: list[Point], dtype: str, settings: Settings) -> list[Figure]:
     few, many = points[0], points[-1]
-    pace = (many.seconds / many.x) / (few.seconds / few.x)
-    figures = [_figure(f"{name}: time for each, most / fewest", pace)]
+    pace = (many.seconds / many.items) / (few.seconds / few.items)
+    figures = [_figure(f"{name}: time for each, most / fewest", dtype, pace)]
     if not settings.full:
         return figures
     if CURVES[name].flat:
         ratio = (many.peak - many.floor) / (few.peak - few.floor)
-        figures.append(_figure(f"{name}: bytes over the floor, most / fewest", ratio, FLAT))
-    figures += [
-        _figure(f"{name}: planned bytes / measured, {p.x}", p.planned / (p.peak - p.floor))
-        for p in points
-        if p.planned
-    ]
+        figures.append(_figure(f"{name}: bytes over the floor, most / fewest", dtype, ratio, FLAT))
+    for point in points:
+        if point.planned:
+            ratio = point.planned / (point.peak - point.floor)
+            figures.append(_figure(f"{name}: planned bytes / measured, {point.x}", dtype, ratio))
+            error = max(ratio, 1 / ratio)
+            figures.append(
+                _figure(f"{name}: error of the plan, {point.x}", dtype, error, PLAN_ERROR)
+            )
     return figures
 
 
-def _figure(name: str, value: float, aim: float | None = None) -> Figure:
-    return Figure(name=name, dtype="float32", ratio=exact_ratio(value), better="lower", aim=aim)
+def _figure(name: str, dtype: str, value: float, aim: float | None = None) -> Figure:
+    return Figure(name=name, dtype=dtype, ratio=exact_ratio(value), better="lower", aim=aim)
 
 
-def _run_point(name: str, x: int, settings: Settings) -> Point:
+def _run_point(name: str, x: int, dtype: str, settings: Settings) -> Point:
     side = f"{name}:{x}"
     if settings.full:
-        found = measure_residence("growth", side, "float32", settings)
-        (floor, loaded, _), peak, counted = found.after, found.peak, found.counted
+        found = measure_residence("growth", side, dtype, settings)
+        (floor, loaded, _), peak, counted = found.after, max(found.peaks[1:]), found.counted
     else:
         counted = {
-            key: value for step in steps(side, "float32", settings) for key, value in step.items()
+            key: value for step in steps(side, dtype, settings) for key, value in step.items()
         }
         floor = loaded = peak = resident_bytes()
     return Point(
         x=x,
+        items=counted["items"],
         seconds=counted["microseconds"] / 1e6,
         floor=floor,
         loaded=loaded,
@@ -135,30 +157,44 @@ def _run_point(name: str, x: int, settings: Settings) -> Point:
 
 
 def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
-    """Do nothing, load, and run one point, pausing after each for the memory to be read."""
+    """Do nothing, load, and run one point, pausing after each for the memory to be read.
+
+    A toy goes first, so that what is imported at first use is no part of what is measured.
+    """
     name, _, size = side.rpartition(":")
+    if settings.full:
+        _MAKERS[name](CURVES[name].toy[0], "float32", replace(settings, size="toy")).run()
     yield {}
-    run, planned = _MAKERS[name](int(size), dtype, settings)
-    yield {"planned": planned}
+    made = _MAKERS[name](int(size), dtype, settings)
+    yield {"planned": made.planned, "items": made.items}
     began = time.perf_counter()
-    run()
+    made.run()
+    if settings.device != "cpu":
+        torch.cuda.synchronize()
     yield {"microseconds": round(1e6 * (time.perf_counter() - began))}
 
 
-Made = tuple[Callable[[], object], int]
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What one point runs."""
+
+    run: Callable[[], object]
+    items: int
+    planned: int = 0
+    """Bytes, where `plan_memory` was asked."""
 
 
 def _stream_prompts(n: int, dtype: str, settings: Settings) -> Made:
     base = lay_views(load_hugging_face(dtype, settings), load_tokenizer(settings))
     chats = make_chats(settings, n, WORDS)
-    return lambda: _stream(base, chats, tokens=2048), 0
+    return Made(run=lambda: _stream(base, chats, tokens=2048), items=n)
 
 
 def _stream_two_layers(n: int, _dtype: str, settings: Settings) -> Made:
-    toy = Settings(size="toy", threads=settings.threads)
-    base = lay_views(_random_llama(2), load_tokenizer(toy))
+    toy = replace(settings, size="toy")
+    base = lay_views(_random_llama(2, settings), load_tokenizer(toy))
     chats = make_chats(toy, n, WORDS)
-    return lambda: _stream(base, chats, tokens=16384), 0
+    return Made(run=lambda: _stream(base, chats, tokens=16384), items=n)
 
 
 def _stream(base: Any, chats: Any, *, tokens: int) -> object:
@@ -168,33 +204,44 @@ def _stream(base: Any, chats: Any, *, tokens: int) -> object:
 
 
 def _compare_layers(n: int, _dtype: str, settings: Settings) -> Made:
-    toy = Settings(size="toy", threads=settings.threads)
-    hf = _random_llama(n, width=256 if settings.full else TOY.hidden_size)
+    toy = replace(settings, size="toy")
+    hf = _random_llama(n, settings, width=256 if settings.full else TOY.hidden_size)
     base = lay_views(hf, load_tokenizer(toy))
     pair = load_pair(base, Case.all_modules(hf, 1).adapter)
     chats = make_chats(toy, 64, WORDS)
-    return lambda: compare_models(pair, chats, positions="all", examples=0), 0
+    return Made(run=lambda: compare_models(pair, chats, positions="all", examples=0), items=n)
 
 
 def _attach_adapters(n: int, dtype: str, settings: Settings) -> Made:
     hf = load_hugging_face(dtype, settings)
     base = lay_views(hf, load_tokenizer(settings))
     adapter = Case.all_modules(hf, 1).adapter
-    return lambda: [attach_adapter(base, adapter) for _ in range(n)], 0
+    return Made(run=lambda: [attach_adapter(base, adapter) for _ in range(n)], items=n)
 
 
 def _compare_tokens(n: int, dtype: str, settings: Settings) -> Made:
+    chats = make_chats(settings, max(8, n // WORDS), WORDS)
+    return _compare_chats(chats, Batching(tokens=n), dtype, settings)
+
+
+def _compare_lengths(n: int, dtype: str, settings: Settings) -> Made:
+    chats = make_chats(settings, max(1, LONG_BATCH // n), n)
+    return _compare_chats(chats, Batching(tokens=LONG_BATCH), dtype, settings)
+
+
+def _compare_chats(
+    chats: tuple[Chat, ...], batching: Batching, dtype: str, settings: Settings
+) -> Made:
     hf = load_hugging_face(dtype, settings)
     base = lay_views(hf, load_tokenizer(settings))
     pair = load_pair(base, Case.all_modules(hf, 32).adapter)
-    batching = Batching(tokens=n)
-    chats = make_chats(settings, max(8, n // WORDS), WORDS)
     planned = 0
     if settings.full:
-        planned = plan_memory("emlens:smollm2", dtype=dtype, batching=batching).comparison
-    return (
-        lambda: compare_models(pair, chats, positions="all", examples=0, batching=batching),
-        planned,
+        planned = plan_memory(plan_source(settings), dtype=dtype, batching=batching).comparison
+    return Made(
+        run=lambda: compare_models(pair, chats, positions="all", examples=0, batching=batching),
+        items=sum(len(chat.ids) for chat in TokenizedChats(chats, base.tokenizer)),
+        planned=planned,
     )
 
 
@@ -204,13 +251,15 @@ _MAKERS: dict[str, Callable[[int, str, Settings], Made]] = {
     "layers": _compare_layers,
     "adapters": _attach_adapters,
     "tokens a batch": _compare_tokens,
+    "tokens a chat": _compare_lengths,
 }
 
 
-def _random_llama(n_layers: int, *, width: int = TOY.hidden_size) -> Any:
+def _random_llama(n_layers: int, settings: Settings, *, width: int = TOY.hidden_size) -> Any:
     config: Any = copy.deepcopy(TOY)
     config.num_hidden_layers, config.hidden_size = n_layers, width
-    return random_model(LlamaForCausalLM, config).requires_grad_(False)
+    made: Any = random_model(LlamaForCausalLM, config).requires_grad_(False)
+    return made.to(settings.device)
 
 
 if __name__ == "__main__":

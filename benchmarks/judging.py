@@ -1,24 +1,29 @@
 """Judging: how many tokens a second does a judge read, and what does a shared prefix save?
 
-Bound of the contrast judge: one forward pass over as many tokens as it puts through the model, with
-logits. Beside the local judge: 101 scorings of one prompt, one for each number, whole.
+Bound of the contrast judge: forward passes over as many tokens as it puts through the model, and
+logits of as many as it scores; padding is its own waste, and counts in neither. Beside the local
+judge: 101 scorings of one prompt, one for each number, whole.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.models import describe_model, draw_ids, load_hugging_face, load_tokenizer
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import time_sides
 from emlens.data import Batching
 from emlens.evaluation.contrast_judge import PROMPT_PAIRS, ContrastScore, score_contrast
 from emlens.evaluation.judges import JudgeRow
-from emlens.models import kv_cache, score
+from emlens.models import score
 from emlens.models.continuations import score_continuations
+from emlens.models.tokens_in_flight import tokens_in_flight
+from emlens.models.unembed import compute_logits
 from emlens.models.views import lay_views
 
 SIDES = ("contrast", "prefill", "trie", "separate")
@@ -30,8 +35,24 @@ PROMPT = {"toy": 16, "full": 200}
 NUMBERS = {"toy": 11, "full": 101}
 TEMPLATE = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
 """Of the toy's tokenizer, which has none."""
+LENGTH = 64
+"""Tokens of a row of the passes that the contrast judge is held against."""
+BATCH_TOKENS = 4096
+"""Run at once, by the judge and by those passes."""
 CONTRAST_AIM, LOCAL_AIM = 0.8, 5.0
 """Of a forward pass's tokens a second; of the speed of scorings one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """What the contrast judge has to do, without padding."""
+
+    run: int
+    """Tokens put through the model."""
+    padded: int
+    """The same with padding."""
+    scored: int
+    """Tokens whose predictions are read."""
 
 
 def measure(settings: Settings) -> Record:
@@ -42,13 +63,13 @@ def measure(settings: Settings) -> Record:
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
-        tokens = _count_tokens(hf, settings)
-        sides = {side: make_side(side, hf, settings, tokens) for side in SIDES}
+        counted = count_tokens(hf, settings)
+        sides = {side: make_side(side, hf, settings, counted) for side in SIDES}
         _check(sides, dtype)
         timings = time_sides(
             sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
         )
-        sizes[f"{dtype}: tokens of the contrast judge"] = tokens
+        sizes[f"{dtype}: tokens of the contrast judge"] = asdict(counted)
         figures += [
             Figure(
                 name="contrast: tokens/s of a forward pass",
@@ -76,7 +97,7 @@ def measure(settings: Settings) -> Record:
             "local_vs_separate": "local: speed beside separate scorings",
         },
         seconds=seconds,
-        peak_bytes=measure_peaks("judging", ("contrast", "trie"), settings),
+        peak_sides=("contrast", "trie"),
     )
 
 
@@ -95,36 +116,42 @@ def make_rows(settings: Settings) -> list[JudgeRow]:
     ]
 
 
-def make_side(side: str, hf: Any, settings: Settings, tokens: int) -> Callable[[], torch.Tensor]:
+def make_side(
+    side: str, hf: Any, settings: Settings, counted: Tokens
+) -> Callable[[], torch.Tensor]:
     """One side's work; the two local ones return log-probabilities of the numbers."""
     model = lay_views(hf, _tokenizer(settings))
-    prompt = draw_ids(hf, 1, PROMPT[settings.size])[0]
-    numbers = [_spell(number, hf) for number in range(NUMBERS[settings.size])]
+    prompt = draw_ids(hf, 1, PROMPT[settings.size])[0].cpu()
+    numbers = [_spell(number) for number in range(NUMBERS[settings.size])]
     none = torch.zeros(0, dtype=torch.int64)
     rows = make_rows(settings)
-    length = 64
-    ids = draw_ids(hf, max(1, round(tokens / length)), length)
+    ids = draw_ids(hf, max(1, round(counted.run / LENGTH)), LENGTH)
     return {
         "contrast": lambda: _contrast(model, rows),
-        "prefill": lambda: _prefill(model, ids),
+        "prefill": lambda: _prefill(model, ids, counted.scored / counted.run),
         "trie": lambda: score_continuations(model, [prompt], numbers, never_next=none)[0],
         "separate": lambda: _score_apart(model, prompt, numbers),
     }[side]
 
 
-def _spell(number: int, hf: Any) -> tuple[int, ...]:
+def _spell(number: int) -> tuple[int, ...]:
     """A token a digit, as tokenizers that split numbers do."""
     return tuple(3 + int(digit) for digit in str(number))
 
 
 def _contrast(model: Any, rows: list[JudgeRow]) -> torch.Tensor:
-    found = score_contrast(model, rows, batching=Batching(tokens=4096))
+    found = score_contrast(model, rows, batching=Batching(tokens=BATCH_TOKENS))
     return torch.tensor([one.total if isinstance(one, ContrastScore) else 0.0 for one in found])
 
 
 @torch.inference_mode()
-def _prefill(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    return torch.stack([model(part)[:, -1].amax() for part in ids.split(16)])
+def _prefill(model: Any, ids: torch.Tensor, scored: float) -> torch.Tensor:
+    """Passes as large as the judge's, with logits of that share of the tokens."""
+    found = []
+    for part in ids.split(BATCH_TOKENS // LENGTH):
+        resid = model(part, stop_at_layer=model.cfg.n_layers).flatten(0, 1)
+        found.append(compute_logits(model, resid[: round(scored * len(resid))]).amax())
+    return torch.stack(found)
 
 
 @torch.inference_mode()
@@ -132,27 +159,37 @@ def _score_apart(model: Any, prompt: torch.Tensor, numbers: list[tuple[int, ...]
     scores = []
     for tokens in numbers:
         spelt = torch.tensor(tokens)
-        logs = model(torch.cat([prompt, spelt])[None])[0].float().log_softmax(-1)
+        ids = torch.cat([prompt, spelt])[None].to(model.W_E.device)
+        logs = model(ids)[0].float().log_softmax(-1).cpu()
         at = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(spelt))
         scores.append(logs[at, spelt].sum())
     return torch.stack(scores)
 
 
-def _count_tokens(hf: Any, settings: Settings) -> int:
-    """Tokens that the contrast judge puts through the model, padding included."""
-    seen: list[int] = []
-    plain = kv_cache.run_cached
+def count_tokens(hf: Any, settings: Settings) -> Tokens:
+    """Watch the contrast judge once: what runs is published, so that padding can be told."""
+    run: list[int] = []
+    padded: list[int] = []
+    scored: list[int] = []
+    plain, logits = score.run_cached, score.compute_logits
 
     def counting(model: Any, ids: torch.Tensor, *args: Any, **given: Any) -> torch.Tensor:
-        seen.append(ids.numel())
+        tokens = tokens_in_flight(model)
+        assert tokens is not None
+        run.append(int((tokens.absolute >= 0).sum()))
+        padded.append(ids.numel())
         return plain(model, ids, *args, **given)
 
-    score.run_cached = counting
-    try:
+    def reading(model: Any, resid: torch.Tensor) -> torch.Tensor:
+        scored.append(len(resid))
+        return logits(model, resid)
+
+    with (
+        mock.patch.object(score, "run_cached", counting),
+        mock.patch.object(score, "compute_logits", reading),
+    ):
         _contrast(lay_views(hf, _tokenizer(settings)), make_rows(settings))
-    finally:
-        score.run_cached = plain
-    return sum(seen)
+    return Tokens(run=sum(run), padded=sum(padded), scored=sum(scored))
 
 
 def _check(sides: dict[str, Callable[[], torch.Tensor]], dtype: str) -> None:
@@ -165,7 +202,7 @@ def _check(sides: dict[str, Callable[[], torch.Tensor]], dtype: str) -> None:
 def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
     """Load, then judge, pausing after each for the memory to be read."""
     hf = load_hugging_face(dtype, settings)
-    run = make_side(side, hf, settings, 64)
+    run = make_side(side, hf, settings, Tokens(run=LENGTH, padded=LENGTH, scored=1))
     yield {}
     run()
     yield {}

@@ -17,8 +17,9 @@ import torch
 from benchmarks.adapters import Case, make_cases
 from benchmarks.memory import count_new_bytes
 from benchmarks.models import describe_model, draw_ids, load_hugging_face, load_tokenizer
-from benchmarks.peers import check_logits, load_own_way, merge_plainly
+from benchmarks.peers import find_peers, load_own_way, merge_plainly
 from benchmarks.records import Figure, Record
+from benchmarks.reference import check_logits
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import exact_ratio
@@ -35,6 +36,7 @@ def measure(settings: Settings) -> Record:
     """Count, for each adapter, what either form owns."""
     figures: list[Figure] = []
     sizes: dict[str, Any] = {}
+    notes = ["ratios beside peers are bytes of theirs over bytes of ours"]
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
@@ -45,7 +47,7 @@ def measure(settings: Settings) -> Record:
                 continue
             for form in FORMS:
                 figures.append(_count(base, hf, case, form, settings))
-        figures += _peers(base, hf, settings)
+        figures += _peers(base, hf, settings, notes)
     return Record(
         row="load_tuned",
         settings=settings,
@@ -54,10 +56,9 @@ def measure(settings: Settings) -> Record:
         headline={
             "merged_over_touched": f"{SHOWN[0]}, merged / touched bytes",
             "attached_over_adapter": f"{SHOWN[0]}, attached / adapter's bytes",
-            "vs_transformer_lens": "second model's bytes / merged: transformer_lens",
             "vs_huggingface": "second model's bytes / merged: huggingface",
         },
-        notes=["ratios beside peers are bytes of theirs over bytes of ours"],
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -93,7 +94,7 @@ def _count(base: Any, hf: Any, case: Case, form: Any, settings: Settings) -> Fig
     )
 
 
-def _peers(base: Any, hf: Any, settings: Settings) -> list[Figure]:
+def _peers(base: Any, hf: Any, settings: Settings, notes: list[str]) -> list[Figure]:
     """Bytes of a second model made the peers' way over those of our merged one."""
     dtype = str(hf.dtype).removeprefix("torch.")
     nine = next(case for case in make_cases(hf, settings) if case.name == SHOWN[0])
@@ -102,14 +103,15 @@ def _peers(base: Any, hf: Any, settings: Settings) -> list[Figure]:
         "transformer_lens": lambda: load_own_way(hf),
         "huggingface": lambda: load_hugging_face(dtype, settings),
     }
+    counts = {peer: (lambda make=make: count_new_bytes(make)[1]) for peer, make in peers.items()}
     return [
         Figure(
             name=f"second model's bytes / merged: {peer}",
             dtype=dtype,
-            ratio=exact_ratio(count_new_bytes(make)[1] / ours),
+            ratio=exact_ratio(owned / ours),
             better="higher",
         )
-        for peer, make in peers.items()
+        for peer, owned in find_peers(counts, notes).items()
     ]
 
 

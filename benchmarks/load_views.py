@@ -10,6 +10,7 @@ alone. On a GPU, where the weights are random and lie on no disk, bytes only.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from benchmarks.models import (
     load_hugging_face,
     load_tokenizer,
 )
-from benchmarks.peers import check_logits, load_bridge, load_own_way
+from benchmarks.peers import find_peers, load_bridge, load_own_way
 from benchmarks.records import Figure, Record
+from benchmarks.reference import Reference
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import exact_ratio, time_sides
@@ -43,8 +45,9 @@ def measure(settings: Settings) -> Record:
     seconds: dict[str, float] = {}
     sizes: dict[str, Any] = {}
     peaks: dict[str, int] = {}
+    notes: list[str] = []
     for dtype in settings.dtypes:
-        figures += _count(dtype, settings, sizes)
+        figures += _count(dtype, settings, sizes, notes)
         if settings.device == "cpu":
             figures += _time(dtype, settings, seconds)
             figures += _occupy(dtype, settings, peaks)
@@ -59,6 +62,7 @@ def measure(settings: Settings) -> Record:
         | ({"vs_huggingface": "load time: vs_huggingface"} if timed else {}),
         seconds=seconds,
         peak_bytes=peaks,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -69,29 +73,30 @@ def lay(side: str, hf: Any, tokenizer: Any) -> Any:
     return load_own_way(hf) if side == "transformer_lens" else load_bridge(hf, tokenizer)
 
 
-def _count(dtype: str, settings: Settings, sizes: dict[str, Any]) -> list[Figure]:
-    figures = []
+def _count(dtype: str, settings: Settings, sizes: dict[str, Any], notes: list[str]) -> list[Figure]:
     tokenizer = load_tokenizer(settings)
-    for side in SIDES:
-        hf, reference = (load_hugging_face(dtype, settings) for _ in range(2))
-        sizes |= describe_model(hf)
-        held = sum(p.numel() * p.element_size() for p in hf.parameters())
-        model, extra = count_new_bytes(lambda hf=hf, side=side: lay(side, hf, tokenizer))
+
+    def count(side: str) -> Figure:
+        hf = load_hugging_face(dtype, settings)
+        sizes.update(describe_model(hf))
         ids = draw_ids(hf, 2, 16)
+        reference = Reference(hf, ids)
+        _ = reference.exact  # made now: the bridge changes the model that it is given
+        held = sum(p.numel() * p.element_size() for p in hf.parameters())
+        model, extra = count_new_bytes(lambda: lay(side, hf, tokenizer))
         with torch.inference_mode():
             logits = model(ids, attention_mask=torch.ones_like(ids))
-        check_logits(logits, reference, ids, what=f"{side} {dtype}")
-        figures.append(
-            Figure(
-                name=f"extra bytes / checkpoint: {side}",
-                dtype=dtype,
-                ratio=exact_ratio(extra / held),
-                better="lower",
-                aim=settings.aim(EXTRA_AIM) if side == "emlens" else None,
-            )
+        reference.check(logits, what=f"{side} {dtype}")
+        return Figure(
+            name=f"extra bytes / checkpoint: {side}",
+            dtype=dtype,
+            ratio=exact_ratio(extra / held),
+            better="lower",
+            aim=settings.aim(EXTRA_AIM) if side == "emlens" else None,
         )
-        del model, hf, reference
-    return figures
+
+    peers = {side: partial(count, side) for side in SIDES[1:]}
+    return [count("emlens"), *find_peers(peers, notes).values()]
 
 
 def _time(dtype: str, settings: Settings, seconds: dict[str, float]) -> list[Figure]:

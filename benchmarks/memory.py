@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,18 @@ class Residence:
     """Memory of a process that did one thing."""
 
     after: tuple[int, ...]
-    """Resident bytes after each step."""
-    peak: int
-    """Peak resident bytes, loading included."""
+    """Bytes in use after each step: resident ones, or on a GPU those of tensors."""
+    peaks: tuple[int, ...]
+    """Most of them during each step; on systems where a peak cannot be reset, until its end."""
     counted: Mapping[str, int]
     """What the steps counted on the way."""
     gpu: Mapping[str, int]
     """Peak bytes on the GPU, `allocated` and `reserved`; empty on a CPU."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes in use at any time, loading included."""
+        return max(self.peaks)
 
 
 def measure_residence(row: str, side: str, dtype: str, settings: Settings) -> Residence:
@@ -84,7 +90,7 @@ def measure_residence(row: str, side: str, dtype: str, settings: Settings) -> Re
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    return Residence(**(found | {"after": tuple(found["after"])}))
+    return Residence(**(found | {name: tuple(found[name]) for name in ("after", "peaks")}))
 
 
 def resident_bytes() -> int:
@@ -95,12 +101,17 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def gpu_bytes() -> dict[str, int]:
-    """Peak bytes of tensors, and of what the allocator has taken for them, on the GPU."""
-    return {
-        "allocated": torch.cuda.max_memory_allocated(),
-        "reserved": torch.cuda.max_memory_reserved(),
-    }
+def free_memory() -> None:
+    """Give back what nobody refers to, on a GPU to other processes too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak() -> None:
+    """Let the peak resident bytes of this process begin anew, where the system can do that."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_bytes() -> int:
@@ -125,12 +136,23 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
     module = importlib.import_module(f"benchmarks.{row}")
     after: list[int] = []
+    peaks: list[int] = []
+    reserved = 0
     counted: dict[str, int] = {}
     for found in module.steps(side, dtype, settings):
-        after.append(resident_bytes())
+        if device == "cpu":
+            peaks.append(peak_bytes())
+            after.append(resident_bytes())
+            reset_peak()
+        else:
+            torch.cuda.synchronize()
+            peaks.append(torch.cuda.max_memory_allocated())
+            after.append(torch.cuda.memory_allocated())
+            reserved = max(reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
         counted |= found
-    gpu = {} if device == "cpu" else gpu_bytes()
-    print(json.dumps({"after": after, "peak": peak_bytes(), "counted": counted, "gpu": gpu}))
+    gpu = {} if device == "cpu" else {"allocated": max(peaks), "reserved": reserved}
+    print(json.dumps({"after": after, "peaks": peaks, "counted": counted, "gpu": gpu}))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ random weights in the shapes of a Qwen2.5.
 """
 
 import atexit
+import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -30,6 +31,7 @@ from transformers import (
 from benchmarks.settings import DTYPES, Settings
 from emlens.data import Chat, Message
 from emlens.models.checkpoints import dequantise_gguf
+from emlens.models.products import multiply
 from emlens.sources import locate_source
 
 TOY = LlamaConfig(
@@ -102,7 +104,8 @@ def load_hugging_face(dtype: str, settings: Settings) -> PreTrainedModel:
     """A fresh Hugging Face model with fused (sdpa) attention, its weights shared with nobody."""
     if settings.device != "cpu" and settings.full:
         with torch.device(settings.device):
-            return random_model(_in_dtype(Qwen2ForCausalLM, DTYPES[dtype]), LARGE[settings.shape])
+            made = random_model(_in_dtype(Qwen2ForCausalLM, DTYPES[dtype]), LARGE[settings.shape])
+        return made.requires_grad_(False)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(settings.size),
         dtype=DTYPES[dtype],
@@ -123,6 +126,18 @@ def _in_dtype(kind: type, dtype: torch.dtype) -> Callable[[Any], Any]:
             torch.set_default_dtype(before)
 
     return make
+
+
+def plan_source(settings: Settings) -> str | Path:
+    """What `plan_memory` reads the sizes of the model from, at full size."""
+    if settings.device == "cpu":
+        return "emlens:smollm2"
+    config = copy.deepcopy(LARGE[settings.shape])
+    config.architectures = ["Qwen2ForCausalLM"]
+    folder = tempfile.TemporaryDirectory(prefix="emlens-benchmarks-")
+    atexit.register(folder.cleanup)
+    config.save_pretrained(folder.name)
+    return Path(folder.name)
 
 
 def load_tokenizer(settings: Settings) -> Any:
@@ -160,7 +175,10 @@ def linear_weights(hf: PreTrainedModel) -> list[Tensor]:
 
 
 def sweep_weights(weights: Sequence[Tensor], rows: int) -> Callable[[], None]:
-    """The multiplications of one forward pass over ``rows`` tokens and nothing else: the bound."""
+    """The multiplications of one forward pass over ``rows`` tokens and nothing else: the bound.
+
+    By `products.multiply`, which is torch's own product wherever that is the faster one.
+    """
     widths = {weight.shape[1] for weight in weights}
     like = weights[0]
     inputs = {width: torch.randn(rows, width, device=like.device).to(like) for width in widths}
@@ -168,7 +186,7 @@ def sweep_weights(weights: Sequence[Tensor], rows: int) -> Callable[[], None]:
     @torch.inference_mode()
     def sweep() -> None:
         for weight in weights:
-            nn.functional.linear(inputs[weight.shape[1]], weight)
+            multiply(inputs[weight.shape[1]], weight)
 
     return sweep
 

@@ -1,6 +1,6 @@
-"""The interventions of `decode_intervened` written for nnsight, on Hugging Face's own modules.
+"""A pass, and the interventions of `decode_intervened`, through nnsight on Hugging Face's modules.
 
-Imported by that row alone, and while it runs: importing nnsight gives every object a ``save``.
+nnsight itself is imported while such a row runs: doing so gives every object a ``save``.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import generate_hugging_face
+from benchmarks.peers import PeerLeftOutError, generate_hugging_face
 from emlens.models.lora import LoraAdapter
 
 MISSING = "nnsight is left out: it is not installed (pip install 'emlens-interp[bench]')"
@@ -29,13 +29,31 @@ def find_nnsight() -> str | None:
 
 
 def trace_model(hf: Any, tokenizer: Any) -> Any:
-    """A Hugging Face model in memory, wrapped."""
+    """A Hugging Face model in memory, wrapped.
+
+    Raises:
+        PeerLeftOutError: nnsight is not installed.
+    """
+    if find_nnsight() is None:
+        raise PeerLeftOutError(MISSING)
     # Its classes refuse an attribute that every object has: `api_judging` needs them in the end.
     if find_spec("anyio") is not None:
         import_module("anyio._backends._asyncio")
     from nnsight import TransformersModel
 
     return TransformersModel(hf, tokenizer=tokenizer)
+
+
+def pass_once(model: Any, ids: Tensor) -> Callable[[], Tensor]:
+    """One forward pass: logits [batch pos d_vocab]."""
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with model.trace(ids, use_cache=False):
+            logits = model.lm_head.output.save()
+        return logits
+
+    return run
 
 
 def decode_ablated(

@@ -20,13 +20,15 @@ from torch import Tensor
 
 from benchmarks.adapters import Case, make_cases, multiply_adapter
 from benchmarks.models import describe_model, load_hugging_face, load_tokenizer, make_chats
-from benchmarks.peers import load_own_way, merge_plainly
+from benchmarks.peers import find_peers, load_own_way, merge_plainly
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import Ratio, Timings, median_ratio, time_sides
+from benchmarks.work import Work, count_pass
+from emlens.activations import plan_reading
 from emlens.data import Batching, Chat
-from emlens.diffing.compare import compare_models, plan_comparison
+from emlens.diffing.compare import compare_models
 from emlens.diffing.results import ModelDiff
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.unembed import log_prob_slices
@@ -63,11 +65,17 @@ def measure(settings: Settings) -> Record:
     """Time the comparison of every adapter and form, the parts of the bound, and both peers."""
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
+    work: dict[str, Work] = {}
+    notes: list[str] = []
     sizes: dict[str, Any] = {}
     for dtype in settings.dtypes:
         bench = make_bench(dtype, settings)
         sizes |= describe_model(bench.hf) | {f"{dtype}: batch, pos": list(bench.ids.shape)}
-        figures += _measure_dtype(bench, dtype, settings, seconds)
+        figures += _measure_dtype(bench, dtype, settings, seconds, notes)
+        work[f"{dtype}: prefill"] = count_pass(bench.hf, *bench.ids.shape, logits=0)
+        one = count_pass(bench.hf, 1, 1).flops - count_pass(bench.hf, 1, 1, logits=0).flops
+        logits = Work(flops=2 * bench.ids.numel() * one, bytes=0)
+        work[f"{dtype}: log-probabilities"] = logits
     name = _figure_name(CHECKED, "attached")
     return Record(
         row="pair_diff",
@@ -76,11 +84,12 @@ def measure(settings: Settings) -> Record:
         figures=figures,
         headline={
             "over_bound": name,
-            "vs_transformer_lens": f"{CHECKED}: vs_transformer_lens",
             "vs_huggingface": f"{CHECKED}: vs_huggingface",
         },
         seconds=seconds,
-        peak_bytes=measure_peaks("pair_diff", ("emlens", "transformer_lens"), settings),
+        work=work,
+        notes=tuple(dict.fromkeys(notes)),
+        peak_sides=("emlens", "transformer_lens"),
     )
 
 
@@ -91,8 +100,8 @@ def make_bench(dtype: str, settings: Settings) -> Bench:
     chats = make_chats(settings, *size_chats(dtype, settings))
     cases = make_cases(hf, settings)
     pair = load_pair(base, cases[0].adapter)
-    work = plan_comparison(pair, chats, "resid_post", "all", Batching(), n_models=2)
-    (batch,) = work.batches()
+    plan = plan_reading(pair, chats, sites="resid_post", positions="all", batching=Batching())
+    (batch,) = plan.pad("laying out")
     assert bool(batch.mask.all()), "chats of equal length were meant"
     return Bench(
         hf=hf, base=base, chats=chats, ids=batch.ids.to(hf.device), mask=batch.mask, cases=cases
@@ -107,26 +116,21 @@ def size_chats(dtype: str, settings: Settings) -> tuple[int, int]:
 
 
 def _measure_dtype(
-    bench: Bench, dtype: str, settings: Settings, seconds: dict[str, float]
+    bench: Bench, dtype: str, settings: Settings, seconds: dict[str, float], notes: list[str]
 ) -> list[Figure]:
     pairs = {
         (case.name, form): load_pair(bench.base, case.adapter, form=form)
         for case in bench.cases
         for form in (("attached",) if case.first_layer else ("attached", "merged"))
     }
-    nine = next(case for case in bench.cases if case.name == CHECKED)
-    tuned = load_own_way(merge_plainly(bench.hf, nine.adapter))
-    own = load_own_way(bench.hf)
-    check_difference(bench.compare(pairs[CHECKED, "attached"]), own, tuned, bench.ids)
+    found = bench.compare(pairs[CHECKED, "attached"])
     sides: dict[str, Callable[[], object]] = {
         f"{name}, {form}": (lambda pair=pair: bench.compare(pair))
         for (name, form), pair in pairs.items()
     }
     sides |= {f"adapter of {c.name}": _multiply(bench, c) for c in bench.cases}
-    sides |= make_parts(bench) | {
-        "transformer_lens": lambda: [cache_residuals(m, bench.ids) for m in (own, tuned)],
-        "huggingface": _two_hidden_states(bench),
-    }
+    sides |= make_parts(bench) | {"huggingface": _two_hidden_states(bench)}
+    sides |= find_peers({"transformer_lens": lambda: _cache_twice(bench, found)}, notes)
     timings = time_sides(
         sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
     )
@@ -152,6 +156,7 @@ def _measure_dtype(
                 better="higher",
             )
             for peer in ("transformer_lens", "huggingface")
+            if peer in timings.seconds
         ),
     ]
 
@@ -213,8 +218,17 @@ def cache_residuals(model: Any, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     return logits, dict(cache)
 
 
+def _cache_twice(bench: Bench, found: ModelDiff) -> Callable[[], object]:
+    """Two cached passes, by which a comparison of ours is checked first."""
+    nine = next(case for case in bench.cases if case.name == CHECKED)
+    own = load_own_way(bench.hf)
+    check_difference(found, own, load_own_way(merge_plainly(bench.hf, nine.adapter)), bench.ids)
+    # The time depends on shapes alone: the base stands for its fine-tune, which is let go.
+    return lambda: [cache_residuals(own, bench.ids) for _ in range(2)]
+
+
 def _two_hidden_states(bench: Bench) -> Callable[[], object]:
-    # The time depends on shapes alone, so the base stands for its fine-tune.
+    # The base stands for its fine-tune here too.
     @torch.no_grad()
     def run() -> object:
         return [bench.hf(bench.ids, use_cache=False, output_hidden_states=True) for _ in range(2)]

@@ -5,8 +5,8 @@ import copy
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -16,13 +16,35 @@ from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, PreTrainedModel
 
+from benchmarks.memory import free_memory
 from emlens.models.lora import LoraAdapter
 from emlens.models.views import lay_views
 
-EXACT = 1e-5
-"""Rounding of float32 logits, as a part of the largest."""
-NEAR_TIE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-"""Gap of two logits, as a part of the largest, below which either may come out on top."""
+T = TypeVar("T")
+
+
+class PeerLeftOutError(RuntimeError):
+    """A peer cannot be run here; the message says why."""
+
+
+def find_peers(makers: Mapping[str, Callable[[], T]], notes: list[str]) -> dict[str, T]:
+    """Make, and check, each peer that can be run here.
+
+    Args:
+        makers: name -> what makes it; a wrong answer of a peer is an error like any other.
+        notes: why a peer was left out is added to these.
+    """
+    found: dict[str, T] = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except PeerLeftOutError as error:
+            notes.append(str(error))
+        except torch.OutOfMemoryError:
+            notes.append(f"{name} is left out: it does not fit into the memory that is left")
+        if name not in found:
+            free_memory()  # only now has nobody the frames in which it failed
+    return found
 
 
 def load_own_way(hf: PreTrainedModel) -> HookedTransformer:
@@ -111,48 +133,3 @@ def generate_own_way(model: HookedTransformer, ids: Tensor, n: int) -> Callable[
         return done[:, ids.shape[1] :]
 
     return generate
-
-
-@torch.inference_mode()
-def check_logits(logits: Tensor, hf: PreTrainedModel, ids: Tensor, *, what: str) -> None:
-    """Require Hugging Face's logits on the same weights, up to rounding.
-
-    In float32 within `EXACT` of the largest; where that fails, as in bfloat16, the reference is
-    Hugging Face one precision up, and the error at most twice that which Hugging Face itself makes.
-
-    Raises:
-        AssertionError: they differ by more; timing something else is no use.
-    """
-    expected = hf(ids, use_cache=False).logits
-    if hf.dtype == torch.float32:
-        gap = float((logits - expected).abs().max() / expected.abs().max())
-        if gap <= EXACT:
-            return
-    finer = torch.float64 if hf.dtype == torch.float32 else torch.float32
-    reference: Any = copy.deepcopy(hf)
-    exact = reference.to(finer)(ids, use_cache=False).logits
-    gap = float((logits.to(finer) - exact).norm() / exact.norm())
-    allowed = 2 * float((expected.to(finer) - exact).norm() / exact.norm())
-    if not gap <= allowed:
-        raise AssertionError(f"{what}: logits differ by {gap:.2g}, at most {allowed:.2g} allowed")
-
-
-@torch.inference_mode()
-def check_tokens(ours: Tensor, theirs: Tensor, hf: PreTrainedModel, ids: Tensor) -> None:
-    """Require equal greedy tokens, or a first difference at which Hugging Face sees a near-tie.
-
-    Raises:
-        AssertionError: a row that leaves Hugging Face's where it had a clear favourite.
-    """
-    if ours.shape != theirs.shape:
-        raise AssertionError(f"tokens {tuple(ours.shape)}, Hugging Face {tuple(theirs.shape)}")
-    for row, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        differs = (mine != other).nonzero()
-        if not len(differs):
-            continue
-        at = int(differs[0])
-        before = torch.cat([ids[row], other[:at]])[None]
-        logits = hf(before, use_cache=False).logits[0, -1].float()
-        gap = float(logits[other[at]] - logits[mine[at]]) / float(logits.abs().max())
-        if gap > NEAR_TIE[hf.dtype]:
-            raise AssertionError(f"row {row} leaves Hugging Face's tokens at {at}, gap {gap:.2g}")

@@ -1,7 +1,9 @@
 """Prefill: how fast is one forward pass of 8 x 128 tokens, logits included?
 
-Bound: the matrix multiplications of the weights alone, timed in the same run.
-Beside it: Hugging Face (sdpa attention) with logits, and TransformerLens's own loading.
+Bound: the matrix multiplications of the weights alone, timed in the same rounds; and for the use
+made of the device, the rate at which it multiplies large square matrices.
+Beside it: Hugging Face (sdpa attention) with logits, TransformerLens's own loading and its bridge,
+and nnsight around Hugging Face's modules.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,22 +12,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.machine import multiply_squares
 from benchmarks.models import (
     describe_model,
     draw_ids,
     linear_weights,
     load_hugging_face,
+    load_tokenizer,
     sweep_weights,
 )
-from benchmarks.peers import check_logits, load_own_way
+from benchmarks.nnsight_peer import pass_once, trace_model
+from benchmarks.peers import find_peers, load_bridge, load_own_way
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.reference import Reference
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
-from benchmarks.timing import time_sides
+from benchmarks.timing import Timings, time_sides
+from benchmarks.work import Work, count_pass
 from emlens.models.views import lay_views
 
 SHAPES = {"toy": (4, 32), "full": (8, 128)}
 SIDES = ("emlens", "huggingface", "transformer_lens")
+PEERS = ("transformer_lens", "bridge", "nnsight")
+"""Left out, with a reason, where they cannot be run."""
+AIMS = {"huggingface": 1.0}
 
 
 def measure(settings: Settings) -> Record:
@@ -33,59 +43,96 @@ def measure(settings: Settings) -> Record:
     batch, length = SHAPES[settings.size]
     figures: list[Figure] = []
     seconds: dict[str, float] = {}
+    work: dict[str, Work] = {}
+    notes: list[str] = []
     sizes: dict[str, Any] = {"batch": batch, "pos": length}
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         ids = draw_ids(hf, batch, length)
-        sides = {side: make_side(side, hf, ids) for side in SIDES}
-        for name, side in sides.items():
-            check_logits(side(), hf, ids, what=f"{name} {dtype}")
-        weights = linear_weights(hf)
+        sides = make_sides(hf, ids, settings, notes)
+        squares, most = multiply_squares(dtype, settings)
         timings = time_sides(
-            sides | {"bound": sweep_weights(weights, batch * length)},
+            sides
+            | {"bound": sweep_weights(linear_weights(hf), batch * length), "squares": squares},
             rounds=settings.rounds,
             device=settings.device,
             clock=settings.read_clock,
         )
-        figures += [
+        done = count_pass(hf, batch, length)
+        figures += _compare(timings, dtype, settings)
+        figures.append(
             Figure(
-                name=f"vs_{peer}",
+                name="share of the machine's FLOP/s",
                 dtype=dtype,
-                ratio=timings.speed("emlens", peer),
+                ratio=timings.share("emlens", done.flops, "squares", most),
                 better="higher",
-                aim=settings.aim({"huggingface": 1.0}.get(peer)),
             )
-            for peer in ("huggingface", "transformer_lens", "bound")
-        ]
+        )
         seconds |= {f"{dtype}: {side}": timings.median(side) for side in timings.seconds}
-        flops = 2 * batch * length * sum(w.numel() for w in weights)
-        sizes |= describe_model(hf) | {
-            f"{dtype}: matrix FLOP/s": flops / timings.median("emlens"),
-        }
+        work |= {f"{dtype}: {side}": done for side in sides}
+        work[f"{dtype}: squares"] = Work(flops=most, bytes=0)
+        sizes |= describe_model(hf)
     return Record(
         row="prefill",
         settings=settings,
         sizes=sizes,
         figures=figures,
-        headline={"vs_transformer_lens": "vs_transformer_lens", "vs_huggingface": "vs_huggingface"},
+        headline={"vs_huggingface": "vs_huggingface", "vs_bound": "vs_bound"},
         seconds=seconds,
-        peak_bytes=measure_peaks("prefill", SIDES, settings),
+        work=work,
+        peak_sides=SIDES,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def make_side(side: str, hf: Any, ids: Tensor) -> Callable[[], Tensor]:
+def make_sides(
+    hf: Any, ids: Tensor, settings: Settings, notes: list[str]
+) -> dict[str, Callable[[], Tensor]]:
+    """Every side that can be run here, its logits checked."""
+    reference = Reference(hf, ids)
+
+    def checked(side: str) -> Callable[[], Tensor]:
+        run = make_side(side, hf, ids, settings)
+        reference.check(run(), what=side)
+        return run
+
+    peers = {side: (lambda side=side: checked(side)) for side in PEERS}
+    return {side: checked(side) for side in ("emlens", "huggingface")} | find_peers(peers, notes)
+
+
+def make_side(side: str, hf: Any, ids: Tensor, settings: Settings) -> Callable[[], Tensor]:
     """A forward pass that returns logits [batch pos d_vocab]."""
-    model = {"emlens": lambda: lay_views(hf, None), "transformer_lens": lambda: load_own_way(hf)}
     if side == "huggingface":
         return torch.inference_mode()(lambda: hf(ids, use_cache=False).logits)
-    hooked = model[side]()
+    if side == "nnsight":
+        return pass_once(trace_model(hf, load_tokenizer(settings)), ids)
+    if side == "bridge":
+        own = load_hugging_face(str(hf.dtype).removeprefix("torch."), settings)
+        bridge = load_bridge(own, load_tokenizer(settings))
+        mask = torch.ones_like(ids)
+        return torch.inference_mode()(lambda: bridge(ids, attention_mask=mask))
+    hooked = lay_views(hf, None) if side == "emlens" else load_own_way(hf)
     return torch.inference_mode()(lambda: hooked(ids))
+
+
+def _compare(timings: Timings, dtype: str, settings: Settings) -> list[Figure]:
+    return [
+        Figure(
+            name=f"vs_{peer}",
+            dtype=dtype,
+            ratio=timings.speed("emlens", peer),
+            better="higher",
+            aim=settings.aim(AIMS.get(peer)),
+        )
+        for peer in ("huggingface", *PEERS, "bound")
+        if peer in timings.seconds
+    ]
 
 
 def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
     """Load, then run twice, pausing after each for the memory to be read."""
     hf = load_hugging_face(dtype, settings)
-    run = make_side(side, hf, draw_ids(hf, *SHAPES[settings.size]))
+    run = make_side(side, hf, draw_ids(hf, *SHAPES[settings.size]), settings)
     yield {}
     run()
     run()

@@ -3,21 +3,23 @@
 import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from benchmarks.gpu import find_driver
 from benchmarks.settings import Settings
 from benchmarks.timing import Ratio
+from benchmarks.work import Work
 
-SCHEMA = "emlens-benchmarks/1"
-PACKAGES = ("emlens-interp", "torch", "transformers", "transformer-lens", "peft")
+SCHEMA = "emlens-benchmarks/2"
+PACKAGES = ("emlens-interp", "torch", "transformers", "transformer-lens", "peft", "nnsight")
+ROOT = Path(__file__).resolve().parents[1]
 Verdict = Literal["met", "missed", "undecided", ""]
 
 
@@ -61,6 +63,12 @@ class Record:
     """Medians by case, dtype and side; they mean something beside one another only."""
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
     """Peak memory of a process that runs one side alone, by dtype, side and kind of memory."""
+    peak_sides: Sequence[str] = ()
+    """Sides whose peak memory is measured once the row itself holds none."""
+    work: Mapping[str, Work] = field(default_factory=dict)
+    """FLOPs and bytes by formula, under the keys of `seconds`."""
+    gpu: Mapping[str, float] = field(default_factory=dict)
+    """Clocks (MHz), power (W) and temperature of a GPU while it was busy; see `watch_gpu`."""
     notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -70,49 +78,98 @@ class Record:
         return {
             "schema": SCHEMA,
             "row": self.row,
-            "size": self.settings.size,
-            "device": describe_device(self.settings.device),
-            "machine": describe_machine(self.settings.device),
-            "threads": self.settings.threads,
-            "shape": self.settings.shape if self.settings.device != "cpu" else None,
-            "clock": self.settings.clock,
-            "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+            **describe_settings(self.settings),
+            "machine": describe_machine(self.settings.device) | dict(self.gpu),
+            "versions": {"python": platform.python_version(), "commit": find_commit()}
+            | {package: found for package in PACKAGES if (found := _find_version(package))},
             "sizes": dict(self.sizes),
             "ratios": {key: medians[name] for key, name in self.headline.items()},
             "figures": [asdict(f) | {"verdict": f.verdict} for f in self.figures],
             "seconds": dict(self.seconds),
+            "work": {key: self._describe_work(key, work) for key, work in self.work.items()},
             "peak_bytes": dict(self.peak_bytes),
             "notes": list(self.notes),
         }
+
+    def _describe_work(self, key: str, work: Work) -> dict[str, float]:
+        """Work, and how much of it is done a second."""
+        found: dict[str, float] = {"flops": work.flops, "bytes": work.bytes}
+        if key in self.seconds:
+            taken = self.seconds[key]
+            found |= {"flop_per_s": work.flops / taken, "bytes_per_s": work.bytes / taken}
+        return found
+
+
+COMPARED = ("size", "device", "threads", "shape", "clock")
+
+
+def describe_settings(settings: Settings) -> dict[str, Any]:
+    """What two runs must have in common to be compared."""
+    return {
+        "size": settings.size,
+        "device": describe_device(settings.device),
+        "threads": settings.threads,
+        "shape": settings.shape if settings.device != "cpu" else None,
+        "clock": settings.clock,
+    }
+
+
+def check_comparable(old: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to compare with a record made under other settings.
+
+    Args:
+        old: the record.
+        now: what `describe_settings` says of this run.
+
+    Raises:
+        ValueError: another size, device, number of threads, shape or clock.
+    """
+    for key, value in now.items():
+        then = old.get(key)
+        if then != value:
+            raise ValueError(f"{key}: {then!r} then, {value!r} now; no comparison")
+
+
+def find_commit() -> str:
+    """The commit measured, with a plus sign where files differ from it; empty if unknown."""
+    asked = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def _find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 def describe_device(device: str) -> str:
     """A GPU's name, or the processor's."""
     if device != "cpu":
         return torch.cuda.get_device_name()
-    return f"cpu ({platform.machine()})"
+    return f"cpu ({_read_processor().get('model name', platform.machine())})"
 
 
-_GPU_FIELDS = ("driver_version", "clocks.sm", "clocks.mem", "power.draw", "power.limit")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 """Instructions that decide how fast products are."""
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a time depends on: the processor and its instructions, or a GPU, its clocks and power.
-
-    Read right after a measurement, so that clocks and power are those of a busy device.
-    """
+    """What a time depends on: the processor and its instructions, or the GPU."""
     if device != "cpu":
-        named = dict(zip(_GPU_FIELDS, _ask_gpu(_GPU_FIELDS), strict=False))
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return named | {"cuda": torch.version.cuda, "capability": capability, "bytes": memory}
-    page = Path("/proc/cpuinfo")
-    facts: dict[str, str] = {}
-    if page.exists():
-        lines = [line.partition(":") for line in page.read_text(encoding="utf-8").splitlines()]
-        facts = {key.strip(): value.strip() for key, _, value in lines}
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        return {
+            "driver": find_driver(),
+            "cuda": torch.version.cuda,
+            "capability": capability,
+            "bytes": memory,
+        }
+    facts = _read_processor()
     flags = facts.get("flags", facts.get("Features", "")).split()
     return {
         "processor": facts.get("model name", platform.processor()),
@@ -121,16 +178,12 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
-def _ask_gpu(fields: Sequence[str]) -> list[str]:
-    """The driver's own words, with units; nothing where its tool is missing."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    asked = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    found = subprocess.run(asked, capture_output=True, text=True, timeout=60)
-    index = torch.cuda.current_device()
-    lines = found.stdout.strip().splitlines()
-    return lines[min(index, len(lines) - 1)].split(", ") if lines else []
+def _read_processor() -> dict[str, str]:
+    page = Path("/proc/cpuinfo")
+    if not page.exists():
+        return {}
+    lines = [line.partition(":") for line in page.read_text(encoding="utf-8").splitlines()]
+    return {key.strip(): value.strip() for key, _, value in lines}
 
 
 def format_table(record: Record) -> str:
@@ -164,11 +217,11 @@ def find_slowdowns(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         new: one of the same row.
 
     Raises:
-        ValueError: records of different rows, sizes, devices, threads or clocks.
+        ValueError: records of different rows; see `check_comparable`.
     """
-    for key in ("row", "size", "device", "threads", "clock", "shape"):
-        if old.get(key) != new.get(key):
-            raise ValueError(f"{key}: {old.get(key)!r} then, {new.get(key)!r} now; no comparison")
+    if old["row"] != new["row"]:
+        raise ValueError(f"row: {old['row']!r} then, {new['row']!r} now; no comparison")
+    check_comparable(old, {key: new.get(key) for key in COMPARED})
     before = {(f["name"], f["dtype"]): f for f in old["figures"]}
     found = []
     for figure in new["figures"]:

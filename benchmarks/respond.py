@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from benchmarks.models import describe_model, load_hugging_face, load_tokenizer, make_chats
-from benchmarks.peers import check_tokens
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.reference import check_tokens
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings, time_sides
 from emlens.data import Batching, Chat, load_chats, pad_batch, plan_batches, tokenize_chat
@@ -74,7 +74,7 @@ def measure(settings: Settings) -> Record:
         figures=figures,
         headline={f"{way}_vs_huggingface": f"{way}: tokens/s vs_huggingface" for way in WAYS},
         seconds=seconds,
-        peak_bytes=measure_peaks("respond", SIDES, settings),
+        peak_sides=SIDES,
     )
 
 
@@ -93,8 +93,8 @@ def _time_per_token(sides: dict[str, Answer], settings: Settings) -> Timings:
     )
     return Timings(
         seconds={
-            # The first call was a warm-up.
-            side: tuple(s / n for s, n in zip(taken, counts[side][1:], strict=True))
+            # The first calls were a warm-up.
+            side: tuple(s / n for s, n in zip(taken, counts[side][-len(taken) :], strict=True))
             for side, taken in timings.seconds.items()
         }
     )

@@ -31,6 +31,8 @@ class Settings:
     """``cpu`` counts this process's own processor time: for one thread on a busy machine."""
     only_dtype: str | None = None
     """One of the dtypes, where not all are wanted."""
+    only_batch: int | None = None
+    """Rows run at once, in the rows of the suite that time several such numbers."""
     shape: Shape = "7b"
     """On a GPU: of which Qwen2.5 the random weights have the shapes."""
 
@@ -52,6 +54,10 @@ class Settings:
             return ("float32",)
         return ("float32", "bfloat16") if self.device == "cpu" else ("bfloat16",)
 
+    def batches(self, usual: tuple[int, ...]) -> tuple[int, ...]:
+        """The numbers of rows that are run at once: the usual ones, or the one asked for."""
+        return usual if self.only_batch is None else (self.only_batch,)
+
     def aim(self, value: float | None) -> float | None:
         """An aim at full size; what a toy takes is overhead, and is held to none."""
         return value if self.full else None
@@ -65,14 +71,16 @@ def check_settings(settings: Settings) -> Settings:
     """Refuse settings that cannot be met here.
 
     Raises:
-        RuntimeError: a GPU without a CUDA device, processor time of what runs beside it, or too
-            few rounds for an interval.
+        RuntimeError: a GPU without a CUDA device, processor time of what runs beside it, too few
+            rounds for an interval, or a batch without rows.
     """
     if settings.rounds < MIN_PAIRS:
         raise RuntimeError(
             f"--rounds {settings.rounds}: expected at least {MIN_PAIRS}; no interval of fewer "
             "ratios covers their median at 95 %"
         )
+    if settings.only_batch is not None and settings.only_batch < 1:
+        raise RuntimeError(f"--batch {settings.only_batch}: expected at least one row")
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
             "--suite gpu needs a CUDA device, and torch sees none (torch.cuda.is_available() is "

@@ -78,6 +78,24 @@ class Timings:
         """The median time of one side, in seconds."""
         return statistics.median(self.seconds[side])
 
+    def derived(self, name: str, formula: Callable[[Mapping[str, float]], float]) -> "Timings":
+        """The same with one more side, whose time in each round follows from the others'."""
+        rounds = zip(*self.seconds.values(), strict=True)
+        found = tuple(formula(dict(zip(self.seconds, times, strict=True))) for times in rounds)
+        return Timings(seconds={**self.seconds, name: found})
+
+    def share(self, side: str, done: float, of: str, most: float) -> Ratio:
+        """What one side does a second of what another does, round by round.
+
+        Args:
+            side: whose rate.
+            done: what it does in a call, such as FLOPs or bytes.
+            of: the side whose rate is the most there is.
+            most: what that one does in a call, in the same unit.
+        """
+        pairs = zip(self.seconds[side], self.seconds[of], strict=True)
+        return median_ratio([(done / a) / (most / b) for a, b in pairs])
+
     def cost(self, side: str, over: str) -> Ratio:
         """Time of one side over another's, round by round."""
         pairs = zip(self.seconds[side], self.seconds[over], strict=True)
@@ -92,7 +110,7 @@ def time_sides(
     sides: Mapping[str, Side],
     *,
     rounds: int,
-    warm_up: int = 1,
+    warm_up: int | None = None,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
@@ -101,12 +119,14 @@ def time_sides(
     Args:
         sides: what is compared, by name; what they return is thrown away.
         rounds: how many pairs each ratio will have.
-        warm_up: untimed calls of each side beforehand.
+        warm_up: untimed calls of each side beforehand; by default one, on a GPU three: kernels are
+            chosen, and clocks come up, in the first.
         device: a GPU's own events are used instead of the clock.
         clock: seconds.
     """
+    calls = warm_up if warm_up is not None else (1 if device == "cpu" else 3)
     for side in sides.values():
-        for _ in range(warm_up):
+        for _ in range(calls):
             side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(rounds):

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks.models import describe_model, load_hugging_face, load_tokenizer, make_chats
 from benchmarks.records import Figure, Record
-from benchmarks.rows import measure_peaks, run_alone
+from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import time_sides
 from emlens.data import Chat, load_chats
@@ -67,7 +67,7 @@ def measure(settings: Settings) -> Record:
         figures=figures,
         headline={"vs_peft": "vs a plain loop of peft"},
         seconds=seconds,
-        peak_bytes=measure_peaks("train", SIDES, settings),
+        peak_sides=SIDES,
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.data import (
+    Batch,
     Batching,
     Chat,
     Positions,
@@ -91,6 +92,18 @@ class ReadingPlan:
         """Tokens that positions select in some of the chats."""
         return sum(int(position.mask(self.tokenized[row]).sum()) for row in rows)
 
+    def pad(self, task: str, *, chosen: Iterable[int] | None = None) -> Iterator[Batch]:
+        """Yield the planned batches, longest rows first, telling progress under a task's name.
+
+        Args:
+            task: name of the work, for progress.
+            chosen: numbers of the batches; by default all.
+        """
+        todo = self.batches if chosen is None else [self.batches[number] for number in chosen]
+        sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in todo]
+        for rows in track(todo, task, sizes=sizes):
+            yield pad_batch(self.tokenized, rows, pad_id=self.pad_id)
+
     def read(
         self, visit: Visitor, task: str, *, chosen: Iterable[int] | None = None
     ) -> Iterator[tuple[Selection, ...]]:
@@ -102,10 +115,7 @@ class ReadingPlan:
             task: name of the work, for progress.
             chosen: numbers of the batches to run; by default all.
         """
-        todo = self.batches if chosen is None else [self.batches[number] for number in chosen]
-        sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in todo]
-        for rows in track(todo, task, sizes=sizes):
-            batch = pad_batch(self.tokenized, rows, pad_id=self.pad_id)
+        for batch in self.pad(task, chosen=chosen):
             tokens = frame_batch(batch, self.tokenized)
             masks = [position_mask(batch, self.tokenized, p) for p in self.positions]
             device = base_of(self.model).embed.W_E.device
@@ -152,6 +162,7 @@ def plan_reading(
     sites: SitesLike,
     positions: PositionsLike,
     batching: Batching,
+    copies: int | None = None,
 ) -> ReadingPlan:
     """Tokenise chats and plan batches; whatever cannot be read is named before anything runs.
 
@@ -160,7 +171,8 @@ def plan_reading(
         chats: prompts (str) or chats; a chat without a response is framed up to where one begins.
         sites: where; a bare stream is every layer.
         positions: which tokens, one name or several.
-        batching: tokens run at once, both models of a pair counted.
+        batching: tokens run at once, all models counted.
+        copies: how many models run at once; by default one, or the two of a pair.
 
     Raises:
         ValueError: no tokenizer, a site the model lacks, positions that a chat does not have, or a
@@ -180,7 +192,9 @@ def plan_reading(
     tokenized = TokenizedChats(
         given, tokenizer, check=lambda chat: [position.mask(chat) for position in parsed]
     )  # a span that is missing fails before anything is run
-    budget = Batching(max(1, batching.tokens // count_models(model)), batching.max_length)
+    budget = Batching(
+        max(1, batching.tokens // (copies or count_models(model))), batching.max_length
+    )
     pad = tokenizer.pad_token_id
     return ReadingPlan(
         model=model,

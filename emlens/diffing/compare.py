@@ -3,61 +3,29 @@
 The band that chance would give is the same comparison with random adapters: ``null_band``.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.data import (
-    Batch,
-    Batching,
-    Chat,
-    Positions,
-    TokenizedChats,
-    as_chats,
-    pad_batch,
-    parse_positions,
-    plan_batches,
-    position_mask,
-    track,
-)
+from emlens.activations.reading import PositionsLike, ReadingPlan, SitesLike, plan_reading
+from emlens.data import Batch, Batching, Chat, position_mask
 from emlens.diffing.activations import SiteDifferences, summarise_changes
 from emlens.diffing.logits import LogitDifferences, PredictionRows
 from emlens.diffing.results import ActivationDiff, LogitDiff, ModelDiff
 from emlens.models.pair import ModelPair
 from emlens.models.paired import PairedForward, Tuned, forward_many, tuned_parts
-from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import log_probabilities, slice_rows
 from emlens.models.views import origin_of
-from emlens.sites import Site, expand_sites
+from emlens.sites import Site
 
-SitesLike = str | Site | Sequence[str | Site]
-PositionsLike = str | Sequence[str]
+TASK = "comparing (tokens)"
 COPIES = 4
 """Tensors of a slice's logits alive at once: two log-probabilities and their exponentials."""
 SHOWN_TEXT = 120
 """Characters of a prompt kept in its row."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """What is to be compared: chats as ids, sites, positions, and batches planned from it all."""
-
-    chats: tuple[Chat, ...]
-    tokenized: TokenizedChats
-    sites: tuple[Site, ...]
-    positions: tuple[Positions, ...]
-    plan: tuple[tuple[int, ...], ...]
-    pad_id: int
-
-    def batches(self, task: str = "comparing (tokens)") -> Iterator[Batch]:
-        """Yield the planned batches, longest rows first, telling progress under a task's name."""
-        sizes = [sum(self.tokenized.lengths[row] for row in rows) for rows in self.plan]
-        for rows in track(self.plan, task, sizes=sizes):
-            yield pad_batch(self.tokenized, rows, pad_id=self.pad_id)
 
 
 def compare_models(
@@ -84,11 +52,11 @@ def compare_models(
         ValueError: no tokenizer, sites of different widths, positions that a chat does not have.
     """
     parts = tuned_parts(pair)
-    work = plan_comparison(pair, chats, sites, positions, batching, n_models=2)
-    cells = make_accumulators(pair, work, n_tuned=1)
+    work = plan_reading(pair, chats, sites=sites, positions=positions, batching=batching)
+    cells = make_accumulators(work, n_tuned=1)
     logits = LogitDifferences(pair.base.cfg.d_vocab, len(work.chats))
     last: PairedForward | None = None
-    for batch in work.batches():
+    for batch in work.pad(TASK):
         last = run_batch(pair, parts, work, batch, cells)
         _count_predictions(pair, work, batch, last.resid, logits, examples)
     assert last is not None
@@ -121,9 +89,9 @@ def compare_activations(
 ) -> ActivationDiff:
     """Compare activations only; arguments and errors as for ``compare_models``."""
     parts = tuned_parts(pair)
-    work = plan_comparison(pair, chats, sites, positions, batching, n_models=2)
-    cells = make_accumulators(pair, work, n_tuned=1)
-    for batch in work.batches():
+    work = plan_reading(pair, chats, sites=sites, positions=positions, batching=batching)
+    cells = make_accumulators(work, n_tuned=1)
+    for batch in work.pad(TASK):
         run_batch(pair, parts, work, batch, cells)
     return summarise_changes(
         cells,
@@ -142,9 +110,9 @@ def compare_logits(
 ) -> LogitDiff:
     """Compare predictions only; arguments and errors as for ``compare_models``."""
     parts = tuned_parts(pair)
-    work = plan_comparison(pair, chats, "resid_post.0", positions, batching, n_models=2)
+    work = plan_reading(pair, chats, sites="resid_post.0", positions=positions, batching=batching)
     logits = LogitDifferences(pair.base.cfg.d_vocab, len(work.chats))
-    for batch in work.batches():
+    for batch in work.pad(TASK):
         with publish_tokens(pair.base, frame_batch(batch, work.tokenized)):
             done = forward_many(
                 pair.base, parts, batch.ids, batch.mask, sites=(), visit=lambda site, x: None
@@ -153,57 +121,20 @@ def compare_logits(
     return _finish_logits(pair, work, logits, examples)
 
 
-def plan_comparison(
-    pair: ModelPair,
-    chats: Sequence[Chat | str],
-    sites: SitesLike,
-    positions: PositionsLike,
-    batching: Batching,
-    *,
-    n_models: int,
-) -> Comparison:
-    """Tokenise once, check every position, and plan batches that hold ``n_models`` copies.
+def make_accumulators(work: ReadingPlan, *, n_tuned: int) -> list[list[SiteDifferences]]:
+    """Make one accumulator for each site and positions.
 
     Raises:
-        ValueError: a model without a tokenizer, sites of several widths, positions missing.
+        ValueError: sites of several widths.
     """
-    require_tokenizer(pair.tokenizer, pair.base_name)
-    cfg = pair.base.cfg
-    chosen = expand_sites(sites, cfg)
-    widths = {site.width(cfg) for site in chosen}
-    if len(widths) > 1:
-        raise ValueError(f"sites: widths {sorted(widths)} in one comparison; compare them apart")
-    names = [positions] if isinstance(positions, str) else list(positions)
-    parsed = tuple(parse_positions(name) for name in names)
-    given = as_chats(chats)
-    tokenized = TokenizedChats(
-        given, pair.tokenizer, check=lambda chat: [position.mask(chat) for position in parsed]
-    )  # a span that is missing fails before anything is run
-    budget = Batching(max(1, batching.tokens // n_models), batching.max_length)
-    plan = plan_batches(tokenized.lengths, budget, n_ctx=cfg.n_ctx)
-    pad = pair.tokenizer.pad_token_id
-    return Comparison(
-        chats=given,
-        tokenized=tokenized,
-        sites=chosen,
-        positions=parsed,
-        plan=plan,
-        pad_id=0 if pad is None else pad,
-    )
-
-
-def make_accumulators(
-    pair: ModelPair, work: Comparison, *, n_tuned: int
-) -> list[list[SiteDifferences]]:
-    """Make one accumulator for each site and positions."""
-    width = work.sites[0].width(pair.base.cfg)
+    width = work.common_width
     return [[SiteDifferences(width, n_tuned) for _ in work.positions] for _ in work.sites]
 
 
 def run_batch(
     pair: ModelPair,
     parts: Sequence[Tuned],
-    work: Comparison,
+    work: ReadingPlan,
     batch: Batch,
     cells: Sequence[Sequence[SiteDifferences]],
 ) -> PairedForward:
@@ -223,7 +154,7 @@ def run_batch(
 
 def _count_predictions(
     pair: ModelPair,
-    work: Comparison,
+    work: ReadingPlan,
     batch: Batch,
     resid: Float[Tensor, "models batch pos d_model"],
     logits: LogitDifferences,
@@ -262,7 +193,7 @@ def _cut(rows: PredictionRows, part: slice) -> PredictionRows:
 
 
 def _finish_logits(
-    pair: ModelPair, work: Comparison, logits: LogitDifferences, examples: int
+    pair: ModelPair, work: ReadingPlan, logits: LogitDifferences, examples: int
 ) -> LogitDiff:
     def decode(token: int) -> str:
         return pair.tokenizer.decode([token])

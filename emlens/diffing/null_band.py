@@ -9,14 +9,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from emlens.activations.reading import PositionsLike, SitesLike, plan_reading
 from emlens.data import Batching, Chat, position_mask
 from emlens.diffing.activations import summarise_changes
 from emlens.diffing.compare import (
     COPIES,
-    PositionsLike,
-    SitesLike,
     make_accumulators,
-    plan_comparison,
     run_batch,
 )
 from emlens.diffing.results import NullBand
@@ -59,11 +57,13 @@ def compare_nulls(
     if is_hooked_by_user(pair.base):
         raise ValueError("pair.base carries hooks, which random adapters would run under as well")
     nulls = sample_null_adapters(pair.adapter, n=n, seed=seed)
-    work = plan_comparison(pair, chats, sites, positions, batching, n_models=1 + n)
-    cells = make_accumulators(pair, work, n_tuned=n)
+    work = plan_reading(
+        pair, chats, sites=sites, positions=positions, batching=batching, copies=1 + n
+    )
+    cells = make_accumulators(work, n_tuned=n)
     sums = torch.zeros(4, n, dtype=torch.float64)
     counted = 0
-    for batch in work.batches("random adapters (tokens)"):
+    for batch in work.pad("random adapters (tokens)"):
         resid = run_batch(pair, nulls, work, batch, cells).resid
         wanted = position_mask(batch, work.tokenized, work.positions[0])[:, 1:]
         wanted &= batch.mask[:, :-1].bool()

@@ -61,10 +61,9 @@ def intervene(model: HookedModel, interventions: Sequence[Intervention]) -> Iter
         plan_interventions(model, (*around, *interventions))  # for its refusals
     selection = _Selection(model)
     make = _Changes(model)
-    changes = [_SiteChange(site, make.steps(plan)) for site, plan in plans.items()]
+    changes = [_SiteChange(site, make.steps(plan), selection) for site, plan in plans.items()]
     with ExitStack() as stack:
         for change in changes:
-            change.selection = selection
             point = model.hook_dict[change.site.hook_name]
             # Torch's own hook: nothing but its handle removes it, `reset_hooks` included.
             stack.callback(point.register_forward_hook(change).remove)
@@ -97,10 +96,8 @@ class _Selection:
         self.masks: dict[Positions, Tensor] = {}
         self.acted: dict[Positions, Tensor] = {}
 
-    def mask(self, positions: Positions, site: Site) -> Tensor | None:
-        """Where to act at a site [batch pos], or None for everywhere."""
-        if positions == EVERYWHERE:
-            return None
+    def mask(self, positions: Positions, site: Site) -> Tensor:
+        """Where to act at a site [batch pos]."""
         tokens = tokens_in_flight(self.model)
         if tokens is None and block_of(site.hook_name) is None:
             raise PositionsError(
@@ -129,27 +126,32 @@ class _Selection:
 
 @dataclass(eq=False)
 class _SiteChange:
-    """A torch forward hook that applies the steps of one site."""
+    """A torch forward hook that applies the steps of one site; it runs at every step of decoding.
+
+    A step without positions acts on every column, and asks nobody which tokens those are.
+    """
 
     site: Site
-    steps: list[tuple[Change, Positions]]
-    selection: _Selection | None = None
+    steps: list[tuple[Change, Positions | None]]
+    selection: _Selection
     fired: bool = field(default=False)
 
     def __call__(self, _module: Any, _args: Any, output: Tensor) -> Tensor:
-        assert self.selection is not None
         self.fired = True
         values = output if output.ndim == 3 else output.flatten(2)
         for change, positions in self.steps:
-            mask = self.selection.mask(positions, self.site)
-            if mask is not None and mask.shape != values.shape[:2]:
-                raise WidthError(
-                    f"interventions: {self.site} holds {tuple(values.shape[:2])} values [batch "
-                    f"pos], but the tokens published for this pass are {tuple(mask.shape)}; "
-                    f"positions {positions} cannot be told there"
-                )
-            values = change(values, mask)
-        return values.view(output.shape)
+            values = change(values, None if positions is None else self._mask(positions, values))
+        return values if output.ndim == 3 else values.view(output.shape)
+
+    def _mask(self, positions: Positions, values: Tensor) -> Tensor:
+        mask = self.selection.mask(positions, self.site)
+        if mask.shape != values.shape[:2]:
+            raise WidthError(
+                f"interventions: {self.site} holds {tuple(values.shape[:2])} values [batch pos], "
+                f"but the tokens published for this pass are {tuple(mask.shape)}; positions "
+                f"{positions} cannot be told there"
+            )
+        return mask
 
 
 class _Changes:
@@ -160,9 +162,12 @@ class _Changes:
         self.fused: Fused = {}
         self.moved: dict[int, LowRankAffine] = {}
 
-    def steps(self, plan: SitePlan) -> list[tuple[Change, Positions]]:
-        """What happens at a site, on which tokens."""
-        return [(self._change(step.does), step.positions) for step in plan.steps(self.fused)]
+    def steps(self, plan: SitePlan) -> list[tuple[Change, Positions | None]]:
+        """What happens at a site, on which tokens; None for every column."""
+        return [
+            (self._change(step.does), None if step.positions == EVERYWHERE else step.positions)
+            for step in plan.steps(self.fused)
+        ]
 
     def _change(self, does: LowRankAffine | Operator) -> Change:
         if isinstance(does, LowRankAffine):

@@ -90,25 +90,29 @@ class LowRankAffine:
         """
         check_same("y's last axis", y.shape[-1], "the width of the map", self.width)
         wide = torch.promote_types(y.dtype, torch.float32)
-        flat = y.reshape(-1, self.width).to(wide)
         # Read at every hook of every pass: what is in place already is not moved again.
         placed = self.c.dtype == wide and self.c.device == y.device
         map_ = self if placed else self.to(y.device, wide)
-        out = map_._apply_flat(flat, None if where is None else where.reshape(-1, 1))
-        return out.to(y.dtype).view(y.shape)
+        if wide == y.dtype:
+            return map_._map(y, where)
+        return map_._map(y.to(wide), where).to(y.dtype)
 
-    def _apply_flat(self, y: Tensor, where: Tensor | None) -> Tensor:
+    def _map(self, y: Tensor, where: Tensor | None) -> Tensor:
         """One pass that reads and one that writes; nothing is done in place."""
         if self.rank == 0:
-            return y + self.c if where is None else torch.addcmul(y, where.to(y.dtype), self.c)
+            if where is None:
+                return y + self.c
+            return torch.addcmul(y, where[..., None].to(y.dtype), self.c)
         read = y @ self.V
         if self._shifts:
             read = torch.nn.functional.pad(read, (0, 1), value=1.0)
         if where is not None:
-            read = read * where
-        if read.shape[1] == 1:
-            return torch.addcmul(y, read, self._writes)
-        return torch.addmm(y, read, self._writes)
+            read = read * where[..., None]
+        writes = self._writes
+        if len(writes) == 1:
+            return torch.addcmul(y, read, writes[0])
+        flat = torch.addmm(y.reshape(-1, self.width), read.reshape(-1, len(writes)), writes)
+        return flat.view(y.shape)
 
     def then(self, after: "LowRankAffine") -> "LowRankAffine":
         """The one map that does this and afterwards the other.

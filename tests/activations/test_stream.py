@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.memory import live_tensors, storages
 from emlens.activations import (
     ActivationStatistics,
     accumulate_activations,
@@ -19,6 +20,7 @@ from emlens.interventions import Ablate, Add, Intervention, describe_interventio
 from emlens.models import load_adapter, load_pair
 from emlens.models.tokens_in_flight import tokens_in_flight
 from emlens.models.views import lay_views
+from emlens.numerics.moments import MomentsAccumulator
 from emlens.numerics.validation import WidthError
 from emlens.results import load_result
 from emlens.sites import SiteError
@@ -217,3 +219,15 @@ def test_statistics_survive_saving(tmp_path):
     assert isinstance(again, ActivationStatistics)
     assert again.rows() == got.rows()
     assert set(got.rows()[0]) >= {"site", "total_variance", "norm_0.5"}
+
+
+def test_no_tensor_is_kept_from_batch_to_batch():
+    plan = plan_reading(
+        tiny(), make_chats(12), sites="resid_post", positions="all", batching=Batching(tokens=30)
+    )
+    counted = MomentsAccumulator(24)
+    held = []
+    for _ in plan.read(lambda _site, x, chosen: counted.update(chosen[0].take(x)[0]), "reading"):
+        held.append(sum(storages(live_tensors()).values()))
+    assert len(held) > 3
+    assert held[-1] <= held[0]  # batches come longest first

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks import __main__ as suite
+from benchmarks import gpu
+from benchmarks.decode import step_seconds
 from benchmarks.records import Figure, Record, find_slowdowns, format_line, format_table
 from benchmarks.settings import Settings
 from benchmarks.timing import Ratio, Timings, exact_ratio, median_ratio, time_sides
@@ -245,8 +248,10 @@ def test_a_row_runs_alone_and_ends_in_one_json_object():
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["row"] == "decode"
-    assert set(found["ratios"]) == {"vs_transformer_lens", "vs_huggingface"}
+    assert set(found["ratios"]) == {"vs_bound", "vs_huggingface"}
     assert all(value > 0 for value in found["ratios"].values())
+    assert found["work"]["batch 1, float32: step"]["bytes_per_s"] > 0
+    assert any("share of the machine's bytes/s" in figure["name"] for figure in found["figures"])
 
 
 def test_too_few_rounds_for_an_interval_are_refused_before_anything_runs():
@@ -258,3 +263,97 @@ def test_processor_time_is_refused_where_waiting_threads_spend_it():
     with pytest.raises(SystemExit, match="--clock cpu with 2 threads"):
         suite.main(["--clock", "cpu", "--threads", "2", "--only", "decode"])
     assert replace(TOY, clock="cpu").read_clock() < replace(TOY, clock="wall").read_clock()
+
+
+def test_a_share_is_one_rate_over_another():
+    timings = Timings(seconds={"pass": (2.0,) * 6, "squares": (0.5,) * 6})
+    # 30 a second beside 120 a second.
+    assert timings.share("pass", 60, "squares", 60).median == pytest.approx(0.25)
+
+
+def test_a_derived_side_follows_from_the_others_round_by_round():
+    timings = Timings(seconds={"emlens": (9.0, 11.0), "first token": (2.0, 4.0)})
+    assert timings.derived("step", lambda f: step_seconds(f, 8)).seconds["step"] == (1.0, 1.0)
+
+
+def test_a_row_that_fails_does_not_take_the_others_with_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    def run(row: str, _settings: Settings) -> Record:
+        if row == "decode":
+            raise AssertionError("row 3 leaves Hugging Face's tokens")
+        return make_record(make_figure(2.0, 0.1), row=row)
+
+    monkeypatch.setattr(suite, "run_row", run)
+    out = tmp_path / "suite.json"
+    code = suite.main(["--only", "decode", "--only", "ablate", "--out", str(out)])
+    assert code == 1
+    found = json.loads(out.read_text())
+    assert [row["row"] for row in found["rows"]] == ["ablate"]
+    assert found["failed"] == {"decode": "AssertionError: row 3 leaves Hugging Face's tokens"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("FAILED decode: AssertionError")
+    assert json.loads(lines[-1]) == found
+
+
+def test_records_of_other_settings_are_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    kept = str(tmp_path / "old.json")
+    run_suite(monkeypatch, capsys, 2.0, "--out", kept)
+    monkeypatch.setattr(suite, "run_row", lambda *_: pytest.fail("a row was run"))
+    with pytest.raises(SystemExit, match="decode: threads: 1 then, 2 now"):
+        suite.main(["--only", "decode", "--threads", "2", "--compare", kept])
+
+
+def test_a_batch_is_refused_by_rows_that_have_one_only():
+    with pytest.raises(SystemExit, match="--batch 32: prefill has one batch only"):
+        suite.main(["--batch", "32", "--only", "prefill"])
+    with pytest.raises(SystemExit, match="--batch 0: expected at least one row"):
+        suite.main(["--batch", "0", "--only", "decode"])
+    assert TOY.batches((1, 32)) == (1, 32)
+    assert replace(TOY, only_batch=4).batches((1, 32)) == (4,)
+
+
+def test_clocks_are_those_of_a_busy_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tool = tmp_path / "nvidia-smi"
+    # Columns: clocks of cores and memory, power, its limit, temperature, load.
+    lines = ["300, 2619, 70.1, 700, 30, 0", "1980, 2619, 600.5, 700, 61, 99"]
+    lines += ["1900, 2619, [N/A], 700, 63, 97"]
+    tool.write_text(
+        "#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines) + "exec sleep 60\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(gpu, "device_id", lambda: "GPU-0")
+    with gpu.watch_gpu("cuda") as samples:
+        time.sleep(0.3)
+    assert len(samples) == 3
+    found = samples.describe()
+    assert found["samples"] == 2
+    assert found["clocks.sm"] == 1940
+    assert found["clocks.sm, least"] == 1900
+    assert found["power.draw"] == 600.5
+    with gpu.watch_gpu("cpu") as nothing:
+        pass
+    assert nothing.describe() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", ["prefill", "decode", "stream", "growth", "judging"])
+def test_a_row_runs_on_a_gpu(row: str):
+    found = as_json(suite.run_row(row, replace(TOY, device="cuda")))
+    assert found["device"] == torch.cuda.get_device_name()
+    assert all(figure["ratio"]["median"] > 0 for figure in found["figures"])
+
+
+@pytest.mark.gpu
+def test_a_kernel_is_timed_to_its_end_on_a_gpu():
+    x = torch.randn(4096, 4096, device="cuda")
+
+    def multiply(n: int):
+        return lambda: [x @ x for _ in range(n)]
+
+    sides = {"once": multiply(1), "ten times": multiply(10)}
+    timings = time_sides(sides, rounds=6, device="cuda")
+    assert timings.cost("ten times", "once").median == pytest.approx(10, rel=0.3)

@@ -19,14 +19,16 @@ from benchmarks.models import (
 )
 from benchmarks.pair_diff import over_bound
 from benchmarks.peers import (
-    check_logits,
-    check_tokens,
+    PeerLeftOutError,
+    find_peers,
     generate_hugging_face,
     load_own_way,
     merge_plainly,
 )
+from benchmarks.reference import Reference, check_logits, check_tokens, computed_in
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings
+from benchmarks.work import count_pass
 
 TOY = Settings(size="toy", threads=1, rounds=6)
 TOY_LAYERS = 4
@@ -170,3 +172,73 @@ def test_a_plain_merge_changes_the_logits_and_not_its_argument():
         check_logits(load_hugging_face("float32", TOY)(ids).logits, hf, ids, what="untouched")
         with pytest.raises(AssertionError):
             check_logits(tuned(ids).logits, hf, ids, what="tuned")
+
+
+def test_peers_that_cannot_be_run_are_named_and_wrong_ones_are_errors():
+    def missing() -> str:
+        raise PeerLeftOutError("nnsight is left out: it is not installed")
+
+    def large() -> str:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def wrong() -> str:
+        raise AssertionError("logits differ")
+
+    notes: list[str] = []
+    found = find_peers({"bridge": lambda: "side", "nnsight": missing, "own": large}, notes)
+    assert found == {"bridge": "side"}
+    assert notes == [
+        "nnsight is left out: it is not installed",
+        "own is left out: it does not fit into the memory that is left",
+    ]
+    with pytest.raises(AssertionError, match="logits differ"):
+        find_peers({"own": wrong}, notes)
+
+
+def test_a_model_widened_part_by_part_computes_as_one_widened_whole():
+    hf: Any = load_hugging_face("bfloat16", TOY)
+    ids = draw_ids(hf, 2, 7)
+    held = [p.data_ptr() for p in hf.parameters()]
+    calls: list[torch.dtype] = []
+    hf.model.layers[1].mlp.register_forward_hook(lambda _m, _a, out: calls.append(out.dtype))
+    with torch.inference_mode():
+        before = hf(ids, use_cache=False).logits
+        with computed_in(hf, torch.float64):
+            exact = hf(ids, use_cache=False).logits
+        after = hf(ids, use_cache=False).logits
+        assert held == [p.data_ptr() for p in hf.parameters()]
+        whole = hf.double()(ids, use_cache=False).logits
+    assert exact.dtype == torch.float64
+    assert (exact - whole).abs().max() <= 1e-6 * whole.abs().max()
+    assert not torch.equal(exact, before.double())
+    assert torch.equal(before, after)
+    assert calls[:3] == [torch.bfloat16, torch.float64, torch.bfloat16]
+
+
+def test_an_answer_may_err_twice_as_much_as_hugging_face_and_no_more():
+    hf: Any = load_hugging_face("bfloat16", TOY)
+    reference = Reference(hf, draw_ids(hf, 2, 7))
+    error = reference.logits - reference.exact
+    reference.check(reference.exact + 1.9 * error, what="near")
+    with pytest.raises(AssertionError, match="far: logits differ"):
+        reference.check(reference.exact + 2.1 * error, what="far")
+
+
+def test_flops_of_a_pass_are_those_of_its_products_and_of_the_pairs_attended():
+    hf: Any = load_hugging_face("float32", TOY)
+    batch, pos = 3, 5
+    with FlopCounterMode(display=False) as counter:
+        sweep_weights(linear_weights(hf), rows=batch * pos)()
+    pairs = sum(1 for query in range(pos) for key in range(pos) if key <= query)
+    attention = 4 * batch * TOY_LAYERS * hf.config.hidden_size * pairs  # all heads together
+    assert count_pass(hf, batch, pos).flops == counter.get_total_flops() + attention
+
+
+def test_a_pass_cut_in_two_by_a_cache_has_the_same_flops_and_reads_the_weights_twice():
+    hf: Any = load_hugging_face("float32", TOY)
+    first, second = count_pass(hf, 2, 3), count_pass(hf, 2, 2, held=3)
+    assert first.plus(second).flops == count_pass(hf, 2, 5).flops
+    weights = 4 * sum(weight.numel() for weight in linear_weights(hf))
+    a_token = 4 * 2 * 2 * TOY_LAYERS * hf.config.num_key_value_heads * 16  # keys and values, d_head
+    assert first.bytes == weights + 3 * a_token
+    assert second.bytes == weights + 5 * a_token
