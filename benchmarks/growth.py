@@ -233,14 +233,14 @@ def _compare_chats(
     chats: tuple[Chat, ...], batching: Batching, dtype: str, settings: Settings
 ) -> Made:
     hf = load_hugging_face(dtype, settings)
-    base = lay_views(hf, load_tokenizer(settings))
-    pair = load_pair(base, Case.all_modules(hf, 32).adapter)
+    tokenizer = load_tokenizer(settings)
+    pair = load_pair(lay_views(hf, tokenizer), Case.all_modules(hf, 32).adapter)
     planned = 0
     if settings.full:
         planned = plan_memory(plan_source(settings), dtype=dtype, batching=batching).comparison
     return Made(
         run=lambda: compare_models(pair, chats, positions="all", examples=0, batching=batching),
-        items=sum(len(chat.ids) for chat in TokenizedChats(chats, base.tokenizer)),
+        items=sum(len(chat.ids) for chat in TokenizedChats(chats, tokenizer)),
         planned=planned,
     )
 

@@ -28,7 +28,8 @@ DEVICE = "cuda"
 def on_both(name: str = "llama", dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The same weights on the CPU and on the GPU."""
     tiny: Any = [make_tiny(name, dtype=dtype) for _ in range(2)]
-    return tuple(lay_views(hf, make_tokenizer()) for hf in (tiny[0], tiny[1].to(DEVICE)))
+    here, there = tiny[0], tiny[1].to(DEVICE)
+    return lay_views(here, make_tokenizer()), lay_views(there, make_tokenizer())
 
 
 def assert_close(got: Tensor, expected: Tensor, relative: float = 1e-4) -> None:

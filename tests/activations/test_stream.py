@@ -230,4 +230,5 @@ def test_no_tensor_is_kept_from_batch_to_batch():
     for _ in plan.read(lambda _site, x, chosen: counted.update(chosen[0].take(x)[0]), "reading"):
         held.append(sum(storages(live_tensors()).values()))
     assert len(held) > 3
-    assert held[-1] <= held[0]  # batches come longest first
+    tokens = min(sum(plan.tokenized.lengths[row] for row in rows) for rows in plan.batches)
+    assert held[-1] - held[0] < 4 * 24 * tokens  # the smallest batch at one site in float32
