@@ -27,7 +27,8 @@ from emlens.models.views import lay_views
 NEW = {"toy": 12, "full": 100}
 BATCH = {"toy": 4, "full": 16}
 """Rows of the longest prompt that are run at once."""
-CHATS = {"toy": 8, "full": 32}
+CHATS = 8
+"""At toy size; at full size all of the shipped questions."""
 SIDES = ("emlens", "huggingface")
 WAYS = {"greedy": 0.0, "sampled": 1.0}
 """Temperatures."""
@@ -43,8 +44,9 @@ def measure(settings: Settings) -> Record:
     sizes: dict[str, Any] = {
         "new": NEW[settings.size],
         "batch": BATCH[settings.size],
-        "chats": CHATS[settings.size],
+        "chats": len(choose_chats(settings)),
     }
+    sizes["responses a side"] = sizes["chats"] * settings.rounds
     for dtype in settings.dtypes:
         hf = load_hugging_face(dtype, settings)
         sizes |= describe_model(hf)
@@ -115,10 +117,9 @@ def make_side(side: str, hf: Any, settings: Settings, temperature: float) -> Ans
 
 def choose_chats(settings: Settings) -> list[Chat]:
     """Shipped questions, or at toy size random words; prompts of different lengths."""
-    n = CHATS[settings.size]
     if settings.full:
-        return load_chats("emlens:broad-questions", limit=n)
-    return [make_chats(settings, 1, 5 * (3 + row))[0].without_response() for row in range(n)]
+        return load_chats("emlens:broad-questions")
+    return [make_chats(settings, 1, 5 * (3 + row))[0].without_response() for row in range(CHATS)]
 
 
 def _respond(model: Any, settings: Settings, temperature: float) -> Responses:
