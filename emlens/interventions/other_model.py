@@ -1,16 +1,12 @@
 """The refusal to use a vector, unasked, on another model than those it was made from."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from emlens.interventions.intervention import Intervention, MadeFor
 from emlens.models.attach import attached_adapter
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.views import origin_of
 from emlens.vectors import UNPROCESSED
-
-_KNOWN: WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
-"""Tokenizer -> what would show a change, and the fingerprint it had with that."""
 
 
 class OtherModelError(ValueError):
@@ -45,7 +41,7 @@ def _list_differences(model: Any, made: MadeFor) -> list[str]:
     if made.weights and not set(origin.lineage) & set(made.weights):
         known = ", ".join(one or "no model that is on record" for one in made.weights)
         differs.append(f"from weights {known}, not {origin.fingerprint}")
-    tokenizer = _fingerprint(model.tokenizer) if made.tokenizer else ""
+    tokenizer = fingerprint_tokenizer(model.tokenizer) if made.tokenizer else ""
     if tokenizer and tokenizer != made.tokenizer:
         differs.append(
             f"with tokenizer {made.tokenizer}, not {tokenizer}: vocabulary, special tokens or "
@@ -60,15 +56,3 @@ def _list_differences(model: Any, made: MadeFor) -> list[str]:
     if made.processing not in ("", UNPROCESSED):
         differs.append(f"from weights that are {made.processing!r}, not {UNPROCESSED!r}")
     return differs
-
-
-def _fingerprint(tokenizer: Any) -> str:
-    """Remembered while the tokenizer stays as it is: a large vocabulary takes a while to hash."""
-    if tokenizer is None:
-        return ""
-    template, special = str(tokenizer.chat_template), tuple(tokenizer.all_special_tokens)
-    state = (len(tokenizer), template, special)
-    known = _KNOWN.get(tokenizer)
-    if known is None or known[0] != state:
-        known = _KNOWN[tokenizer] = (state, fingerprint_tokenizer(tokenizer))
-    return known[1]

@@ -1,7 +1,7 @@
-"""Products with weights in half precision, on processors that multiply only float32 fast.
+"""Products with weights, for processors: in the order and the precision that is fast there.
 
-The result is that of half-precision inputs, added up in float32 and rounded once: what processors
-with such instructions, and GPUs, give. Where gradients are wanted torch's own products are used.
+Of half-precision inputs the result is what processors with such instructions, and GPUs, give: added
+up in float32 and rounded once. Where gradients are wanted torch's own products are used.
 """
 
 from functools import cache
@@ -13,6 +13,11 @@ from torch import Tensor
 
 FEWEST_ROWS = 12
 """From so many rows on widening a weight costs less than multiplying by it as it is."""
+MOST_ROWS = 512
+"""Up to so many rows MKL multiplies weight x^T faster than x weight^T, up to 2 times (3 for the
+vocabulary). For a row alone the two are the same."""
+LARGE = 1 << 22
+"""Values of a weight from which on it is faster to multiply a row alone by it as two."""
 SLAB = 1 << 22
 """Values of a weight that are widened at a time: 16 MiB of float32."""
 
@@ -23,18 +28,37 @@ def multiply(
     bias: Float[Tensor, " d_out"] | None = None,
 ) -> Float[Tensor, "*batch d_out"]:
     """Return x weight^T + bias, as `torch.nn.functional.linear` does."""
+    if _turns(x, weight):
+        return _multiply_turned(x, weight, bias)
     if not _widens(x, weight):
         return F.linear(x, weight, bias)
     wide = x.float()
     step = max(1, SLAB // weight.shape[1])
     if len(weight) <= step:
-        return F.linear(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return multiply(wide, weight.float(), None if bias is None else bias.float()).to(x.dtype)
     out = x.new_empty((*x.shape[:-1], len(weight)))
     for start in range(0, len(weight), step):
         part = slice(start, start + step)
         own = None if bias is None else bias[part].float()
-        out[..., part] = F.linear(wide, weight[part].float(), own)
+        out[..., part] = multiply(wide, weight[part].float(), own)
     return out
+
+
+def _turns(x: Tensor, weight: Tensor) -> bool:
+    """Whether weight x^T is the faster product, and can be taken."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return False
+    rows = x.numel() // max(1, x.shape[-1])
+    if not (1 < rows <= MOST_ROWS or (rows == 1 and weight.numel() >= LARGE)):
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+
+
+def _multiply_turned(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    columns = (torch.cat([rows, rows]) if len(rows) == 1 else rows).t()
+    turned = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return turned.t()[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 def add_product(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from emlens.models import products
-from emlens.models.products import FEWEST_ROWS, add_product, multiply
+from emlens.models.products import FEWEST_ROWS, MOST_ROWS, add_product, multiply
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -47,7 +47,6 @@ def test_a_widened_product_is_rounded_once(
             # Half a unit in the last place, and what float32 adds to it.
             step = exact.abs() * torch.finfo(dtype).eps / 2 * 1.01 + 1e-5
             assert bool(((found.double() - exact).abs() <= step).all())
-    assert torch.float32 in unable
     assert dtype not in unable
 
 
@@ -55,10 +54,29 @@ def test_few_rows_and_other_dtypes_are_left_to_torch(unable: list[torch.dtype]):
     weight = draw(5, 8, seed=1)
     with torch.no_grad():
         few = multiply(draw(FEWEST_ROWS - 1, 8, seed=0), weight)
-        multiply(draw(64, 8, seed=0, dtype=torch.float32), weight.float())
+        multiply(draw(MOST_ROWS + 1, 8, seed=0, dtype=torch.float32), weight.float())
         multiply(draw(64, 8, seed=0, dtype=torch.float64), weight.double())
     assert unable == [torch.bfloat16, torch.float32, torch.float64]
     assert few.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="turned for MKL alone")
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 9), (MOST_ROWS,), (1,), (0, 4)])
+def test_few_rows_in_float32_are_multiplied_the_other_way_round(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+):
+    monkeypatch.setattr(products, "LARGE", 40)
+    x = draw(*shape, 40, seed=0, dtype=torch.float32)
+    weight, bias = (draw(*s, seed=1, dtype=torch.float32) for s in ((17, 40), (17,)))
+    with torch.no_grad():
+        for given in (bias, None):
+            found = multiply(x, weight, given)
+            exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
+            assert (found.dtype, found.shape) == (torch.float32, exact.shape)
+            torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+        strided = multiply(x, weight.t().contiguous().t(), bias)
+        torch.testing.assert_close(strided, multiply(x, weight, bias))
+    assert torch.float32 not in unable or x.numel() == 0
 
 
 def test_where_gradients_are_wanted_torch_multiplies(unable: list[torch.dtype]):
@@ -66,6 +84,10 @@ def test_where_gradients_are_wanted_torch_multiplies(unable: list[torch.dtype]):
     multiply(x, weight).sum().backward()
     assert unable == [torch.bfloat16]
     assert weight.grad is not None
+    trained = draw(5, 8, seed=1, dtype=torch.float32).requires_grad_()
+    multiply(x.float(), trained).sum().backward()
+    assert unable[1:] == [torch.float32]
+    assert trained.grad is not None
 
 
 def test_a_processor_that_multiplies_half_precision_does_so(

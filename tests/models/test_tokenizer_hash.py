@@ -34,6 +34,7 @@ def move_special(tokenizer):
 @pytest.mark.parametrize("change", [add_word, change_template, drop_template, move_special])
 def test_whatever_maps_text_to_ids_is_in_it(change):
     tokenizer = make_tokenizer()
+    fingerprint_tokenizer(tokenizer)  # remembered, as what was there before the change
     change(tokenizer)
     assert fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(make_tokenizer())
 
