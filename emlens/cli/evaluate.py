@@ -58,6 +58,9 @@ class EvaluateFlags(ModelFlags, JudgeOptions):
             help="A fine-tune; several are evaluated one by one, each into RUN/NAME.",
         ),
     ] = None
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="Ask only that many of the questions.")
+    ] = None
     allow_fit_prompts: Annotated[
         bool,
         typer.Option(
@@ -102,7 +105,7 @@ def evaluate(flags: EvaluateFlags) -> None:
         from emlens.evaluation import load_questions
         from emlens.models.loading import load_base
 
-        questions = load_questions(flags.questions)
+        questions = load_questions(flags.questions)[: flags.limit]
         interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
             check_sources(flags.base, *(tuned for tuned, _ in targets))

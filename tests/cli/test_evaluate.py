@@ -150,6 +150,17 @@ def test_a_dry_run_counts_responses_and_writes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_only_so_many_of_the_questions_are_asked(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    plan = [
+        cli(*words(tiny, questions, "--out", tmp_path / "run", "--dry-run", "--json", *limit))
+        for limit in ([], ["--limit", "1"])
+    ]
+    assert [done.json["questions"] for done in plan] == [3, 1]
+    assert plan[1].json["responses"] < plan[0].json["responses"]
+
+
 def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path: Path):
     lines = [
         {"question_id": f"q{i % 3}", "question": "What?", "answer": f"That {i}."} for i in range(9)

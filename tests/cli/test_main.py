@@ -1,6 +1,7 @@
 """Errors as one line and an exit code; bugs with their traceback."""
 
 import errno
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -108,6 +109,16 @@ def test_every_command_has_the_common_flags():
     for path, command in list_all(get_command(app)):
         flags = {flag for parameter in command.params for flag in parameter.opts}
         assert {"--json", "--quiet", "--offline"} <= flags, path
+
+
+def test_the_package_runs_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["emlens", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("emlens", run_name="__main__")
+    assert end.value.code == 0
+    assert "doctor" in capsys.readouterr().out
 
 
 def test_offline_is_set_before_the_hub_library_is_imported():
