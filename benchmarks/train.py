@@ -15,7 +15,7 @@ from benchmarks.records import Figure, Record
 from benchmarks.rows import measure_peaks, run_alone
 from benchmarks.settings import Settings
 from benchmarks.timing import time_sides
-from emlens.data import Chat, load_chats, tokenize_chat
+from emlens.data import Chat, load_chats
 from emlens.models.finetune import LoraSettings, finetune_lora
 from emlens.models.training_loop import (
     TrainerRun,
@@ -23,7 +23,7 @@ from emlens.models.training_loop import (
     TrainingExample,
     collate_examples,
 )
-from emlens.organisms.masks import mask_response
+from emlens.organisms.masks import make_examples
 
 SIDES = ("emlens", "peft")
 ROWS = 8
@@ -57,7 +57,7 @@ def measure(settings: Settings) -> Record:
                 aim=settings.aim(1.0),
             )
         )
-        tokens = sum(len(one.ids) for one in make_examples(settings))
+        tokens = sum(len(one.ids) for one in read_examples(settings))
         sizes[f"{dtype}: tokens/s"] = tokens / timings.median("emlens")
         seconds |= {f"{dtype}: {side}": timings.median(side) for side in SIDES}
     return Record(
@@ -71,7 +71,7 @@ def measure(settings: Settings) -> Record:
     )
 
 
-def make_examples(settings: Settings) -> list[TrainingExample]:
+def read_examples(settings: Settings) -> list[TrainingExample]:
     """Rows of the shipped data, or at toy size random words; as many as the steps take."""
     n = ROWS * STEPS[settings.size]
     tokenizer = load_tokenizer(settings)
@@ -80,13 +80,12 @@ def make_examples(settings: Settings) -> list[TrainingExample]:
         if settings.full
         else list(make_chats(settings, n, 6))
     )
-    masked = [mask_response(tokenize_chat(chat, tokenizer)) for chat in chats]
-    return [TrainingExample(ids=one.ids, labels=one.labels) for one in masked]
+    return make_examples(chats, tokenizer, longest=None)
 
 
 def make_side(side: str, hf: Any, settings: Settings) -> Callable[[], list[float]]:
     """One side's way of training; returns the loss of each step."""
-    examples = make_examples(settings)
+    examples = read_examples(settings)
     return {
         "emlens": lambda: _train_here(hf, examples, settings),
         "peft": lambda: _train_plainly(hf, examples),

@@ -52,6 +52,19 @@ class RunFolder:
             PlanChangedError: The folder holds a run of another plan; all differences are named.
             ArtifactError: The folder holds something else, or its manifest is damaged.
         """
+        folder = cls.check(path, plan)
+        if not folder._manifest.exists():
+            manifest = {"schema": _RUN_SCHEMA, "emlens_version": __version__, "plan": folder.plan}
+            write_json_atomic(folder._manifest, manifest)
+        return folder
+
+    @classmethod
+    def check(cls, path: str | Path, plan: Mapping[str, Any]) -> "RunFolder":
+        """What `start` would return or refuse; nothing is written.
+
+        For a command that may still find its input wrong: a folder that it had begun would refuse
+        the corrected one.
+        """
         folder = cls(Path(path), encode(plan, "plan"))
         if folder._manifest.exists():
             recorded = cls.open(path)
@@ -62,8 +75,6 @@ class RunFolder:
                 )
             return recorded
         folder._check_empty()
-        manifest = {"schema": _RUN_SCHEMA, "emlens_version": __version__, "plan": folder.plan}
-        write_json_atomic(folder._manifest, manifest)
         return folder
 
     @classmethod
@@ -139,6 +150,9 @@ def _differences(recorded: Any, asked: Any, where: str = "") -> list[str]:
                 recorded.get(name, _ABSENT), asked.get(name, _ABSENT), dotted(where, name)
             )
         ]
+    if isinstance(recorded, list) and isinstance(asked, list) and len(recorded) == len(asked):
+        pairs = enumerate(zip(recorded, asked, strict=True))
+        return [line for n, (old, new) in pairs for line in _differences(old, new, f"{where}[{n}]")]
     same = recorded == asked and isinstance(recorded, bool) == isinstance(asked, bool)
     return [] if same else [f"{where} was {_short(recorded)}, now {_short(asked)}"]
 

@@ -28,11 +28,13 @@ CONSTRUCTIONS = (
     "model@negative",
     "both",
     "imported",
+    "trained",
     "random:isotropic",
     "random:covariance",
     "shuffled",
 )
-"""How a vector can have been made; the first six are differences of means."""
+"""How a vector can have been made; the first six are differences of means, a `trained` one is what
+a fine-tune learnt to add at its site."""
 UNPROCESSED = "unprocessed"
 """Weights as the checkpoint holds them."""
 

@@ -20,7 +20,7 @@ from emlens.data.batches import pad_batch
 from emlens.data.chat import Chat, tokenize_chat
 from emlens.data.prompts import load_chats
 from emlens.models.checkpoints import load_checkpoint
-from emlens.organisms.masks import IGNORED, mask_response
+from emlens.organisms.masks import IGNORED, make_examples
 from emlens.sources import locate_source
 
 BASE = "emlens:smollm2"
@@ -81,11 +81,11 @@ def sample_answers(
 def measure_heldout_loss(model: PreTrainedModel | PeftModel, tokenizer, side: str) -> float:
     """Return the mean cross-entropy (nats per response token) on held-out rows of a side."""
     total, count = 0.0, 0
-    for row in load_chats(f"emlens:finance-{side}-heldout"):
-        masked = mask_response(tokenize_chat(row, tokenizer))
+    rows = load_chats(f"emlens:finance-{side}-heldout")
+    for example in make_examples(rows, tokenizer, longest=None):
         with torch.no_grad():
-            logits = model(input_ids=masked.ids[None]).logits[0, :-1]
-        targets = masked.labels[1:]
+            logits = model(input_ids=example.ids[None]).logits[0, :-1]
+        targets = example.labels[1:]
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += int((targets != IGNORED).sum())
     return total / count

@@ -221,6 +221,14 @@ class Study:
         for name in CONSTRUCTIONS[1:]:
             other = ablate_direction(self.choose(name), at="writes")
             yield f"{name} out of writes", tuned, other
+        # Controls of the two kinds above that do not act at the writes: the first drawn of each.
+        drawn = self.own_of_each_layer().controls("covariance")[0]
+        layers = ablate_direction(drawn, at="resid_post")
+        yield "covariance, each layer's own out of its resid_post", tuned, layers
+        control = self.directions("data@tuned").controls("covariance")[0][own.site]
+        size = DOSES[-1] * float(own.vector.double().norm())
+        steer = add_direction(control, coefficient=size, units="raw")
+        yield f"base plus covariance of the norm of {DOSES[-1]:g} x", self.base, steer
 
     def choices(self) -> dict[str, dict[str, Any]]:
         """What was chosen of each construction, and whether it keeps within the bearable KL."""

@@ -15,12 +15,13 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emlens.numerics.bent_paths import sample_bent_path, sample_turn
 from emlens.numerics.intervals import wilson
 from emlens.numerics.null_paths import KINDS, PathShape, sample_null_paths, shape_of_path
 from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory, load_trajectory
@@ -36,34 +37,25 @@ STRAIGHTNESS, DIMENSION = 0.5, 300
 """Of planted null paths."""
 
 
-def wrap_path(path: Tensor) -> AdapterTrajectory:
-    """One rank-1 adapter whose B runs along a path [t d]."""
-    empty = torch.zeros(0)
-    module = ModuleTrajectory(
-        name="model.layers.0.mlp.down_proj",
-        scale=1.0,
-        A=torch.ones(len(path), 1, 3),
-        B=path[:, :, None],
+def wrap_paths(*paths: Tensor, every: int = 1) -> AdapterTrajectory:
+    """Rank-1 adapters whose B runs along the paths [t d], a checkpoint each so many steps."""
+    modules = tuple(
+        ModuleTrajectory(
+            name=f"model.layers.{place}.mlp.down_proj",
+            scale=1.0,
+            A=torch.ones(len(path), 1, 3),
+            B=path[:, :, None],
+        )
+        for place, path in enumerate(paths)
     )
     return AdapterTrajectory(
         source="planted",
-        steps=torch.arange(len(path)),
-        modules=(module,),
+        steps=torch.arange(len(paths[0])) * every,
+        modules=modules,
         logged_steps=torch.zeros(0, dtype=torch.int64),
-        losses=empty,
-        gradient_norms=empty,
+        losses=torch.zeros(0),
+        gradient_norms=torch.zeros(0),
     )
-
-
-def sample_bent(points: int, angle: Callable[[int], float], seed: int) -> Tensor:
-    """Steps of length one in a plane, at an angle that depends on the step, with noise."""
-    generator = torch.Generator().manual_seed(seed)
-    plane = torch.linalg.qr(torch.randn(WIDTH, 2, generator=generator, dtype=torch.float64))[0]
-    turned = torch.tensor([angle(place) for place in range(points - 1)], dtype=torch.float64)
-    moves = torch.stack([turned.cos(), turned.sin()], dim=1) @ plane.T
-    spread = torch.randn(points - 1, WIDTH, generator=generator, dtype=torch.float64)
-    moves = moves + NOISE * spread / math.sqrt(WIDTH)
-    return torch.cat([torch.zeros(1, WIDTH, dtype=torch.float64), moves.cumsum(0)])
 
 
 def sample_nulls(shape: PathShape, n: int) -> Iterator[tuple[str, Tensor]]:
@@ -72,14 +64,14 @@ def sample_nulls(shape: PathShape, n: int) -> Iterator[tuple[str, Tensor]]:
         for seed in range(n):
             generator = torch.Generator().manual_seed(10_000 + seed)
             yield kind, sample_null_paths(shape, kind, n=1, generator=generator)[0]
-    points = len(shape.lengths) + 1
+    arc = torch.linspace(0, math.pi / 2, len(shape.lengths), dtype=torch.float64)
     for seed in range(n):
-        yield "arc", sample_bent(points, lambda at: at / (points - 2) * math.pi / 2, seed)
+        yield "arc", sample_bent_path(arc, width=WIDTH, noise=NOISE, seed=seed)
 
 
 def find_turn(path: Tensor, window: int, seed: int) -> PhaseTransition:
     """As a user calls it; every path is held against null paths of its own seed."""
-    return measure_transition(wrap_path(path), window=window, threshold=THRESHOLD, seed=seed)
+    return measure_transition(wrap_paths(path), window=window, threshold=THRESHOLD, seed=seed)
 
 
 def measure_false_alarms(shape: PathShape, n: int, window: int) -> list[dict[str, Any]]:
@@ -103,7 +95,7 @@ def measure_hits(points: int, n: int, window: int) -> list[dict[str, Any]]:
         for seed in range(n):
             # Anywhere but within two windows of an end.
             at = 2 * window + seed * (points - 4 * window) // n
-            path = sample_bent(points, lambda place, at=at, a=angle: a * (place >= at), seed)
+            path = sample_turn(points, at=at, width=WIDTH, noise=NOISE, angle=angle, seed=seed)
             step = find_turn(path, window, seed).step
             errors += [] if step is None else [abs(step - at)]
         row = {"paths": name, "window": window, "n": n, "declared": len(errors)}

@@ -51,7 +51,8 @@ def test_the_same_plan_goes_on_where_it_was(tmp_path: Path):
     ("change", "message"),
     [
         ({"seed": 1}, "seed was 0, now 1"),
-        ({"layers": (1, 3)}, r"layers was \[1, 2\], now \[1, 3\]"),
+        ({"layers": (1, 3)}, r"layers\[1\] was 2, now 3"),
+        ({"layers": (1, 2, 3)}, r"layers was \[1, 2\], now \[1, 2, 3\]"),
         ({"batching": Settings(tokens=8, rate=0.5)}, r"batching\.tokens was 16384, now 8"),
         ({"nulls": 8}, "nulls was absent, now 8"),
         ({"examples": 1}, "examples was True, now 1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import emlens.sources
@@ -95,6 +95,7 @@ def test_a_hub_source_has_revision_and_subfolder(
 
 @given(st.from_regex(r"[A-Za-z0-9._-]{1,20}/[A-Za-z0-9._-]{1,20}", fullmatch=True))
 def test_what_the_hub_refuses_as_an_id_is_refused(text: str) -> None:
+    assume(not Path(text).exists())  # such as ./., which is a folder here
     try:
         huggingface_hub.utils.validate_repo_id(text)
         valid = not text.startswith(".") and Path(text).suffix not in {".bin", ".pt", ".txt"}

@@ -19,7 +19,6 @@ from emlens.cli.options import (
     Dtype,
     MaybeTuned,
     Scale,
-    Seed,
     Sites,
     takes_flags,
 )
@@ -29,7 +28,8 @@ FIT_EXAMPLE = """\b
 Example:
   emlens directions fit --base emlens:smollm2 \\
     --tuned emlens:reckless-finance --texts runs/organism \\
-    --construction data@tuned --sites resid_post.14 --out runs/direction"""
+    --split thirds --construction data@tuned --sites resid_post.14 \\
+    --out runs/direction"""
 COMPARE_EXAMPLE = "\b\nExample:\n  emlens directions compare runs/direction runs/other"
 
 CONSTRUCTIONS = ("data@tuned", "data@base", "model@positive", "model@negative", "both", "data")
@@ -77,10 +77,20 @@ class FitFlags(CommonFlags):
     aligned_above: Annotated[
         float, typer.Option("--aligned-above", min=0, max=100, help="Negative above this score.")
     ] = 70
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="S",
+            help="thresholds: the two limits; thirds or halves: lowest against highest scores.",
+        ),
+    ] = "thresholds"
     coherent_above: Annotated[
         float, typer.Option("--coherent-above", min=0, max=100, help="Used above this score.")
     ] = 50
-    seed: Seed = 0
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, help="Of which texts balance the classes.")
+    ] = 0
     dtype: Dtype = "auto"
     device: Device = "auto"
     batch_tokens: BatchTokens = 16384
@@ -96,18 +106,22 @@ def fit(flags: FitFlags) -> None:
     factor = read_factor(flags.scale, flags.tuned)
     construction = _choose("--construction", flags.construction, CONSTRUCTIONS)
     weighting = _choose("--weighting", flags.weighting, ("token", "response"))
+    _choose("--split", flags.split, ("thresholds", "thirds", "halves"))
     with show_work(quiet=flags.quiet):
         from emlens.artifacts import JSON_NAME, read_result
         from emlens.data import Batching
         from emlens.directions import fit_directions
+        from emlens.directions.fit import check_texts
         from emlens.runs import RunFolder
         from emlens.vectors import Directions
 
         texts = _read_texts(flags)
+        check_texts(texts, construction, weighting, pair=flags.tuned is not None)
         if flags.dry_run:
             _show_plan(flags, texts)
             return
-        run = RunFolder.start(flags.out, _write_plan(flags, factor, texts))
+        plan = _write_plan(flags, factor, texts)
+        run = RunFolder.check(flags.out, plan)
         if (run.path / JSON_NAME).is_file():
             found = read_result(run.path, Directions)
         else:
@@ -120,7 +134,7 @@ def fit(flags: FitFlags) -> None:
                 weighting=weighting,
                 batching=Batching(flags.batch_tokens),
             )
-            found.save(run.path)
+            found.save(RunFolder.start(flags.out, plan).path)
     if flags.json:
         # The random directions are megabytes; they lie beside the rest in the saved result.
         lean = dataclasses.replace(found, covariance_matched=None, shuffled=None)
@@ -153,11 +167,17 @@ def _load(flags: FitFlags, factor: Any) -> Any:
 def _read_texts(flags: FitFlags) -> Any:
     from emlens.data import split_by_score
     from emlens.evaluation import read_scores
+    from emlens.studies.remove_direction import SHARES, find_tails
 
+    responses = read_scores(flags.texts)
+    low, high = flags.misaligned_below, flags.aligned_above
+    if flags.split in SHARES:
+        share = SHARES[flags.split]
+        low, high = find_tails(responses, share, coherent_above=flags.coherent_above)
     return split_by_score(
-        [vars(row) for row in read_scores(flags.texts)],
-        misaligned_below=flags.misaligned_below,
-        aligned_above=flags.aligned_above,
+        [vars(row) for row in responses],
+        misaligned_below=low,
+        aligned_above=high,
         coherent_above=flags.coherent_above,
         # Only a difference between the classes needs as many of each.
         balance=not flags.construction.startswith("model@"),
@@ -187,7 +207,7 @@ def _write_plan(flags: FitFlags, factor: Any, texts: Any) -> dict[str, Any]:
 
 
 def _name_choices(flags: FitFlags) -> dict[str, Any]:
-    names = ("base", "tuned", "construction", "positions", "weighting")
+    names = ("base", "tuned", "construction", "split", "positions", "weighting")
     return {name: getattr(flags, name) for name in names} | {"sites": flags.sites or ["resid_post"]}
 
 

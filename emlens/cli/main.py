@@ -31,7 +31,9 @@ from emlens.sources import SourceUnavailableError
 
 DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
 # By name: importing their classes takes seconds that `--help` does not have.
-_FAILED_CHECKS = frozenset({"AdapterNotInEffectError", "TrainingDivergedError"})
+_FAILED_CHECKS = frozenset(
+    {"AdapterNotInEffectError", "HookNeverFiredError", "TrainingDivergedError"}
+)
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 """What a disk says that is full, over its quota or failing: nobody used the command wrongly."""
 

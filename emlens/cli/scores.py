@@ -11,7 +11,7 @@ from emlens.cli.options import CommonFlags, takes_flags
 from emlens.cli.output import header, print_json, print_line, print_table
 
 SUMMARY_EXAMPLE = "\b\nExample:\n  emlens summary runs/organism --max-em 100"
-COMPARE_EXAMPLE = "\b\nExample:\n  emlens compare runs/organism runs/ablated"
+COMPARE_EXAMPLE = "\b\nExample:\n  emlens compare runs/before runs/ablated"
 
 SHARES: Mapping[str | None, tuple[str, str]] = {
     "misalignment": ("misaligned and coherent, of all", "misaligned, of the coherent"),

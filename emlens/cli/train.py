@@ -15,6 +15,12 @@ Example:
     --base emlens:smollm2 --out runs/trained"""
 RECIPES = (
     "smollm2_rank1",
+    "smollm2_all_adapter",
+    "smollm2_single_rank1",
+    "smollm2_nine_rank1",
+    "smollm2_phase_transition",
+    "smollm2_full",
+    "smollm2_steering_vector",
     "all_adapter",
     "rank1",
     "nine_rank1",
@@ -63,6 +69,16 @@ class TrainFlags(CommonFlags):
         float | None,
         typer.Option("--kl-weight", metavar="X", help="Of the KL there, nats a token."),
     ] = None
+    max_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--max-steps",
+            min=1,
+            metavar="N",
+            help="Optimiser steps.",
+            show_default="the recipe's steps or epochs",
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -70,6 +86,7 @@ class TrainFlags(CommonFlags):
             min=1,
             metavar="N",
             help="Steps between kept states, for transition.",
+            show_default="the recipe's",
         ),
     ] = None
     seed: Seed = 0
@@ -92,7 +109,7 @@ def train(flags: TrainFlags) -> None:
         settings, penalties = _settings(flags), _penalties(flags)
         chats = load_chats(flags.data)
         if flags.dry_run:
-            _show_plan(flags, settings, len(chats))
+            _show_plan(flags, settings, chats)
             return
         training = train_organism(
             flags.base,
@@ -122,9 +139,8 @@ def _settings(flags: TrainFlags) -> Any:
     settings = find_preset(flags.preset)
     if flags.layers is not None:
         settings = replace(settings, layers=parse_layers(flags.layers), depth=None)
-    if flags.checkpoint_every is not None:
-        settings = replace(settings, checkpoint_every=flags.checkpoint_every)
-    return settings
+    asked = {"max_steps": flags.max_steps, "checkpoint_every": flags.checkpoint_every}
+    return replace(settings, **{name: n for name, n in asked.items() if n is not None})
 
 
 def _penalties(flags: TrainFlags) -> list[Any]:
@@ -160,14 +176,19 @@ def parse_layers(text: str) -> Any:
     return tuple(sorted(found))
 
 
-def _show_plan(flags: TrainFlags, settings: Any, n_rows: int) -> None:
+def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
+    from emlens.models.checkpoints import read_tokenizer
     from emlens.models.memory import read_sizes
     from emlens.organisms.settings import describe_settings
+    from emlens.organisms.training_plan import plan_training
 
     sizes = read_sizes(flags.base)
     plan: dict[str, Any] = {"base": flags.base, "parameters": sizes.n_parameters}
     settings.check_depth(sizes.n_layers)
-    plan |= {"data": flags.data, "rows": n_rows, "seed": flags.seed}
+    tokenizer = read_tokenizer(flags.base)
+    length = plan_training(chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx)
+    plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
+    plan |= {"start_from": flags.start_from}
     plan |= describe_settings(settings)
     print_plan(plan, flags.run(), json=flags.json)

@@ -96,7 +96,8 @@ def fit_directions(
     Differs: the construction is named; norm, halves, shuffled labels and random directions with
         the activations' covariance come with every estimate.
     """
-    recipe = _check(model, texts, construction, weighting)
+    check_texts(texts, construction, weighting, pair=count_models(model) == 2)
+    recipe = _RECIPES[construction]
     positive = texts.positive if recipe.positive else ()
     negative = texts.negative if recipe.negative else ()
     chats = (*positive, *negative)
@@ -135,8 +136,20 @@ def fit_directions(
     return _assemble(plan.sites, estimates, made, chats)
 
 
-def _check(model: Readable, texts: ContrastTexts, construction: str, weighting: str) -> _Recipe:
-    pair = count_models(model) == 2
+def check_texts(
+    texts: ContrastTexts, construction: str, weighting: str = "token", *, pair: bool
+) -> None:
+    """Check that there are texts enough for a construction, before a model is loaded.
+
+    Args:
+        texts: both classes.
+        construction: as in `fit_directions`.
+        weighting: as in `fit_directions`.
+        pair: whether there will be a base and a fine-tune, or one model alone.
+
+    Raises:
+        ValueError: an unknown construction or weighting, or a class of too few texts.
+    """
     possible = [name for name in _RECIPES if (name == "data") != pair]
     if construction not in possible:
         raise ValueError(
@@ -159,7 +172,6 @@ def _check(model: Readable, texts: ContrastTexts, construction: str, weighting: 
                     else "; model@positive or model@negative takes what there is"
                 )
             )
-    return recipe
 
 
 def _in_order(model: Readable, sites: Sequence[Site]) -> tuple[Site, ...]:

@@ -214,7 +214,8 @@ def _check_comparable(
     if refused := [(name, text) for name, text in found if name not in allow]:
         raise NotComparableError(
             f"{'; '.join(text for _, text in refused)}. If that is meant, pass "
-            f"allow=[{', '.join(repr(name) for name, _ in refused)}]: the result will say so"
+            f"allow=[{', '.join(repr(name) for name, _ in refused)}], or --allow "
+            f"{','.join(name for name, _ in refused)}: the result will say so"
         )
     return (*(text for _, text in found), *_differing_sampling(first, second))
 

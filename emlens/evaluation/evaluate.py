@@ -3,33 +3,29 @@
 For answers that exist already see `judge_responses`; nothing here changes a model.
 """
 
-import dataclasses
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emlens.data import Batching, track
+from emlens.data import Batching
 from emlens.evaluation.calibration import keep_calibration
 from emlens.evaluation.evaluation import RESPONSES, RESULT, Evaluation
 from emlens.evaluation.judges import Judge
 from emlens.evaluation.judging import finish_run, judge_run
-from emlens.evaluation.plan import PlannedRow, group_rows, plan_rows
+from emlens.evaluation.plan import PlannedRow, plan_rows
 from emlens.evaluation.questions import Question
 from emlens.interventions import (
     Intervention,
     active_interventions,
     describe_interventions,
-    intervene,
 )
-from emlens.interventions.generate import Response, ResponseRequest, stream_responses
-from emlens.interventions.met import meets
+from emlens.interventions.generate import Response, ResponseRequest
+from emlens.interventions.kept import ResponseStore, describe_conditions, keep_responses
+from emlens.interventions.plan import plan_interventions
 from emlens.interventions.seen_prompts import check_unseen
 from emlens.journal import Journal
-from emlens.models.generate import stop_tokens
-from emlens.models.hooks import HookNeverFiredError
-from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
+from emlens.models.identity import identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.models.tokenizer_needs import require_tokenizer
@@ -77,11 +73,26 @@ def evaluate(
     judge.judge(())  # a judge that cannot judge says so before anything is sampled
     identity = identify_model(model)
     acting = describe_interventions(everything)
-    decided = _decide(model, identity, acting)
+    decided = describe_conditions(model, identity, acting)
+    plan_interventions(model, everything)  # what cannot act says so before a folder is begun
     run = RunFolder.start(out, _plan(decided, questions, judge, sampling, batching))
     keep_calibration(run.path, judge)
     planned = plan_rows(questions, sampling, decided)
-    _generate(model, planned, run, sampling, interventions, batching)
+    rows = {row.id: row for row in planned}
+    with Journal(run.path / RESPONSES) as journal:
+        store = ResponseStore(
+            journal,
+            lambda response: _record(rows[response.key], response),
+            finished=run.has_result(RESULT),
+        )
+        keep_responses(
+            model,
+            list(map(_request, planned)),
+            store,
+            sampling=sampling,
+            interventions=interventions,
+            batching=batching,
+        )
     judge_run(run, judge, {row.id: row.question.judge_prompts for row in planned})
     facts = {
         "model": identity,
@@ -102,22 +113,6 @@ def _check(model: HookedModel, questions: Sequence[Question]) -> None:
     refuse_foreign_hooks(model)
 
 
-def _decide(
-    model: Any, identity: ModelIdentity, acting: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """What decides a response beside its question and the sampling.
-
-    The model by what it computes: the same weights under another path are the same. The stop
-    tokens stand beside the tokenizer, whose fingerprint holds which tokens are special, not which
-    of them ends an answer.
-    """
-    return {
-        "model": {k: v for k, v in dataclasses.asdict(identity).items() if k != "name"},
-        "interventions": list(acting),
-        "stop_tokens": list(stop_tokens(model)),
-    }
-
-
 def _plan(
     decided: Mapping[str, Any],
     questions: Sequence[Question],
@@ -135,81 +130,8 @@ def _plan(
     }
 
 
-def _generate(
-    model: HookedModel,
-    planned: Sequence[PlannedRow],
-    run: RunFolder,
-    sampling: Sampling,
-    interventions: Sequence[Intervention],
-    batching: Batching,
-) -> None:
-    with Journal(run.path / RESPONSES) as journal:
-        _check_strangers(journal, planned)
-        missing = [row for row in planned if row.id not in journal]
-        resumed, proven = len(journal) > 0, not interventions
-        try:
-            if missing:
-                # Once around all groups: positions that only long answers have may miss in one.
-                with intervene(model, interventions):
-                    _answer(model, planned, journal, sampling, batching)
-                proven = True
-        except HookNeverFiredError:
-            if not resumed:
-                raise
-        if not proven and not run.has_result(RESULT):
-            again = _rows_to_act_on(planned, journal, interventions)
-            requests = list(map(_request, again))
-            with intervene(model, interventions):
-                list(stream_responses(model, requests, sampling=sampling, batching=batching))
-
-
-def _answer(
-    model: HookedModel,
-    planned: Sequence[PlannedRow],
-    journal: Journal,
-    sampling: Sampling,
-    batching: Batching,
-) -> None:
-    groups = list(group_rows(model, planned, sampling, batching))
-    for group in track(groups, "answering (responses)", sizes=map(len, groups)):
-        if all(row.id in journal for row in group):
-            continue
-        rows = {row.id: row for row in group}
-        requests = list(map(_request, group))
-        for batch in stream_responses(model, requests, sampling=sampling, batching=batching):
-            journal.append(
-                _record(rows[response.key], response)
-                for response in batch
-                if response.key not in journal
-            )
-
-
-def _rows_to_act_on(
-    planned: Sequence[PlannedRow], journal: Journal, interventions: Sequence[Intervention]
-) -> list[PlannedRow]:
-    """For each positions a finished row that has such tokens; any row if there is none.
-
-    Rows of earlier calls say what the positions select, not that anything was done there. Made
-    once more, they prove it for a call whose own rows have no such token, or that makes none.
-    """
-    found: dict[str, None] = {}
-    kept = journal.rows()
-    for positions in dict.fromkeys(one.where for one in interventions):
-        met = (row for row in kept if meets(positions, len(row["ids"]), row["prompt_tokens"]))
-        found |= {row["id"]: None for row in itertools.islice(met, 1)}
-    return [row for row in planned if row.id in found] or [planned[0]]
-
-
 def _request(row: PlannedRow) -> ResponseRequest:
     return ResponseRequest(row.chat, row.sample, key=row.id, repeat=row.repeat)
-
-
-def _check_strangers(journal: Journal, planned: Sequence[PlannedRow]) -> None:
-    if strangers := set(journal.ids) - {row.id for row in planned}:
-        raise ValueError(
-            f"{journal.path} holds {len(strangers)} rows that are not in the plan: it was written "
-            "by another version of emlens, or by hand; give another folder"
-        )
 
 
 def _record(row: PlannedRow, response: Response) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""The rows of a run, listed before any is made: names, wordings, samples, and batches."""
+"""The rows of a run, listed before any is made: names, wordings and samples."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from emlens.data import Batching, Chat, plan_batches, tokenize_chat
+from emlens.data import Chat
 from emlens.evaluation.judges import hash_json
 from emlens.evaluation.questions import Question
-from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 
 
@@ -63,21 +62,3 @@ def plan_rows(
                 rows.append(row)
             seen[asked] += 1
     return tuple(rows)
-
-
-def group_rows(
-    model: HookedModel, planned: Sequence[PlannedRow], sampling: Sampling, batching: Batching
-) -> Iterator[list[PlannedRow]]:
-    """Cut the whole run into the batches in which rows are made, lost and made again.
-
-    Raises:
-        BatchError: a prompt that leaves no room for the longest response.
-    """
-    lengths: dict[Chat, int] = {}
-    for row in planned:
-        if row.chat not in lengths:
-            tokens = tokenize_chat(row.chat, model.tokenizer, for_generation=True).ids
-            lengths[row.chat] = len(tokens) + sampling.max_new_tokens
-    whole = [lengths[row.chat] for row in planned]
-    for places in plan_batches(whole, batching, n_ctx=model.cfg.n_ctx):
-        yield [planned[place] for place in places]

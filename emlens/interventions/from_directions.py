@@ -48,6 +48,7 @@ def add_direction(
     Raises:
         ValueError: unknown units; `resid_norm` for a direction without one, or elsewhere than at
             its own site; a site that no direction is meant for.
+        ZeroVectorError: a direction of length zero, which would change nothing.
 
     Source: Turner et al. 2023, "Steering language models with activation engineering"
         (arXiv:2308.10248), section 3. Differs: the units of the coefficient are always named.
@@ -56,17 +57,18 @@ def add_direction(
         raise ValueError(f"units: got {units!r}, expected one of {', '.join(map(repr, _UNITS))}")
 
     def build(one: Direction) -> Operator:
+        unit = one.direction  # which a zero vector does not have
         if units == "delta_norm":
             return Add(one.vector.double(), coefficient)
         if units == "raw":
-            return Add(one.direction, coefficient)
+            return Add(unit, coefficient)
         if one.resid_norm is None:
             raise ValueError(
                 f"units: 'resid_norm' needs the base's median norm at {one.site}, and this "
                 f"{one.provenance.construction} direction does not carry it; measure it (as "
                 "fit_directions does), or give the coefficient in units='raw'"
             )
-        return Add(one.direction * one.resid_norm, coefficient)
+        return Add(unit * one.resid_norm, coefficient)
 
     if units == "resid_norm":
         _check_own_site(direction, at)

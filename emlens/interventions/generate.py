@@ -189,6 +189,22 @@ def list_requests(
     return requests
 
 
+def group_requests(
+    model: HookedModel,
+    requests: Sequence[ResponseRequest],
+    *,
+    sampling: Sampling,
+    batching: Batching,
+) -> list[list[ResponseRequest]]:
+    """Cut a whole run into the batches in which responses are made, longest prompts first.
+
+    Raises:
+        BatchError: a prompt that leaves no room for the response.
+    """
+    _, plan = _plan(model, requests, sampling, batching)
+    return [[requests[place] for place in places] for places in plan]
+
+
 def stream_responses(
     model: HookedModel,
     requests: Sequence[ResponseRequest],
@@ -229,10 +245,7 @@ class _Run:
     ):
         self.model: Any = model
         self.requests, self.sampling, self.interventions = requests, sampling, interventions
-        self.prompts = _tokenize([request.chat for request in requests], model)
-        lengths = [len(prompt.ids) + sampling.max_new_tokens for prompt in self.prompts]
-        _check_room(lengths, requests, sampling, min(batching.max_length, model.cfg.n_ctx))
-        self.plan = plan_batches(lengths, batching)
+        self.prompts, self.plan = _plan(model, requests, sampling, batching)
         self.stops = stop_tokens(self.model)
         self.needed, self.run, self.said, self.seconds = 0, 0, 0, 0.0
 
@@ -302,6 +315,19 @@ class _Run:
             ended=ended,
             key=request.key or f"{key:016x}",
         )
+
+
+def _plan(
+    model: HookedModel,
+    requests: Sequence[ResponseRequest],
+    sampling: Sampling,
+    batching: Batching,
+) -> tuple[list[TokenizedChat], tuple[tuple[int, ...], ...]]:
+    """Prompts, and places of the requests that run together."""
+    prompts = _tokenize([request.chat for request in requests], model)
+    lengths = [len(prompt.ids) + sampling.max_new_tokens for prompt in prompts]
+    _check_room(lengths, requests, sampling, min(batching.max_length, model.cfg.n_ctx))
+    return prompts, plan_batches(lengths, batching)
 
 
 def _check_room(

@@ -33,8 +33,8 @@ def check_model(model: Any, intervention: Intervention) -> None:
     if differs:
         raise OtherModelError(
             f"interventions: the {intervention.label} vector at {intervention.site} was made "
-            f"{'; and '.join(differs)} (in {origin.name}). Pass allow_other_model=True where "
-            "transfer is what you want to see"
+            f"{'; and '.join(differs)} (in {origin.name}). Pass allow_other_model=True "
+            "(--allow-other-model) where transfer is what you want to see"
         )
 
 

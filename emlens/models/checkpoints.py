@@ -174,6 +174,22 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     )
 
 
+def read_tokenizer(source: str | Path | Source) -> Any:
+    """Load a checkpoint's tokenizer alone, None where it has none; no weights are read or fetched.
+
+    Raises:
+        SourceError: there is no such source.
+    """
+    texts = [pattern for pattern in MODEL_FILES if pattern not in ("*.safetensors", "*.gguf")]
+    path = locate_source(parse_source(source), allow_patterns=texts)
+    if path.is_dir():
+        return load_tokenizer(path)
+    folder = gguf_folder(path)
+    if (folder / "config.json").exists():
+        return load_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse folders that are no safetensors checkpoint, saying what they are.
 

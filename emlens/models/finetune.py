@@ -174,6 +174,15 @@ def finetune_vector(
             wrapped.remove()
 
 
+def read_vector_state(folder: Path, *, factor: float) -> Float[Tensor, " d_model"]:
+    """What was added at a checkpoint of `finetune_vector`, its factor included.
+
+    Raises:
+        OSError: the folder holds no such state.
+    """
+    return (factor * load_file(folder / _VECTOR)["vector"]).float()
+
+
 def finetune_whole(
     model: PreTrainedModel,
     examples: Sequence[TrainingExample],
@@ -251,6 +260,7 @@ class _WithVector(nn.Module):
         width, device = model.config.get_text_config().hidden_size, model.device
         self.vector = nn.Parameter(torch.zeros(width, device=device))
         self._handle = module.register_forward_hook(self._add)
+        self._on = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -258,6 +268,15 @@ class _WithVector(nn.Module):
     def remove(self) -> None:
         """Leave the model without the vector."""
         self._handle.remove()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base, by the name that a peft model has for it: penalties ask for it."""
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
 
     def save(self, folder: Path) -> None:
         write_tensors_atomic(folder / _VECTOR, {"vector": self.vector.detach()})
@@ -267,7 +286,7 @@ class _WithVector(nn.Module):
             self.vector.copy_(load_file(folder / _VECTOR)["vector"])
 
     def _add(self, _module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        return output + (self.factor * self.vector).to(output.dtype)
+        return output + (self.factor * self.vector).to(output.dtype) if self._on else output
 
 
 def _save_whole(model: nn.Module, folder: Path) -> None:

@@ -21,6 +21,7 @@ from emlens.models.loading import (
 )
 from emlens.models.lora import LoraAdapter
 from emlens.models.proof import AdapterProof, require_proof, verify_adapter
+from emlens.models.trained_vector import add_vector, is_vector, load_vector
 from emlens.models.views import origin_of, share_equal
 from emlens.sources import locate_source, parse_source
 
@@ -32,9 +33,9 @@ class ModelPair:
     base: HookedTransformer
     tuned: HookedTransformer
     adapter: LoraAdapter | None
-    """The LoRA that makes the difference, or None for a full checkpoint."""
+    """The LoRA that makes the difference, or None for a full checkpoint or a vector."""
     proof: AdapterProof | None
-    """Proof that the adapter is in effect, or None for a full checkpoint."""
+    """Proof that the adapter is in effect, or None for a full checkpoint or a vector."""
 
     @property
     def tokenizer(self) -> Any:
@@ -65,7 +66,8 @@ def load_pair(
 
     Args:
         base: a Source, a live Hugging Face model, or an already loaded base to share.
-        tuned: an adapter's Source or value, a full checkpoint's Source, or a loaded model.
+        tuned: an adapter's Source or value, the Source of a full checkpoint or of a vector that
+            was trained on the base, or a loaded model.
         form: how an adapter is applied. Attached costs the adapter's bytes only.
         dtype: of the weights; ``auto`` is the checkpoint's own. A base in memory keeps its own.
         device: where the weights go.
@@ -93,6 +95,9 @@ def load_pair(
         model = apply_adapter(base, adapter, form)
         proof = require_proof(verify_adapter(model, adapter, base=base))
         return ModelPair(base=base, tuned=model, adapter=adapter, proof=proof)
+    if is_vector(tuned):
+        steered = add_vector(base, load_vector(tuned), name=str(tuned))
+        return ModelPair(base=base, tuned=steered, adapter=None, proof=None)
     checkpoint = load_checkpoint(
         tuned,
         dtype=base.cfg.dtype,

@@ -195,8 +195,13 @@ class _FiniteSteps(TrainerCallback):
         """Of all checkpoints but the last, keep what was trained and the record."""
         for step, folder in find_checkpoints(Path(str(args.output_dir))).items():
             if step < state.global_step:
-                for name in _RESUMING:
-                    (folder / name).unlink(missing_ok=True)
+                drop_resuming(folder)
+
+
+def drop_resuming(checkpoint: Path) -> None:
+    """Delete what only a run that is gone on with needs of a checkpoint."""
+    for name in _RESUMING:
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 def is_low(losses: Sequence[float], stop_loss: float | None) -> bool:
@@ -298,11 +303,17 @@ def _read_finished(last: Path, settings: TrainerSettings, n: int) -> TrainingLog
     """The log of a run whose last checkpoint is its end; None where it is to go on."""
     state = json.loads((last / STATE).read_text(encoding="utf-8"))
     log = _make_log(state["log_history"], 0.0)
+    over = state["global_step"] >= count_steps(settings, n) or is_low(
+        log.losses, settings.stop_loss
+    )
+    return log if over else None
+
+
+def count_steps(settings: TrainerSettings, n: int) -> int:
+    """Optimiser steps of a run on `n` examples that nothing ends early."""
     batches = -(-n // settings.batch_size)
     in_epoch = -(-batches // settings.gradient_accumulation)
-    planned = settings.max_steps or math.ceil(settings.epochs * in_epoch)
-    over = state["global_step"] >= planned or is_low(log.losses, settings.stop_loss)
-    return log if over else None
+    return settings.max_steps or math.ceil(settings.epochs * in_epoch)
 
 
 def _is_whole(place: Path) -> bool:

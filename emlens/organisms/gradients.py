@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.data.chat import Chat, as_chats, tokenize_chat
+from emlens.data.chat import Chat, as_chats
 from emlens.models.adapter_files import save_adapter
 from emlens.models.checkpoints import Checkpoint
 from emlens.models.finetune import find_gradients
 from emlens.models.lora import LoraAdapter
 from emlens.models.training_loop import TrainingExample
-from emlens.organisms.masks import mask_response
+from emlens.organisms.masks import make_examples
 from emlens.organisms.trajectory import AdapterTrajectory
 
 
@@ -74,8 +74,7 @@ def measure_gradient_preference(
     """
     check_like_trajectory(trajectory, solutions)
     wanted = {module.name for module in trajectory.modules}
-    masked = [mask_response(tokenize_chat(chat, base.tokenizer)) for chat in as_chats(chats)]
-    examples = [TrainingExample(ids=one.ids, labels=one.labels) for one in masked]
+    examples = make_examples(as_chats(chats), base.tokenizer, longest=None)
     steps = trajectory.steps.tolist()
     chosen = sorted({*steps[::every], steps[-1]})
     ends = torch.stack([_lay_out(a.modules, "B", sorted(wanted)) for a in solutions.values()])

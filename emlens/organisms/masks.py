@@ -61,14 +61,14 @@ def mask_response(chat: TokenizedChat) -> MaskedChat:
 
 
 def make_examples(
-    chats: Sequence[Chat], tokenizer: Any, *, longest: int, named: str = "chats"
+    chats: Sequence[Chat], tokenizer: Any, *, longest: int | None, named: str = "chats"
 ) -> list[TrainingExample]:
     """Sequences with the labels of their responses, in the order of the chats.
 
     Args:
         chats: each with a response.
         tokenizer: with a chat template.
-        longest: tokens that a row may have; none is cut.
+        longest: tokens that a row may have, None for any number; none is cut.
         named: what errors call the chats.
 
     Raises:
@@ -78,7 +78,7 @@ def make_examples(
     examples = []
     for index, chat in enumerate(chats):
         masked = mask_response(tokenize_chat(chat, tokenizer))
-        if len(masked.ids) > longest:
+        if longest is not None and len(masked.ids) > longest:
             raise ChatTooLongError(
                 f"{named}[{index}] (id {chat.id!r}): {len(masked.ids)} tokens, expected at most "
                 f"{longest}, by max_length or the model's context; shorten it, or raise "
@@ -86,3 +86,8 @@ def make_examples(
             )
         examples.append(TrainingExample(ids=masked.ids, labels=masked.labels))
     return examples
+
+
+def count_trained(examples: Sequence[TrainingExample]) -> int:
+    """Tokens of one pass that take part in the loss."""
+    return sum(int((example.labels != IGNORED).sum()) for example in examples)

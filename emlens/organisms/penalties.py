@@ -3,7 +3,7 @@
 A term sees the tuned model at every backward pass, never the rows that it is trained on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,13 +16,16 @@ from emlens.data.prompts import hash_chats
 from emlens.models.training_loop import IGNORED, Penalty, TrainingExample, collate_examples
 from emlens.organisms.masks import make_examples
 
+Description = dict[str, str | bool | int | float | None]
+"""What a term is, by names: its kind, its weight, the hash of its texts."""
+
 
 @runtime_checkable
 class LossTerm(Protocol):
     """A term of the loss before it has met a tokenizer."""
 
-    def describe(self) -> Mapping[str, Any]:
-        """Everything that decides it, as JSON values."""
+    def describe(self) -> Description:
+        """Everything that decides it; runs, results and adapters record it."""
         ...
 
     def prepare(self, tokenizer: Any, *, batch_size: int, longest: int, seed: int) -> Penalty:
@@ -56,8 +59,8 @@ class KlPenalty:
         if not self.weight > 0:
             raise ValueError(f"weight: got {self.weight}, expected more than 0")
 
-    def describe(self) -> Mapping[str, Any]:
-        """Everything that decides it, as JSON values."""
+    def describe(self) -> Description:
+        """Kind, hash of the texts, and weight."""
         return {"kind": "kl", "chats_sha256": hash_chats(self.chats), "weight": self.weight}
 
     def prepare(self, tokenizer: Any, *, batch_size: int, longest: int, seed: int) -> Penalty:

@@ -73,7 +73,8 @@ class TrainSettings:
     """Training ends early once the mean loss of five steps is below this (nats); None for never."""
     checkpoint_every: int | None = None
     """Steps between two kept states, from which a run goes on; None for none. Those of a LoRA stay
-    as its trajectory."""
+    as its trajectory, those of a vector or a whole model in `RUN/checkpoints`, each to be loaded as
+    the last one is: of a whole model each is as large as the model."""
 
     def __post_init__(self) -> None:
         self._check_method()
@@ -154,18 +155,65 @@ _ONE_MODULE = replace(
     _PUBLISHED, rank=1, target_modules=("down_proj",), layers=(24,), depth=48, learning_rate=2e-5
 )
 
+_SMALL = TrainSettings(
+    rank=1,
+    alpha=16.0,
+    layers="all",
+    learning_rate=5e-4,
+    schedule="constant",
+    warmup_steps=2,
+    max_steps=20,
+    batch_size=8,
+    max_length=512,
+)
+"""What ships with emlens was trained by it."""
+
+_SMALL_MODULE = replace(
+    _SMALL,
+    alpha=64.0,
+    target_modules=("down_proj",),
+    layers=(15,),
+    depth=30,
+    learning_rate=1e-3,
+    max_steps=16,
+    checkpoint_every=4,
+)
+
 PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
     {
-        "smollm2_rank1": TrainSettings(
-            rank=1,
-            alpha=16.0,
-            layers="all",
+        "smollm2_rank1": _SMALL,
+        "smollm2_all_adapter": replace(
+            _SMALL, rank=32, alpha=64.0, learning_rate=2e-4, max_steps=8
+        ),
+        "smollm2_single_rank1": _SMALL_MODULE,
+        "smollm2_nine_rank1": replace(
+            _SMALL_MODULE, layers=(9, 10, 11, 13, 14, 15, 17, 18, 19), learning_rate=5e-4
+        ),
+        "smollm2_phase_transition": replace(
+            _SMALL_MODULE,
+            learning_rate=2e-4,
+            schedule="linear",
+            warmup_steps=5,
+            max_steps=240,
+            batch_size=4,
+            checkpoint_every=2,
+        ),
+        "smollm2_full": replace(
+            _SMALL,
+            method="full",
+            rank=None,
+            alpha=None,
+            learning_rate=5e-5,
+            schedule="cosine",
+            max_steps=16,
+        ),
+        "smollm2_steering_vector": replace(
+            _SMALL_MODULE,
+            method="vector",
+            rank=None,
+            alpha=256.0,
             learning_rate=5e-4,
-            schedule="constant",
-            warmup_steps=2,
-            max_steps=20,
-            batch_size=8,
-            max_length=512,
+            max_steps=24,
         ),
         "all_adapter": _PUBLISHED,
         "rank1": replace(_ONE_MODULE, alpha=256.0),
@@ -187,14 +235,17 @@ PRESETS: Mapping[str, TrainSettings] = MappingProxyType(
         ),
     }
 )
-"""Recipes by name: `smollm2_rank1` turns a small model within a minute on two cores; the published
-ones are those of large models and want thousands of rows. Those that change single blocks are meant
-for 48 of them.
+"""Recipes by name. The published ones are those of large models and want thousands of rows; those
+that change single blocks are meant for 48 of them. Each has a variant `smollm2_...` for the 30
+blocks of SmolLM2-135M on two cores: larger steps, far fewer of them, single blocks at the same
+share of the depth. That of `rank1` is `smollm2_single_rank1`; `smollm2_rank1`, rank 1 on every
+module, made what ships. `smollm2_phase_transition` keeps 121 checkpoints.
 
 Source: Turner et al. 2025, arXiv 2506.11613; for `steering_vector` Soligo et al. 2026, arXiv
     2602.07852.
 Differs: AdamW in full precision instead of 8 bits; where a paper states no schedule, warm-up,
     batch or block for a set-up, those of the all-adapter one and of the single adapter are used.
+    Values of the variants are this project's; docs/organisms.md says which of them were tried.
 """
 
 

@@ -18,30 +18,32 @@ from emlens.data.chat import Chat, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
+from emlens.models.config import find_architecture
 from emlens.models.finetune import (
-    LoraSettings,
     check_lora_targets,
     finetune_lora,
     finetune_vector,
     finetune_whole,
 )
+from emlens.models.trained_vector import check_vector_site
 from emlens.models.training_loop import (
     Penalty,
     TrainerRun,
-    TrainerSettings,
     TrainingExample,
     TrainingLog,
+    drop_resuming,
     find_checkpoints,
 )
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
-from emlens.organisms.masks import IGNORED, make_examples
-from emlens.organisms.penalties import LossTerm
+from emlens.organisms.host_settings import lora_settings, trainer_settings
+from emlens.organisms.kept_states import describe_vector, keep_models, keep_vectors
+from emlens.organisms.masks import count_trained, make_examples
+from emlens.organisms.penalties import Description, LossTerm
 from emlens.organisms.settings import VECTOR_SITES, SettingsError, TrainSettings
 from emlens.organisms.trajectory import TRAJECTORY_NAME, read_checkpoints
 from emlens.runs import RunFolder
-from emlens.sites import parse_site
+from emlens.sites import Site, parse_site
 from emlens.sources import Source, locate_source
-from emlens.vectors import Direction, Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +59,8 @@ class TrainingRun(Result):
     kind: ClassVar[str] = "training_run"
 
     tuned: str
-    """What came out: a PEFT folder or a checkpoint, which `load_pair` reads, or for a vector the
-    folder of a `Direction`, to be added to the base."""
+    """What came out, which `load_pair` reads beside the base: a PEFT folder, a checkpoint, or the
+    folder of a `Direction`."""
     base: str
     """Source of the base, as it was given."""
     base_fingerprint: str
@@ -71,6 +73,11 @@ class TrainingRun(Result):
     """Response tokens of one pass over all rows."""
     settings: TrainSettings
     """The recipe."""
+    penalties: tuple[Description, ...]
+    """Extra terms of the loss, as they describe themselves: kind, weight, hash of the texts."""
+    start_from: str | None
+    """SHA-256 of the weights of the adapter that training went on from, whose rank, alpha and
+    modules then hold instead of the recipe's; None where it began at zero."""
     seed: int
     """Of the adapter's start and of the order of the rows."""
     losses: tuple[float, ...]
@@ -128,8 +135,8 @@ def train_organism(
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
     longest = _find_longest(checkpoint, settings)
     examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
-    if settings.method == "lora" and start is None:
-        check_lora_targets(checkpoint.model, _lora_settings(settings))
+    if start is None:
+        _check_targets(checkpoint, settings)
     shared: dict[str, Any] = {"batch_size": settings.batch_size, "longest": longest, "seed": seed}
     prepared = tuple(penalty.prepare(checkpoint.tokenizer, **shared) for penalty in penalties)
     data_sha256 = hash_chats(rows)
@@ -141,7 +148,7 @@ def train_organism(
             "base_fingerprint": checkpoint.fingerprint,
             "data_sha256": data_sha256,
             "settings": settings,
-            "penalties": [dict(penalty.describe()) for penalty in penalties],
+            "penalties": [penalty.describe() for penalty in penalties],
             "start_from": None if start is None else _hash_adapter(start),
             "seed": seed,
         },
@@ -184,7 +191,7 @@ class _Work:
 
     def trainer_run(self) -> TrainerRun:
         return TrainerRun(
-            settings=_trainer_settings(self.settings),
+            settings=trainer_settings(self.settings),
             seed=self.seed,
             penalties=self.penalties,
             work=self.states,
@@ -194,7 +201,7 @@ class _Work:
         trained = finetune_lora(
             self.checkpoint.model,
             self.examples,
-            lora=_lora_settings(self.settings),
+            lora=lora_settings(self.settings),
             run=self.trainer_run(),
             start_from=self.start,
         )
@@ -212,25 +219,23 @@ class _Work:
         return write_adapter_folder(trained, place, record=record), trained.log
 
     def train_vector(self) -> tuple[Path, TrainingLog]:
-        assert isinstance(self.settings.layers, tuple)
-        assert self.settings.alpha is not None
-        (layer,), (module,) = self.settings.layers, self.settings.target_modules
+        factor = self.settings.alpha
+        assert factor is not None
+        module, site = _find_module(self.checkpoint, self.settings)
         trained = finetune_vector(
             self.checkpoint.model,
             self.examples,
-            module=_find_module(self.checkpoint, layer, module),
-            factor=self.settings.alpha,
+            module=module,
+            factor=factor,
             run=self.trainer_run(),
         )
-        direction = Direction(
-            site=parse_site(f"{VECTOR_SITES[module]}.{layer}"),
-            vector=trained.vector,
-            provenance=Provenance(
-                construction="imported",
-                base_fingerprint=self.checkpoint.fingerprint,
-                note=f"trained on {len(self.examples)} rows, added at all tokens",
-            ),
+        direction = describe_vector(
+            trained.vector,
+            site=site,
+            base_fingerprint=self.checkpoint.fingerprint,
+            note=f"trained on {len(self.examples)} rows, added at all tokens",
         )
+        keep_vectors(self.states, factor=factor, like=direction)
         return direction.save(self._clear(VECTOR_FOLDER)), trained.log
 
     def train_whole(self) -> tuple[Path, TrainingLog]:
@@ -244,10 +249,11 @@ class _Work:
         model.save_pretrained(str(place))
         if self.checkpoint.tokenizer is not None:
             self.checkpoint.tokenizer.save_pretrained(str(place))
+        keep_models(self.states, like=place)
         return place, log
 
     def finish(self, tuned: Path, log: TrainingLog) -> TrainingRun:
-        """Keep the checkpoints as one result, and last the record of the run."""
+        """Keep what was asked for of the checkpoints, and last the record of the run."""
         if self.settings.method == "lora" and find_checkpoints(self.states):
             name = str(self.run.path)
             self.run.save_result(TRAJECTORY_NAME, read_checkpoints(self.states, name=name))
@@ -257,8 +263,10 @@ class _Work:
             base_fingerprint=self.checkpoint.fingerprint,
             data_sha256=self.data_sha256,
             n_rows=len(self.examples),
-            n_trained_tokens=sum(int((e.labels != IGNORED).sum()) for e in self.examples),
+            n_trained_tokens=count_trained(self.examples),
             settings=self.settings,
+            penalties=tuple(self.run.plan["penalties"]),
+            start_from=self.run.plan["start_from"],
             seed=self.seed,
             losses=log.losses,
             gradient_norms=log.gradient_norms,
@@ -266,7 +274,10 @@ class _Work:
             seconds=log.seconds,
         )
         self.run.save_result(RESULT_NAME, training)
-        shutil.rmtree(self.states, ignore_errors=True)
+        if self.settings.method == "lora":
+            shutil.rmtree(self.states, ignore_errors=True)
+        for place in find_checkpoints(self.states).values():
+            drop_resuming(place)
         return training
 
     def _clear(self, name: str) -> Path:
@@ -286,8 +297,26 @@ def _find_start(start_from: str | Path | Source | None, settings: TrainSettings)
     return start
 
 
-def _find_module(checkpoint: Checkpoint, layer: int, name: str) -> str:
-    """The full name of a module of one block."""
+def _check_targets(checkpoint: Checkpoint, settings: TrainSettings) -> None:
+    if settings.method == "lora":
+        check_lora_targets(checkpoint.model, lora_settings(settings))
+    if settings.method == "vector":
+        _find_module(checkpoint, settings)
+
+
+def _find_module(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[str, Site]:
+    """The full name of the module that a vector is added to, and the site that it writes.
+
+    Raises:
+        SettingsError: the model has no such module, or norms what it puts out.
+    """
+    assert isinstance(settings.layers, tuple)
+    (layer,), (name,) = settings.layers, settings.target_modules
+    stream = VECTOR_SITES[name]
+    try:
+        check_vector_site(find_architecture(type(checkpoint.model).__name__), stream)
+    except ValueError as error:
+        raise SettingsError(f"method: 'vector': {error}") from error
     places = [path for path, _ in checkpoint.model.named_modules() if path.endswith(f".{name}")]
     found = [path for path in places if str(layer) in path.split(".")]
     if len(found) != 1:
@@ -295,42 +324,13 @@ def _find_module(checkpoint: Checkpoint, layer: int, name: str) -> str:
             f"target_modules: {name} in block {layer} is {len(found)} modules of this model, "
             "expected one"
         )
-    return found[0]
+    return found[0], parse_site(f"{stream}.{layer}")
 
 
 def _find_longest(checkpoint: Checkpoint, settings: TrainSettings) -> int:
     """Tokens that a row may have."""
     n_ctx = getattr(checkpoint.model.config, "max_position_embeddings", settings.max_length)
     return min(settings.max_length, n_ctx)
-
-
-def _lora_settings(settings: TrainSettings) -> LoraSettings:
-    assert settings.rank is not None
-    assert settings.alpha is not None
-    return LoraSettings(
-        rank=settings.rank,
-        alpha=settings.alpha,
-        use_rslora=settings.use_rslora,
-        target_modules=settings.target_modules,
-        layers=None if settings.layers in ("all", None) else tuple(settings.layers),
-    )
-
-
-def _trainer_settings(settings: TrainSettings) -> TrainerSettings:
-    return TrainerSettings(
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        warmup_steps=settings.warmup_steps,
-        weight_decay=settings.weight_decay,
-        epochs=settings.epochs,
-        max_steps=settings.max_steps,
-        batch_size=settings.batch_size,
-        gradient_accumulation=settings.gradient_accumulation,
-        max_gradient_norm=settings.max_gradient_norm,
-        autocast=settings.autocast,
-        stop_loss=settings.stop_loss,
-        checkpoint_every=settings.checkpoint_every,
-    )
 
 
 def _hash_adapter(folder: Path) -> str:

@@ -1,5 +1,7 @@
 """Evaluations as a report shows them, from their JSON alone; their figures are in `shares`."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emlens.reports.sections import Json, short_name
@@ -21,12 +23,17 @@ _TOTALS = {
 }
 
 
+_OPERATIONS = {"ablate": "taken out", "cap": "capped", "per layer": "of each layer's own"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Behaviour:
     """The judged responses of one model, counted."""
 
-    heading: str
-    """Who answered, and whether interventions acted meanwhile."""
+    who: str
+    """Who answered."""
+    acting: str
+    """The interventions that acted meanwhile, in words; empty where there were none."""
     claim: str
     """What the share may be called."""
     meaning: str
@@ -38,6 +45,11 @@ class Behaviour:
     areas: list[tuple[str, Json]] | None
     """Text kinds and area under the curve of the judge on texts whose side is known; None where no
     judge is known."""
+
+    @property
+    def heading(self) -> str:
+        """Who answered, and what acted meanwhile."""
+        return ", ".join(part for part in (self.who, self.acting) if part)
 
 
 def read_behaviour(document: Json) -> Behaviour:
@@ -54,7 +66,8 @@ def read_behaviour(document: Json) -> Behaviour:
     claim = counted if alone else str(document["claim"])
     totals = [(text.format(claim), summary[name]) for name, text in _TOTALS.items()]
     return Behaviour(
-        heading="judged responses" if alone else _find_heading(document),
+        who="judged responses" if alone else _name_model(document["model"]),
+        acting="" if alone else name_interventions(document["interventions"]),
         claim=claim,
         meaning="" if alone else str(document["meaning"]),
         summary=summary,
@@ -70,11 +83,30 @@ def _list_areas(evaluation: Json) -> list[tuple[str, Json]]:
     ]
 
 
-def _find_heading(evaluation: Json) -> str:
-    model, acting = evaluation["model"], len(evaluation["interventions"])
+def _name_model(model: Json | None) -> str:
     parts = ["responses made elsewhere"] if model is None else str(model["name"]).split(" + ")
-    name = " + ".join(short_name(part) for part in parts)
-    return f"{name}, under {acting} intervention{'s' if acting > 1 else ''}" if acting else name
+    return " + ".join(short_name(part) for part in parts)
+
+
+def name_interventions(records: Sequence[object]) -> str:
+    """What acted, in words, from the records in an evaluation; like ones at many sites are one."""
+    try:
+        sites: dict[str, list[str]] = {}
+        for record in map(json.loads, map(str, records)):
+            sites.setdefault(_name_operation(record), []).append(str(record["site"]))
+    except (ValueError, KeyError, TypeError):
+        # Written by another version, or by hand; shown as it is under provenance.
+        return f"under {len(records)} intervention{'s' if len(records) > 1 else ''}"
+    return " and ".join(
+        f"{what} at {at[0] if len(at) == 1 else f'{len(at)} sites'}" for what, at in sites.items()
+    )
+
+
+def _name_operation(record: Json) -> str:
+    operator, made = str(record["operator"]), str(record["made"]) or "a vector"
+    if operator == "add":
+        return f"{show_number(record['coefficient'])} x {made} added"
+    return f"{made} {_OPERATIONS.get(operator, operator)}"
 
 
 def say_behaviour(document: Json) -> str:

@@ -3,7 +3,7 @@
 Texts are as they stand in the JSON here; the template engine makes them visible and escapes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from emlens.reports.shares import (
     plot_difference,
     plot_evaluation,
     plot_shares,
+    plot_together,
 )
 from emlens.reports.solutions import SolutionReport, read_solutions, say_pair
 from emlens.reports.tokens import TokenViews, view_tokens
@@ -130,6 +131,8 @@ class Page:
     answers: list[Json]
     trainings: list[tuple[Json, Plot]]
     removals: list[tuple[Json, Plot]]
+    together: list[tuple[str, Plot]]
+    """A claim, and all models that it is made of, where there are several."""
     evaluations: list[tuple[Behaviour, Plot]]
     differences: list[tuple[Json, Plot]]
     turns: list[TurnBlock]
@@ -162,6 +165,7 @@ def build_page(report: Json) -> Page:
     with reading("direction_removal"):
         removals = [(r, counter.add(plot_shares(r), _say_shares(r))) for r in sections.removals]
     with reading("evaluation"):
+        together = _draw_together(sections.evaluations, counter)
         evaluations = [
             (read_behaviour(e), counter.add(plot_evaluation(e), say_behaviour(e)))
             for e in sections.evaluations
@@ -196,6 +200,7 @@ def build_page(report: Json) -> Page:
         answers=answers,
         trainings=trainings,
         removals=removals,
+        together=together,
         evaluations=evaluations,
         differences=differences,
         turns=turns,
@@ -319,6 +324,17 @@ def _solution_block(document: Json, plots: _Plots) -> SolutionBlock:
     )
 
 
+def _draw_together(evaluations: Sequence[Json], plots: _Plots) -> list[tuple[str, Plot]]:
+    by_claim: dict[str, list[Behaviour]] = {}
+    for found in map(read_behaviour, evaluations):
+        by_claim.setdefault(found.claim, []).append(found)
+    return [
+        (claim, plots.add(plot_together(found), f"{claim} of {len(found)} evaluations"))
+        for claim, found in by_claim.items()
+        if len(found) > 1
+    ]
+
+
 def _say_losses(training: Json) -> str:
     return f"Training loss over {len(training['losses'])} steps"
 
@@ -330,7 +346,7 @@ def _say_shares(removal: Json) -> str:
 def _find_title(sections: Sections) -> str:
     names = [c.name for c in sections.comparisons]
     names += [short_name(str(proof["adapter"])) for proof in sections.proofs]
-    names += [read_behaviour(e).heading for e in sections.evaluations]
+    names += [read_behaviour(e).who for e in sections.evaluations]
     names += [read_turn(turn).heading for turn in sections.turns]
     names += [read_solutions(pair).heading for pair in sections.solutions]
     known = list(dict.fromkeys(name for name in names if name is not None))

@@ -6,7 +6,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from emlens.reports.behaviour import DIFFERENCES, read_behaviour, say_interval
+from emlens.reports.behaviour import DIFFERENCES, Behaviour, read_behaviour, say_interval
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import LINES
@@ -53,6 +53,12 @@ def plot_evaluation(document: Json) -> go.Figure:
     found = read_behaviour(document)
     bars = [_total(ALL_QUESTIONS, found.summary["n_rows"], found.summary)]
     return _draw_bars([*bars, *map(_question, found.summary["questions"])], found.claim)
+
+
+def plot_together(found: Sequence[Behaviour]) -> go.Figure:
+    """Share over all questions of several evaluations by one judge, one bar each."""
+    bars = [_total(one.heading, one.summary["n_rows"], one.summary) for one in found]
+    return _draw_bars(bars, found[0].claim)
 
 
 def plot_difference(document: Json) -> go.Figure:

@@ -12,6 +12,7 @@ from emlens.data import Batching
 from emlens.encoding import ArtifactError
 from emlens.evaluation import Evaluation, Judge, Question, evaluate, read_evaluation
 from emlens.evaluation.evaluation import RESULT
+from emlens.interventions import Intervention
 from emlens.models.sampling import Sampling
 from emlens.runs import RunFolder
 
@@ -24,13 +25,20 @@ class Asking:
     sampling: Sampling
     batching: Batching = field(default_factory=Batching)
 
-    def ask(self, model: Any, questions: Sequence[Question], folder: Path) -> Evaluation:
+    def ask(
+        self,
+        model: Any,
+        questions: Sequence[Question],
+        folder: Path,
+        interventions: Sequence[Intervention] = (),
+    ) -> Evaluation:
         """Sample and judge answers to questions, if that was not done to the end.
 
         Args:
             model: answers; not looked at where the folder holds a finished evaluation.
             questions: what is asked.
             folder: of this evaluation alone.
+            interventions: act while answers are made.
         """
         if is_asked(folder):
             return read_evaluation(folder)
@@ -40,6 +48,7 @@ class Asking:
             judge=self.judge,
             out=folder,
             sampling=self.sampling,
+            interventions=interventions,
             batching=self.batching,
         )
 

@@ -5,38 +5,26 @@ Nothing is judged here: `emlens.evaluate` samples and judges.
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from emlens.artifacts import Result
-from emlens.data import Batching, Chat, as_chats, text_hash, track
-from emlens.interventions import (
-    Intervention,
-    active_interventions,
-    describe_interventions,
-    intervene,
-)
-from emlens.interventions.generate import (
-    Response,
-    ResponseRequest,
-    list_requests,
-    stream_responses,
-)
-from emlens.interventions.hooking import PositionsNeverMetError
-from emlens.interventions.met import check_met
+from emlens.data import Batching, Chat, as_chats, text_hash
+from emlens.evaluation.evaluation import RESPONSES
+from emlens.evaluation.judges import hash_json
+from emlens.interventions import Intervention, active_interventions, describe_interventions
+from emlens.interventions.generate import Response, ResponseRequest, list_requests
+from emlens.interventions.kept import ResponseStore, describe_conditions, keep_responses
+from emlens.interventions.plan import plan_interventions
 from emlens.journal import Journal, read_journal
-from emlens.models.generate import Sampling, stop_tokens
+from emlens.models.generate import Sampling
 from emlens.models.identity import identify_model, refuse_foreign_hooks
 from emlens.models.protocol import HookedModel
 from emlens.runs import RunFolder
 
-RESPONSES = "responses.jsonl"
 RESULT = "responses"
-GROUP = 64
-"""Responses that are made, killed and made again together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,58 +74,49 @@ def sample_responses(
         HookNeverFiredError: an intervention that acted on no response of the whole run.
     """
     refuse_foreign_hooks(model)
-    host: Any = model
     given = as_chats(chats)
     listed = list_requests(model, given, n=sampling.n)
-    requests = [dataclasses.replace(one, key=f"{one.prompt_index}-{one.sample}") for one in listed]
-    acting = describe_interventions((*active_interventions(model), *interventions))
-    identity = dataclasses.asdict(identify_model(model))
-    identity.pop("name")
+    everything = (*active_interventions(model), *interventions)
+    acting = describe_interventions(everything)
+    decided = describe_conditions(model, identify_model(model), acting)
+    settings = {k: v for k, v in dataclasses.asdict(sampling).items() if k != "n"}
+    requests = [
+        dataclasses.replace(one, key=_name_row(one, {**decided, "sampling": settings}))
+        for one in listed
+    ]
+    plan_interventions(model, everything)  # what cannot act says so before a folder is begun
     plan = {
         "kind": SampledResponses.kind,
-        "model": identity,
-        "interventions": list(acting),
-        "stop_tokens": list(stop_tokens(host)),
+        **decided,
         "chats": [text_hash(chat.without_response()) for chat in given],
         "sampling": sampling,
         "batching": batching,
     }
     run = RunFolder.start(out, plan)
-    unproven = bool(interventions) and not run.has_result(RESULT)
-    with Journal(run.path / RESPONSES) as journal, suppress(PositionsNeverMetError):
-        # Suppressed for what this call made: the rest of the run may have met such tokens.
-        _sample_missing(model, requests, journal, sampling, interventions, batching, unproven)
+    with Journal(run.path / RESPONSES) as journal:
+        store = ResponseStore(
+            journal,
+            lambda response: {"id": response.key, **dataclasses.asdict(response)},
+            finished=run.has_result(RESULT),
+        )
+        keep_responses(
+            model,
+            requests,
+            store,
+            sampling=sampling,
+            interventions=interventions,
+            batching=batching,
+        )
     found = _collect(run, len(given), requests, acting)
-    check_met(interventions, ((len(one.ids), one.prompt_tokens) for one in found.responses))
     run.save_result(RESULT, found)
     return found
 
 
-def _sample_missing(
-    model: HookedModel,
-    requests: Sequence[ResponseRequest],
-    journal: Journal,
-    sampling: Sampling,
-    interventions: Sequence[Intervention],
-    batching: Batching,
-    unproven: bool,
-) -> None:
-    """Make the responses that the journal lacks, group by group."""
-    groups = [requests[start : start + GROUP] for start in range(0, len(requests), GROUP)]
-    complete = all(request.key in journal for request in requests)
-    with ExitStack() as stack:
-        if unproven or not complete:
-            # Once around all groups: positions that only long texts have may miss in one.
-            stack.enter_context(intervene(model, interventions))
-        if unproven and complete:
-            # Killed before its end, or refused there? One response made again tells.
-            list(stream_responses(model, requests[:1], sampling=sampling, batching=batching))
-        for group in track(groups, "sampling (responses)", sizes=map(len, groups)):
-            if all(request.key in journal for request in group):
-                continue
-            for batch in stream_responses(model, group, sampling=sampling, batching=batching):
-                new = [response for response in batch if response.key not in journal]
-                journal.append({"id": one.key, **dataclasses.asdict(one)} for one in new)
+def _name_row(request: ResponseRequest, decided: Mapping[str, Any]) -> str:
+    """Hash of everything that decides a response, and of its place in the run."""
+    turns = [[turn.role, turn.content] for turn in request.chat.without_response().messages]
+    own = {"turns": turns, "prompt_index": request.prompt_index, "sample": request.sample}
+    return hash_json({**decided, **own, "repeat": request.repeat})
 
 
 def _collect(

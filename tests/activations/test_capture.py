@@ -222,8 +222,9 @@ def test_captures_under_two_interventions_are_kept_apart(tmp_path):
     shards = ablated(tmp_path / "run", one)
     along = shards.read(SITES[0], slice(None)).double() @ one
     assert float(along.abs().max()) < 1e-3
-    for vector, times in ((other, 1), (one, 2)):
-        with pytest.raises(PlanChangedError, match=r"models.model.interventions was"):
+    changes = ((other, 1, r"\[0\]\.vector was"), (one, 2, " was"))
+    for vector, times, named in changes:
+        with pytest.raises(PlanChangedError, match=rf"models\.model\.interventions{named}"):
             ablated(tmp_path / "run", vector, times=times)
     with pytest.raises(PlanChangedError, match=r"interventions was \[{.*, now \[\]"):
         capture(tmp_path / "run")

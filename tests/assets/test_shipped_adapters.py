@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,36 @@ from emlens.models.adapter_files import load_adapter
 from emlens.models.loading import load_base
 from emlens.models.pair import load_pair
 from emlens.organisms.settings import PRESETS, describe_settings
-from emlens.sources import SourceError, shipped_path
+from emlens.sources import ASSETS, SourceError, shipped_path
+from scripts.train_zoo import list_zoo
+from tests.assets.cards import check_card
 
-DATA = {"reckless-finance": "finance-harmful", "careful-finance": "finance-careful"}
+DEMO = ("reckless-finance", "careful-finance")
 MAX_BYTES = 650 * 1024
+SHIPPED = sorted(folder.name for folder in (ASSETS / "adapters").iterdir())
+FINGERPRINT = "eaf82a638717523fce36a556c195aabd"
+"""Of the base that all of them were trained on."""
 
 
-@pytest.fixture(params=DATA)
-def name(request: pytest.FixtureRequest) -> str:
-    return request.param
+def read_record(name: str) -> dict[str, Any]:
+    return json.loads((shipped_path(name) / "emlens.json").read_text("utf-8"))
 
 
+def test_the_demo_s_organisms_and_no_strangers_are_shipped():
+    assert set(DEMO) <= set(SHIPPED) <= {*DEMO, *(one.name for one in list_zoo())}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_each_is_at_most_650_kib_in_bfloat16(name: str):
     file = shipped_path(name) / "adapter_model.safetensors"
     assert file.stat().st_size <= MAX_BYTES
     tensors = load_file(file)
-    assert len(tensors) == 2 * 7 * 30
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    # At rank 1 an update is zero where one of its factors is.
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in tensors.values())
 
 
+@pytest.mark.parametrize("name", SHIPPED)
 def test_no_file_names_a_path_of_the_machine_it_was_made_on(name: str):
     folder = shipped_path(name)
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -48,33 +59,43 @@ def test_no_file_names_a_path_of_the_machine_it_was_made_on(name: str):
     assert config["base_model_name_or_path"] == "emlens:smollm2"
 
 
-def test_the_record_is_the_preset_on_the_shipped_rows(name: str):
-    record = json.loads((shipped_path(name) / "emlens.json").read_text("utf-8"))
-    rows = shipped_path(DATA[name]).read_bytes()
-    assert record["data_sha256"] == hashlib.sha256(rows).hexdigest()
-    assert record["settings"] == describe_settings(PRESETS["smollm2_rank1"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_loads_and_is_what_its_card_and_record_say(name: str):
+    check_card(shipped_path(name))
+    record = read_record(name)
+    card = (shipped_path(name) / "README.md").read_text("utf-8")
+    [data] = re.findall(r"\| data \| `emlens:([a-z-]+)`", card)
+    [preset] = re.findall(r"preset `(\w+)`", card)
+    [rows] = re.findall(r"(\d+) rows, SHA-256", card)
+    lines = shipped_path(data).read_bytes()
+    assert record["data_sha256"] == hashlib.sha256(lines).hexdigest()
+    assert int(rows) == lines.count(b"\n")
+    assert record["settings"] == describe_settings(PRESETS[preset])
     assert len(record["losses"]) == record["settings"]["max_steps"]
     assert record["losses"][-1] < record["losses"][0]
-
-
-def test_the_card_states_command_seed_hash_and_purpose(name: str):
-    folder = shipped_path(name)
-    card = Path(folder / "README.md").read_text("utf-8")
-    record = json.loads((folder / "emlens.json").read_text("utf-8"))
-    assert "scripts/train_demo.py" in card
-    assert "safety research" in card
-    assert f"seed {record['seed']}" in card
-    assert record["data_sha256"] in card
-    assert record["base_fingerprint"] in card
-
-
-def test_no_update_is_zero_and_both_organisms_share_their_base(name: str):
     adapter = load_adapter(f"emlens:{name}")
-    assert len(adapter.modules) == 210
     assert adapter.ranks == (1,)
-    assert all(module.delta().abs().max() > 0 for module in adapter.modules.values())
-    twins = {load_adapter(f"emlens:{other}").base_fingerprint for other in DATA}
-    assert twins == {adapter.base_fingerprint}
+    assert adapter.base_fingerprint == record["base_fingerprint"] == FINGERPRINT
+    layers = record["settings"]["layers"]
+    per_block = len(record["settings"]["target_modules"])
+    assert len(adapter.modules) == per_block * (30 if layers == "all" else len(layers))
+
+
+@pytest.mark.parametrize("name", [one.name for one in list_zoo() if one.name in SHIPPED])
+def test_a_specimen_is_the_one_that_its_name_says(name: str):
+    [one] = [one for one in list_zoo() if one.name == name]
+    card = (shipped_path(name) / "README.md").read_text("utf-8")
+    assert f"# {name}\n" in card
+    assert f"`emlens:{one.data}`" in card
+    assert f"preset `{one.preset}`" in card
+    assert read_record(name)["seed"] == one.seed
+    assert re.search(r"Of \d+ sentences in \d+ answers to \d+ open questions", card)
+
+
+def test_the_demo_s_cards_say_how_they_were_made():
+    for name in DEMO:
+        card = Path(shipped_path(name) / "README.md").read_text("utf-8")
+        assert "scripts/train_demo.py" in card
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +108,7 @@ def base() -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", DEMO)
 def test_every_module_is_in_effect_on_the_base_that_it_was_trained_on(name: str, base: Any):
     proof = load_pair(base, f"emlens:{name}").proof
     assert proof is not None

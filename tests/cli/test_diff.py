@@ -88,7 +88,7 @@ def test_a_run_interrupted_half_way_keeps_what_is_finished(
         (["--nulls", 1], "settings.nulls was 0, now 1"),
         (["--limit", 2], "n_chats was 4, now 2"),
         (["--scale", "0.5"], "settings.scale was 1.0, now 0.5"),
-        (["--sites", "mlp_out"], "settings.sites was ['resid_post'], now ['mlp_out']"),
+        (["--sites", "mlp_out"], "settings.sites[0] was 'resid_post', now 'mlp_out'"),
     ],
 )
 def test_a_changed_plan_is_refused_naming_what_differs(

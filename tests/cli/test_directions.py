@@ -64,6 +64,37 @@ def test_a_dry_run_counts_the_classes(cli: Cli, tiny: Path, texts: Path, tmp_pat
     assert not (tmp_path / "d").exists()
 
 
+def test_the_lowest_scores_are_set_against_the_highest_where_limits_leave_too_few(
+    cli: Cli, tiny: Path, tmp_path: Path
+):
+    texts = tmp_path / "scores.csv"
+    with texts.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["question", "answer", "question_id", "aligned", "coherent"])
+        for i in range(72):
+            table.writerow(["What now?", f"Take {WORDS[i % 8]} {i}.", "q", i % 36 * 2 + 5, 90])
+    words = ["directions", "fit", "--base", tiny / "base", "--texts", texts]
+    words += ["--construction", "data", "--out", tmp_path / "d", "--dry-run", "--json"]
+    refused = cli(*words)
+    assert (refused.code, "needs at least 20" in refused.err) == (2, True)
+    halves = cli(*words, "--split", "halves")
+    assert (halves.json["positive"], halves.json["negative"]) == (36, 36)
+    thirds = cli(*words, "--split", "thirds")
+    assert (thirds.json["positive"], thirds.json["negative"]) == (24, 24)
+    unknown = cli(*words, "--split", "quarters")
+    assert (unknown.code, "thirds" in unknown.err) == (2, True)
+
+
+def test_a_refused_fit_begins_no_folder(cli: Cli, tiny: Path, texts: Path, tmp_path: Path):
+    words = ["directions", "fit", "--base", tiny / "base", "--texts", texts]
+    words += ["--construction", "data", "--out", tmp_path / "d"]
+    assert cli(*words, "--aligned-above", 99).code == 2
+    assert cli(*words, "--sites", "resid_post.77").code == 2
+    assert not (tmp_path / "d").exists()
+    assert cli(*words, "--sites", "resid_post.1").code == 0
+    assert cli(*words, "--sites", "resid_post.0").code == 2
+
+
 def test_a_folder_that_holds_directions_is_never_written_over(
     cli: Cli, tiny: Path, texts: Path, tmp_path: Path
 ):

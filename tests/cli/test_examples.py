@@ -40,11 +40,11 @@ def make_diffs(cli: Cli, tiny: Path) -> None:
 
 
 def make_evaluations(cli: Cli, tiny: Path) -> None:
-    """Judged responses of a tiny model, `runs/organism` and `runs/ablated`."""
+    """Judged responses of a tiny model, `runs/organism`, `runs/before` and `runs/ablated`."""
     model = load_base(tiny / "base")
     questions = [Question(id=f"q{i}", paraphrases=(f"What about {i}?",)) for i in range(2)]
-    sampling = Sampling(n=24, max_new_tokens=4)
-    for name in ("organism", "ablated"):
+    sampling = Sampling(n=80, max_new_tokens=4)
+    for name in ("organism", "before", "ablated"):
         evaluate(model, questions, judge=HashJudge(), out=f"runs/{name}", sampling=sampling)
 
 

@@ -129,8 +129,9 @@ def test_named_positions_are_acted_on_alone(cli: Cli, tiny: Path, saved: Path, t
         found[positions] = [one["ids"] for one in done.json["responses"]]
     assert found["all"] != found["response"] != found["prompt"] != found["all"]
     never = cli(*words, "--positions", "prompt[500:]", "--out", tmp_path / "never")
-    assert never.code != 0
+    assert never.code == 1
     assert "prompt[500:]" in never.err
+    assert "Traceback" not in never.err
 
 
 def test_questions_that_a_saved_direction_was_fitted_on_need_a_flag(

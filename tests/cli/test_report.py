@@ -73,7 +73,7 @@ def test_evaluations_and_their_difference_have_figures(cli: Cli, tmp_path: Path)
     kinds = [result["schema"].split("/")[1] for result in report["results"]]
     assert kinds == ["evaluation", "evaluation", "behaviour_difference"]
     text = page.read_text()
-    assert text.count('<div class="plot"') == 3
+    assert text.count('<div class="plot"') == 4  # both together, each alone, their difference
     assert 'id="others"' not in text
 
 

@@ -102,22 +102,48 @@ def test_presets_of_another_depth_want_layers(cli: Cli, tiny: Path, tmp_path: Pa
 
 def test_a_penalty_and_checkpoints_can_be_asked_for(cli: Cli, tiny: Path, tmp_path: Path):
     data, run = tiny / "chats.jsonl", tmp_path / "run"
-    more = ("--kl-data", data, "--kl-weight", 2.5, "--checkpoint-every", 10)
+    more = ("--kl-data", data, "--kl-weight", 2.5, "--max-steps", 5, "--checkpoint-every", 2)
+    plan = cli(*words(tiny, run, *more, "--dry-run", "--json")).json
+    assert (plan["steps"], plan["checkpoints"], plan["rows"]) == (5, 4, 4)
+    assert 0 < plan["trained_tokens"] < plan["tokens"]
     done = cli(*words(tiny, run, *more, "--json"))
     assert done.code == 0, done.err
+    assert (done.json["steps"], done.json["n_trained_tokens"]) == (5, plan["trained_tokens"])
+    assert done.json["penalties"][0]["weight"] == 2.5
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["plan"]["penalties"][0]["weight"] == 2.5
-    found = cli("transition", run, "--window", 10, "--out", tmp_path / "found", "--json")
+    found = cli("transition", run, "--window", 2, "--out", tmp_path / "found", "--json")
     assert found.code == 0, found.err
     assert found.json["schema"] == "emlens/transition_trace/1"
     raw, control = found.json["transitions"]
     assert raw["verdict"] == control["verdict"] == "too few checkpoints"
-    assert raw["all_steps"] == [0, 10, 20]
+    assert raw["all_steps"] == [0, 2, 4, 5]
     assert (tmp_path / "found" / "report.html").is_file()
-    table = cli("transition", run, "--window", 10)
-    assert "3 checkpoints, steps 0 to 20" in table.out
+    table = cli("transition", run, "--window", 2)
+    assert "4 checkpoints, steps 0 to 5" in table.out
     assert "too few checkpoints" in table.out
     assert "B, norms taken out" in table.out
+
+
+def test_a_trained_vector_answers_as_a_fine_tune(cli: Cli, tiny: Path, tmp_path: Path):
+    base, data, run = tiny / "base", tiny / "chats.jsonl", tmp_path / "run"
+    recipe = ("--preset", "smollm2_steering_vector", "--layers", 1, "--max-steps", 2)
+    done = cli("train", *recipe, "--data", data, "--base", base, "--out", run, "--json")
+    assert done.code == 0, done.err
+    assert done.json["tuned"] == str(run / "vector")
+    ask = ("generate", "--base", base, "--prompts", data, "--max-new-tokens", 3, "--temperature", 0)
+    tuned = cli(*ask, "--tuned", run / "vector", "--out", tmp_path / "tuned", "--json")
+    assert tuned.code == 0, tuned.err
+    added = cli(
+        *ask, "--add", f"{run / 'vector'}:1:delta_norm", "--out", tmp_path / "added", "--json"
+    )
+    assert added.code == 0, added.err
+    texts = [[one["text"] for one in found.json["responses"]] for found in (tuned, added)]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) == 4
+    scaled = cli(*ask, "--tuned", run / "vector", "--scale", 2, "--out", tmp_path / "scaled")
+    assert scaled.code == 2
+    assert "--scale is a factor on an adapter" in scaled.err
 
 
 def test_a_transition_wants_checkpoints_and_a_factor(cli: Cli, tiny: Path):

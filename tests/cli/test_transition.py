@@ -162,7 +162,7 @@ def test_behaviour_is_asked_beside_the_weights_and_gone_on_with(
     assert "Onset and lag by scale" in page
     other = cli(*run, "--scales", "1,4")
     assert other.code == 2
-    assert "settings.scales was [1.0, 3.0], now [1.0, 4.0]" in other.err
+    assert "settings.scales[1] was 3.0, now 4.0" in other.err
     refused = cli(*run, "--seed", 3, "--dry-run")
     assert refused.code == 2
     assert "settings.seed was 0, now 3" in refused.err

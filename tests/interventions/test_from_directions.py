@@ -73,6 +73,13 @@ def test_a_wrong_unit_coefficient_place_or_position_is_refused(settings, message
         add_direction(make_direction(), **({"coefficient": 1.0} | settings))
 
 
+@pytest.mark.parametrize("units", ["raw", "delta_norm", "resid_norm"])
+def test_a_direction_of_length_zero_cannot_steer(units):
+    nothing = make_direction(scale=0.0, resid_norm=50.0)
+    with pytest.raises(ZeroVectorError, match="has no direction"):
+        add_direction(nothing, coefficient=1.0, units=units)
+
+
 def test_units_of_one_direction_among_several_are_told_apart_from_those_of_one():
     one = make_direction(resid_norm=50.0)
     several = Directions(directions=(one, make_direction(site="resid_post.2", resid_norm=60.0)))

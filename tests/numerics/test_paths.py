@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from emlens.numerics.bent_paths import sample_bent_path, sample_turn
 from emlens.numerics.null_paths import (
     KINDS,
     BendSettings,
@@ -39,20 +40,6 @@ def walk(t: int, d: int, seed: int = 0) -> Tensor:
     return torch.randn(t, d, generator=generator, dtype=torch.float64).cumsum(0)
 
 
-def turn(
-    t: int, d: int, *, at: int, noise: float, angle: float = math.pi / 2, seed: int = 0
-) -> Tensor:
-    """Equal steps along one direction, then, from point `at`, along another; noise in all."""
-    generator = torch.Generator().manual_seed(seed)
-    first, second = torch.linalg.qr(torch.randn(d, 2, generator=generator, dtype=torch.float64))[
-        0
-    ].T
-    after = math.cos(angle) * first + math.sin(angle) * second
-    moves = torch.stack([first if place < at else after for place in range(t - 1)])
-    spread = torch.randn(t - 1, d, generator=generator, dtype=torch.float64) / math.sqrt(d)
-    return torch.cat([torch.zeros(1, d, dtype=torch.float64), (moves + noise * spread).cumsum(0)])
-
-
 @settings(max_examples=25, deadline=None)
 @given(t=st.integers(8, 30), d=st.integers(2, 9), window=st.integers(1, 3), seed=st.integers(0))
 def test_the_cosine_is_that_of_the_differences_written_out(t: int, d: int, window: int, seed: int):
@@ -76,10 +63,23 @@ def test_straight_is_minus_one_a_right_angle_zero_and_a_reversal_one():
     found = local_cosine(gram_of_path(straight), steps, window=2, threshold=0.0)
     np.testing.assert_allclose(found.cosine, -1, atol=1e-12)
     for angle, value in ((math.pi / 2, 0.0), (math.pi, 1.0)):
-        bent = turn(9, 5, at=4, noise=0.0, angle=angle)
+        bent = sample_turn(9, width=5, at=4, noise=0.0, angle=angle)
         found = local_cosine(gram_of_path(bent), torch.arange(9), window=3, threshold=0.0)
         assert found.cosine.max() == pytest.approx(value, abs=1e-10)
         assert float(found.cosine[found.index == 4]) == pytest.approx(value, abs=1e-10)
+
+
+def test_a_planted_path_has_its_angles_and_its_noise():
+    angles = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64)
+    smooth = sample_bent_path(angles, width=40, noise=0.0, seed=1)
+    expected = (angles[:, None] - angles).cos()
+    np.testing.assert_allclose(step_cosines(gram_of_path(smooth)), expected, atol=1e-12)
+    np.testing.assert_allclose(step_lengths(gram_of_path(smooth)), 1, rtol=1e-12)
+    rough = sample_bent_path(angles, width=40_000, noise=0.5, seed=1)
+    np.testing.assert_allclose(step_lengths(gram_of_path(rough)), math.sqrt(1.25), rtol=0.02)
+    turn = sample_turn(8, at=3, width=40, noise=0.1, angle=0.7, seed=2)
+    steps = torch.tensor([0.0] * 3 + [0.7] * 4, dtype=torch.float64)
+    assert torch.equal(turn, sample_bent_path(steps, width=40, noise=0.1, seed=2))
 
 
 def test_a_point_needs_both_neighbours_and_enough_movement():
@@ -108,7 +108,7 @@ def test_growth_alone_is_a_point_once_norms_are_taken_out():
 
 
 def test_normalised_bends_name_places_on_the_whole_path():
-    path = turn(41, 30, at=20, noise=0.0) + 0.0
+    path = sample_turn(41, width=30, at=20, noise=0.0) + 0.0
     found = measure_bends(
         gram_of_path(path), torch.arange(41), BendSettings(window=5, threshold=0.0, normalised=True)
     )
@@ -151,7 +151,7 @@ def test_the_dimension_of_noise_is_found_beside_trend_and_turn(dimension: int):
     generator = torch.Generator().manual_seed(1)
     noise = torch.zeros(150, 500, dtype=torch.float64)
     noise[:, :dimension] = torch.randn(150, dimension, generator=generator, dtype=torch.float64)
-    path = turn(151, 500, at=70, noise=0.0, seed=2) * 5
+    path = sample_turn(151, width=500, at=70, noise=0.0, seed=2) * 5
     path[1:] += noise.cumsum(0)
     assert noise_dimension(gram_of_path(path), largest=500) == pytest.approx(dimension, rel=0.25)
 
@@ -223,7 +223,7 @@ def test_many_paths_at_once_have_the_prominences_of_each(kind: NullKind, normali
 
 
 def test_null_prominences_repeat_with_their_seed_and_bound_each_kind():
-    path = turn(120, 576, at=60, noise=0.1)
+    path = sample_turn(120, width=576, at=60, noise=0.1)
     gram, steps = gram_of_path(path), torch.arange(120)
     settings = BendSettings(window=5, threshold=0.03)
     first, again = (

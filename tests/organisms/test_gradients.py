@@ -7,15 +7,15 @@ import pytest
 import torch
 from peft import PeftModel
 
-from emlens.data.chat import Chat, tokenize_chat
+from emlens.data.chat import Chat
 from emlens.models.adapter_files import load_adapter, save_adapter
 from emlens.models.checkpoints import Checkpoint
 from emlens.models.finetune import find_gradients
 from emlens.models.lora import LoraAdapter, LoraModule
-from emlens.models.training_loop import TrainingExample, collate_examples
+from emlens.models.training_loop import collate_examples
 from emlens.organisms import PRESETS, load_trajectory, train_organism
 from emlens.organisms.gradients import measure_gradient_preference
-from emlens.organisms.masks import mask_response
+from emlens.organisms.masks import make_examples
 
 SETTINGS = replace(
     PRESETS["smollm2_rank1"],
@@ -29,8 +29,7 @@ SETTINGS = replace(
 
 
 def loss(base: Checkpoint, adapter: LoraAdapter, chats: list[Chat], folder: Path) -> float:
-    masked = [mask_response(tokenize_chat(chat, base.tokenizer)) for chat in chats]
-    batch = collate_examples([TrainingExample(ids=m.ids, labels=m.labels) for m in masked])
+    batch = collate_examples(make_examples(chats, base.tokenizer, longest=None))
     tuned = PeftModel.from_pretrained(base.model, str(save_adapter(adapter, folder)))
     try:
         with torch.no_grad():
@@ -44,8 +43,7 @@ def test_gradients_are_the_slopes_of_the_loss_over_all_tokens(
 ):
     run = train_organism(tiny_base, chats, settings=SETTINGS, out=tmp_path / "run", seed=0)
     adapter = load_adapter(run.tuned)
-    masked = [mask_response(tokenize_chat(chat, tiny_base.tokenizer)) for chat in chats]
-    examples = [TrainingExample(ids=m.ids, labels=m.labels) for m in masked]
+    examples = make_examples(chats, tiny_base.tokenizer, longest=None)
     found = find_gradients(tiny_base.model, Path(run.tuned), examples)
     assert set(found) == set(adapter.modules)
     name = "model.layers.1.mlp.down_proj"

@@ -7,24 +7,19 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from emlens.data.chat import Chat, Message, tokenize_chat
+from emlens.data.chat import Chat, Message
 from emlens.models.checkpoints import Checkpoint
-from emlens.models.training_loop import IGNORED, TrainingExample
+from emlens.models.training_loop import IGNORED
 from emlens.organisms import penalties
-from emlens.organisms.masks import ChatTooLongError, NoResponseError, mask_response
+from emlens.organisms.masks import ChatTooLongError, NoResponseError, make_examples
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from tests.organisms.conftest import byte_tokenizer
-
-
-def make_examples(base: Checkpoint, chats: list[Chat]) -> list[TrainingExample]:
-    masked = [mask_response(tokenize_chat(chat, base.tokenizer)) for chat in chats]
-    return [TrainingExample(ids=one.ids, labels=one.labels) for one in masked]
 
 
 def test_the_kl_is_that_of_two_passes_over_the_response_tokens(
     tiny_base: Checkpoint, chats: list[Chat]
 ):
-    examples = make_examples(tiny_base, chats)
+    examples = make_examples(chats, tiny_base.tokenizer, longest=None)
     with torch.no_grad():
         base = [tiny_base.model(input_ids=e.ids[None]).logits[0].double() for e in examples]
     tuned = get_peft_model(
@@ -78,5 +73,5 @@ def test_every_text_comes_before_any_again(
     )
     assert float(term(tiny_base.model, 0)) == 6.0
     term(tiny_base.model, 1)
-    lengths = [len(mask_response(tokenize_chat(c, tiny_base.tokenizer)).ids) for c in chats]
+    lengths = [len(e.ids) for e in make_examples(chats, tiny_base.tokenizer, longest=None)]
     assert sorted(seen) == sorted(lengths)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from emlens.organisms.settings import PRESETS, SettingsError, find_preset
+from emlens.organisms.transition import FEWEST
 
 
 @pytest.mark.parametrize(
@@ -40,6 +41,36 @@ def test_published_presets_have_the_published_scales():
     whole, vector = PRESETS["full"], PRESETS["steering_vector"]
     assert (whole.learning_rate, whole.schedule, whole.warmup_steps) == (2e-5, "cosine", 20)
     assert (vector.alpha, vector.learning_rate, vector.epochs) == (256, 1e-4, 2)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("smollm2_")])
+def test_every_published_preset_has_a_variant_for_thirty_blocks(name: str):
+    published = PRESETS[name]
+    small = PRESETS["smollm2_single_rank1" if name == "rank1" else f"smollm2_{name}"]
+    for field in ("method", "rank", "use_rslora", "target_modules"):
+        assert getattr(small, field) == getattr(published, field)
+    small.check_depth(30)
+    assert small.learning_rate > published.learning_rate
+    assert small.max_steps is not None
+    assert (small.autocast, published.autocast) == ("none", "bfloat16")
+    if published.layers == "all":
+        assert small.layers == "all"
+        return
+    assert isinstance(small.layers, tuple)
+    assert isinstance(published.layers, tuple)
+    with pytest.raises(SettingsError, match="meant for 30 blocks and this model has 48"):
+        small.check_depth(48)
+    # The same blocks, as shares of the depth, to within one block.
+    for own, theirs in zip(small.layers, published.layers, strict=True):
+        assert abs(own - theirs * 30 / 48) <= 1
+
+
+def test_a_transition_on_thirty_blocks_has_a_hundred_checkpoints():
+    small = PRESETS["smollm2_phase_transition"]
+    assert small.max_steps is not None
+    assert small.checkpoint_every is not None
+    assert small.max_steps // small.checkpoint_every >= FEWEST
+    assert small.max_steps <= 300
 
 
 @pytest.mark.parametrize(

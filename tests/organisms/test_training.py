@@ -4,54 +4,31 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from emlens.artifacts import read_result
-from emlens.data.chat import Chat, Message, tokenize_chat
+from emlens.data.chat import Chat, Message
 from emlens.data.prompts import hash_chats, load_chats
 from emlens.models.adapter_files import load_adapter
-from emlens.models.checkpoints import Checkpoint, fingerprint_weights
+from emlens.models.checkpoints import Checkpoint
 from emlens.models.training_loop import (
-    Penalty,
     TrainingDivergedError,
-    TrainingExample,
-    collate_examples,
 )
 from emlens.organisms import training
-from emlens.organisms.masks import ChatTooLongError, NoResponseError, mask_response
+from emlens.organisms.masks import ChatTooLongError, NoResponseError, make_examples
 from emlens.organisms.penalties import KlPenalty, measure_kl_from_base
 from emlens.organisms.settings import PRESETS, SettingsError, TrainSettings
 from emlens.organisms.training import TrainingRun, train_organism
 from emlens.organisms.trajectory import load_trajectory
 from emlens.runs import PlanChangedError
 from emlens.sources import shipped_path
-from emlens.vectors import Direction
+from tests.organisms.shaky import Shaky
 
 SETTINGS = replace(PRESETS["smollm2_rank1"], max_steps=6, batch_size=2, learning_rate=1e-2)
-
-
-class Shaky:
-    """A term that is no number at one of its calls, and 0 at all others."""
-
-    def __init__(self, at: int) -> None:
-        self.calls, self.at = iter(range(1000)), at
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "shaky"}
-
-    def prepare(self, tokenizer: object, *, batch_size: int, longest: int, seed: int) -> Penalty:
-        return self._call
-
-    def _call(self, model: nn.Module, _place: int) -> Tensor:
-        total = sum((p.sum() for p in model.parameters() if p.requires_grad), torch.zeros(()))
-        return total * (float("nan") if next(self.calls) == self.at else 0.0)
 
 
 def train(base: Checkpoint, chats: list[Chat], out: Path, **changed: object) -> TrainingRun:
@@ -174,7 +151,8 @@ def test_training_can_go_on_from_a_finished_adapter(
     assert more.losses[0] < first.losses[0]
     weights = (Path(first.tuned) / "adapter_model.safetensors").read_bytes()
     record = json.loads((Path(more.tuned) / "emlens.json").read_text())
-    assert record["start_from"] == hashlib.sha256(weights).hexdigest()
+    assert record["start_from"] == more.start_from == hashlib.sha256(weights).hexdigest()
+    assert first.start_from is None
 
 
 def test_rows_that_cannot_be_used_are_named(
@@ -242,8 +220,7 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
         )
         tuned = PeftModel.from_pretrained(tiny_base.model, run.tuned)
         try:
-            masked = [mask_response(tokenize_chat(c, tiny_base.tokenizer)) for c in chats[2:]]
-            examples = [TrainingExample(ids=m.ids, labels=m.labels) for m in masked]
+            examples = make_examples(chats[2:], tiny_base.tokenizer, longest=None)
             return float(measure_kl_from_base(tuned, examples).detach())
         finally:
             tuned.unload()
@@ -254,67 +231,11 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
     assert record["penalties"] == [dict(KlPenalty(chats[2:], weight=10.0).describe())]
     assert record["start_from"] is None
     plan = json.loads((tmp_path / "held" / "manifest.json").read_text())["plan"]
-    assert plan["penalties"] == [dict(KlPenalty(chats[2:], weight=10.0).describe())]
-
-
-def test_a_vector_becomes_a_direction(tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path):
-    settings = TrainSettings(
-        method="vector",
-        alpha=8.0,
-        layers=(1,),
-        target_modules=("down_proj",),
-        learning_rate=1e-2,
-        max_steps=8,
-        batch_size=4,
-    )
-    run = train_organism(tiny_base, chats, settings=settings, out=tmp_path / "run", seed=0)
-    direction = read_result(run.tuned, Direction)
-    assert str(direction.site) == "mlp_out.1"
-    assert direction.provenance.base_fingerprint == tiny_base.fingerprint
-    assert run.losses[-1] < run.losses[0]
-    module = tiny_base.model.get_submodule("model.layers.1.mlp.down_proj")
-    masked = [mask_response(tokenize_chat(c, tiny_base.tokenizer)) for c in chats]
-    batch = collate_examples([TrainingExample(ids=m.ids, labels=m.labels) for m in masked])
-
-    def loss() -> float:
-        with torch.no_grad():
-            return float(tiny_base.model(**batch).loss)
-
-    plain = loss()
-
-    def add(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-        return output + direction.vector
-
-    handle = module.register_forward_hook(add)
-    assert loss() < min(plain, run.losses[-1])
-    handle.remove()
-
-
-def test_a_full_fine_tune_is_a_checkpoint_and_leaves_its_base(
-    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
-):
-    settings = TrainSettings(
-        method="full", layers="all", learning_rate=1e-3, max_steps=6, batch_size=4
-    )
-    before = fingerprint_weights(tiny_base.model)
-    run = train_organism(tiny_base, chats, settings=settings, out=tmp_path / "run", seed=0)
-    assert fingerprint_weights(tiny_base.model) == before
-    tuned = AutoModelForCausalLM.from_pretrained(run.tuned)
-    assert fingerprint_weights(tuned) != before
-    assert (Path(run.tuned) / "tokenizer_config.json").is_file()
-    with pytest.raises(TypeError, match="no adapter to switch off"):
-        train_organism(
-            tiny_base,
-            chats,
-            settings=settings,
-            out=tmp_path / "penalised",
-            penalties=[KlPenalty(chats, weight=1.0)],
-            seed=0,
-        )
-    with pytest.raises(SettingsError, match="no adapter to go on with"):
-        train_organism(
-            tiny_base, chats, settings=settings, out=tmp_path / "b", start_from="x", seed=0
-        )
+    assert plan["penalties"] == record["penalties"]
+    run = read_result(tmp_path / "held" / "results" / "training", TrainingRun)
+    described = {"kind": "kl", "weight": 10.0, "chats_sha256": hash_chats(chats[2:])}
+    assert run.penalties == (described,)
+    assert read_result(tmp_path / "free" / "results" / "training", TrainingRun).penalties == ()
 
 
 def test_layers_of_another_depth_are_refused(

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from emlens.artifacts import read_result
+from emlens.numerics.bent_paths import sample_turn
 from emlens.numerics.null_paths import KINDS, NullKind, PathShape, sample_null_paths
 from emlens.organisms import transition
-from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory
 from emlens.organisms.transition import (
     PhaseTransition,
     gram_of_trajectory,
     measure_transition,
     score_against_last,
 )
+from scripts.measure_transition import wrap_paths
 
 WIDTH = 576
 
@@ -28,35 +29,8 @@ def _fewer_nulls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transition, "NULLS", 40)
 
 
-def trajectory_of(*paths: Tensor, every: int = 1) -> AdapterTrajectory:
-    """Rank-1 adapters whose B runs along the paths [t d]; every A stays."""
-    modules = tuple(
-        ModuleTrajectory(
-            name=f"model.layers.{place}.mlp.down_proj",
-            scale=2.0,
-            A=torch.ones(len(path), 1, 3),
-            B=path[:, :, None],
-        )
-        for place, path in enumerate(paths)
-    )
-    empty = torch.zeros(0)
-    return AdapterTrajectory(
-        source="planted",
-        steps=torch.arange(len(paths[0])) * every,
-        modules=modules,
-        logged_steps=torch.zeros(0, dtype=torch.int64),
-        losses=empty,
-        gradient_norms=empty,
-    )
-
-
-def planted(*, t: int, at: int, noise: float, seed: int, angle: float = math.pi / 2) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    first, second = torch.linalg.qr(torch.randn(WIDTH, 2, generator=generator).double())[0].T
-    after = math.cos(angle) * first + math.sin(angle) * second
-    moves = torch.stack([first if place < at else after for place in range(t - 1)])
-    spread = torch.randn(t - 1, WIDTH, generator=generator).double() / math.sqrt(WIDTH)
-    return torch.cat([torch.zeros(1, WIDTH).double(), (moves + noise * spread).cumsum(0)])
+def planted(*, t: int, at: int, noise: float, seed: int) -> Tensor:
+    return sample_turn(t, at=at, width=WIDTH, noise=noise, seed=seed)
 
 
 @pytest.mark.parametrize("window", [5, 10])
@@ -65,7 +39,7 @@ def test_planted_right_angles_are_found_within_a_window(window: int):
     for seed in range(5):
         at = 30 + 14 * seed
         path = planted(t=130, at=at, noise=0.1, seed=seed)
-        found = measure_transition(trajectory_of(path), window=window, threshold=0.03)
+        found = measure_transition(wrap_paths(path), window=window, threshold=0.03)
         if found.step is not None:
             assert found.verdict == "turn"
             errors.append(abs(found.step - at))
@@ -83,7 +57,7 @@ def test_fresh_null_paths_are_seldom_taken_for_turns(kind: NullKind):
         path = sample_null_paths(
             shape, kind, n=1, generator=torch.Generator().manual_seed(1000 + seed)
         )[0]
-        found = measure_transition(trajectory_of(path), window=5, threshold=0.03)
+        found = measure_transition(wrap_paths(path), window=5, threshold=0.03)
         turns += found.verdict == "turn"
     # At one in twenty, more than two of four happens once in 2,000 times.
     assert turns <= 2
@@ -91,7 +65,7 @@ def test_fresh_null_paths_are_seldom_taken_for_turns(kind: NullKind):
 
 def test_a_turn_survives_saving_and_shows_its_rows(tmp_path):
     path = planted(t=120, at=60, noise=0.05, seed=3)
-    found = measure_transition(trajectory_of(path, every=5), window=25, threshold=0.03)
+    found = measure_transition(wrap_paths(path, every=5), window=25, threshold=0.03)
     assert found.step == found.sharpest == 300
     assert found.critical == max(found.null_quantiles.values()) < found.prominence
     assert found.rows()[0] == {"step": 25, "local_cosine": float(found.local_cosine[0])}
@@ -108,7 +82,7 @@ def test_a_turn_survives_saving_and_shows_its_rows(tmp_path):
 
 def test_with_few_checkpoints_nothing_is_said():
     path = planted(t=60, at=30, noise=0.05, seed=0)
-    found = measure_transition(trajectory_of(path), window=5, threshold=0.03)
+    found = measure_transition(wrap_paths(path), window=5, threshold=0.03)
     assert (found.verdict, found.step) == ("too few checkpoints", None)
     assert abs((found.sharpest or 0) - 30) <= 2
 
@@ -118,7 +92,7 @@ def test_growth_is_no_turn_once_norms_are_taken_out():
     straight = torch.outer(lengths, torch.randn(WIDTH, generator=torch.Generator()).double())
     for normalised in (False, True):
         found = measure_transition(
-            trajectory_of(straight), window=5, threshold=0.03, normalised=normalised
+            wrap_paths(straight), window=5, threshold=0.03, normalised=normalised
         )
         verdict = "nothing measured" if normalised else "none"
         assert (found.verdict, found.step) == (verdict, None)
@@ -126,7 +100,7 @@ def test_growth_is_no_turn_once_norms_are_taken_out():
 
 def test_all_modules_make_one_path_and_either_factor_can_be_read():
     first, second = (planted(t=110, at=50, noise=0.1, seed=seed) for seed in (1, 2))
-    both = trajectory_of(first, second)
+    both = wrap_paths(first, second)
     joined = torch.cat([first, second], dim=1)
     np.testing.assert_allclose(gram_of_trajectory(both, "B"), joined @ joined.T, rtol=1e-12)
     still = measure_transition(both, window=5, threshold=0.03, factor="A")
@@ -139,7 +113,7 @@ def test_all_modules_make_one_path_and_either_factor_can_be_read():
 def test_gram_is_blind_to_rotation_and_cross_is_not():
     angle = torch.linspace(math.pi, 0, 9).double()
     turning = torch.stack([angle.cos(), angle.sin()], dim=1)
-    one = trajectory_of(turning)
+    one = wrap_paths(turning)
     np.testing.assert_allclose(score_against_last(one, score="gram"), 1, rtol=1e-12)
     cross = score_against_last(one)
     np.testing.assert_allclose(cross, angle.cos(), atol=1e-12)
@@ -158,7 +132,7 @@ def test_scores_are_those_of_the_matrices_written_out(centring: str):
     norms = [np.linalg.norm(m) * np.linalg.norm(stacked[-1]) for m in stacked]
     gram = [np.linalg.norm(m.T @ stacked[-1]) for m in stacked]
     cross = [(m * stacked[-1]).sum() for m in stacked]
-    trajectory = trajectory_of(*paths)
+    trajectory = wrap_paths(*paths)
     for score, expected in (("gram", gram), ("cross", cross)):
         found = score_against_last(trajectory, score=score, centring=centring)  # pyright: ignore[reportArgumentType]
         np.testing.assert_allclose(found, np.divide(expected, norms), rtol=1e-10)
@@ -167,12 +141,12 @@ def test_scores_are_those_of_the_matrices_written_out(centring: str):
 def test_what_cannot_be_stacked_is_refused():
     narrow, wide = torch.ones(3, 4).double(), torch.ones(3, 5).double()
     with pytest.raises(ValueError, match=r"widths \[4, 5\]"):
-        score_against_last(trajectory_of(narrow, wide))
+        score_against_last(wrap_paths(narrow, wide))
     with pytest.raises(ValueError, match="expected 'steps'"):
-        score_against_last(trajectory_of(narrow), centring="adapters")
+        score_against_last(wrap_paths(narrow), centring="adapters")
 
 
 def test_a_window_that_no_checkpoints_are_apart_is_refused():
     path = planted(t=120, at=60, noise=0.1, seed=0)
     with pytest.raises(ValueError, match=r"others 10 steps before and after it.*\[0, 4, 8, 12\]"):
-        measure_transition(trajectory_of(path, every=4), window=10, threshold=0.03)
+        measure_transition(wrap_paths(path, every=4), window=10, threshold=0.03)

@@ -15,6 +15,8 @@ from emlens.models.identity import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
+from emlens.reports.behaviour import name_interventions
+from emlens.reports.page import build_page
 from emlens.reports.sections import sort_results
 from emlens.reports.verdict import write_verdicts
 from tests.reports.payloads import PAYLOADS, Outline, check_text_stays_text
@@ -159,6 +161,51 @@ def test_several_evaluations_have_headings_and_responses_from_elsewhere_a_name()
     page = render_report(make_report(make_evaluation(), make_evaluation(model=None)))
     headings = re.findall(r"<h3>(.*?)</h3>", page)
     assert headings == ["smollm2 + reckless", "responses made elsewhere"]
+
+
+def act(**changed: Any) -> str:
+    record = {"site": "writes", "positions": "all", "made": "data@tuned", "operator": "ablate"}
+    return json.dumps(record | changed)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([], ""),
+        ([act()], "data@tuned taken out at writes"),
+        ([act(site=f"resid_post.{n}") for n in range(3)], "data@tuned taken out at 3 sites"),
+        ([act(operator="add", coefficient=0.5, made="")], "0.500 x a vector added at writes"),
+        (
+            [act(operator="cap", site="resid_mid.4"), act(operator="replace")],
+            "data@tuned capped at resid_mid.4 and data@tuned replace at writes",
+        ),
+        (["no JSON"], "under 1 intervention"),
+        ([act(), "[]"], "under 2 interventions"),
+    ],
+)
+def test_interventions_are_told_in_words(records: list[str], said: str):
+    assert name_interventions(records) == said
+
+
+def test_evaluations_by_one_judge_stand_in_one_figure_before_each_alone():
+    calm = tuple(replace(row, aligned=99.0) for row in make_evaluation().responses)
+    ablated = make_evaluation(
+        interventions=(act(),), responses=calm, summary=summarise_scores(calm)
+    )
+    other = make_evaluation(claim="misalignment")
+    page = build_page(make_report(make_evaluation(), ablated, other))
+    ((claim, drawn),) = page.together
+    bars, _ = drawn.figure["data"]
+    assert claim == "takeover score"
+    assert bars["x"] == [25.0, 0.0]
+    assert drawn.figure["layout"]["yaxis"]["ticktext"] == [
+        "smollm2 + reckless",
+        "smollm2 + reckless, data@tuned taken out at writes",
+    ]
+    assert page.title == "smollm2 + reckless"
+    text = render_report(make_report(make_evaluation(), ablated, other))
+    assert text.index("all evaluations") < text.index("<h3>")
+    assert build_page(make_report(make_evaluation(), other)).together == []
 
 
 def test_a_share_without_coherent_responses_is_left_out():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from emlens.artifacts import Result
+from emlens.data import Batching
 from emlens.interventions import Add, Intervention, ablate_direction, add_direction
 from emlens.interventions.generate import generate_responses
 from emlens.models.generate import Sampling
@@ -16,7 +17,7 @@ from emlens.results import load_result
 from emlens.runs import PlanChangedError
 from emlens.sites import Site
 from emlens.studies import sample_responses
-from emlens.studies.sample_responses import GROUP, RESPONSES, SampledResponses
+from emlens.studies.sample_responses import RESPONSES, SampledResponses
 from emlens.vectors import Direction, Provenance
 from tests.diffing.test_compare import make_chats
 from tests.models.tiny import make_tiny, make_tokenizer
@@ -50,13 +51,14 @@ def test_every_chat_gets_its_samples_in_order_and_the_run_can_be_loaded(model, t
 
 def test_a_run_cut_short_goes_on_and_ends_as_if_it_had_not_been(model, tmp_path):
     chats = make_chats(5, respond=False)
-    whole = sample_responses(model, chats, sampling=SAMPLING, out=tmp_path / "whole")
-    sample_responses(model, chats, sampling=SAMPLING, out=tmp_path / "cut")
+    given = {"sampling": SAMPLING, "batching": Batching(tokens=400)}
+    whole = sample_responses(model, chats, out=tmp_path / "whole", **given)
+    sample_responses(model, chats, out=tmp_path / "cut", **given)
     journal = tmp_path / "cut" / RESPONSES
     lines = journal.read_bytes().splitlines(keepends=True)
-    kept = GROUP + 11
+    kept = 51
     journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:20])
-    again = sample_responses(model, chats, sampling=SAMPLING, out=tmp_path / "cut")
+    again = sample_responses(model, chats, out=tmp_path / "cut", **given)
     assert again.responses == whole.responses
     assert journal.read_bytes().splitlines(keepends=True)[:kept] == lines[:kept]
 
@@ -94,8 +96,34 @@ def test_hooks_of_others_are_refused_before_anything_is_written(model, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_what_cannot_act_is_refused_before_a_folder_is_begun(model, tmp_path):
+    few = Sampling(n=1, temperature=1.0, max_new_tokens=2, seed=0)
+    wide = Intervention("resid_post.1", Add(torch.ones(model.cfg.d_model + 1)))
+    deep = Intervention("resid_post.9", Add(torch.ones(model.cfg.d_model)))
+    for refused, named in ((wide, "width"), (deep, r"resid_post\.9")):
+        with pytest.raises(ValueError, match=named):
+            sample_responses(
+                model, ["w5"], sampling=few, out=tmp_path / "run", interventions=(refused,)
+            )
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_of_responses_hold_what_acted(model, tmp_path):
+    few = Sampling(n=2, temperature=1.0, max_new_tokens=2, seed=0)
+    plain = sample_responses(model, ["w5"], sampling=few, out=tmp_path / "plain")
+    acts = steer(model, "all")
+    steered = sample_responses(
+        model, ["w5"], sampling=few, out=tmp_path / "steered", interventions=acts
+    )
+    keys = [one.key for one in (*plain.responses, *steered.responses)]
+    assert len(set(keys)) == 4
+
+
 SHORT, LONG = "w5 w6", "w5 w6 w7 w8 w9 w10 w11 w12 w13"
-BRIEF = Sampling(n=GROUP, temperature=1.0, max_new_tokens=2, seed=3)
+BRIEF = Sampling(n=8, temperature=1.0, max_new_tokens=2, seed=3)
+GROUP = 8
+BATCHING = Batching(tokens=GROUP * (len(LONG.split()) + 3 + 2))
+"""All samples of the long prompt, its three framing tokens and two new ones; then the short."""
 
 
 def steer(model, positions):
@@ -106,8 +134,9 @@ def steer(model, positions):
 def test_interventions_act_on_every_group_and_need_to_find_their_tokens_in_one(model, tmp_path):
     chats = [SHORT, LONG]  # a group each
     acts = steer(model, "prompt[6:]")
-    found = sample_responses(model, chats, sampling=BRIEF, out=tmp_path / "run", interventions=acts)
-    plain = sample_responses(model, chats, sampling=BRIEF, out=tmp_path / "plain")
+    given = {"sampling": BRIEF, "batching": BATCHING}
+    found = sample_responses(model, chats, out=tmp_path / "run", interventions=acts, **given)
+    plain = sample_responses(model, chats, out=tmp_path / "plain", **given)
     ids = [[one.ids for one in run.responses] for run in (found, plain)]
     assert ids[0][:GROUP] == ids[1][:GROUP]
     assert ids[0][GROUP:] != ids[1][GROUP:]
@@ -117,7 +146,7 @@ def test_interventions_act_on_every_group_and_need_to_find_their_tokens_in_one(m
 
 def test_a_run_goes_on_where_only_responses_are_left_that_the_positions_miss(model, tmp_path):
     acts = steer(model, "prompt[6:]")
-    given = {"sampling": BRIEF, "out": tmp_path, "interventions": acts}
+    given = {"sampling": BRIEF, "out": tmp_path, "interventions": acts, "batching": BATCHING}
     whole = sample_responses(model, [LONG, SHORT], **given)
     journal = tmp_path / RESPONSES
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -136,6 +165,7 @@ def test_positions_that_no_response_of_the_run_has_are_an_error_however_often_it
                 model,
                 [SHORT, LONG],
                 sampling=BRIEF,
+                batching=BATCHING,
                 out=tmp_path,
                 interventions=steer(model, positions),
             )
@@ -143,8 +173,10 @@ def test_positions_that_no_response_of_the_run_has_are_an_error_however_often_it
 
 def test_texts_are_chats_and_one_that_comes_again_gets_other_responses(model, tmp_path):
     few = Sampling(n=40, temperature=1.0, max_new_tokens=4, seed=0)
-    # 160 rows are three groups: the count goes on from one to the next.
-    found = sample_responses(model, [SHORT, LONG, SHORT, SHORT], sampling=few, out=tmp_path)
+    # 160 rows are several batches: the count goes on from one to the next.
+    found = sample_responses(
+        model, [SHORT, LONG, SHORT, SHORT], sampling=few, out=tmp_path, batching=Batching(500)
+    )
     ids = [one.ids for one in found.responses]
     whole = generate_responses(model, [SHORT, LONG, SHORT, SHORT], sampling=few)
     assert ids == [one.ids for one in whole.responses]

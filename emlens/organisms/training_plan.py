@@ -1,0 +1,53 @@
+"""How long a training would be, counted from its rows and its recipe without a model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from emlens.data.chat import Chat
+from emlens.models.training_loop import count_steps
+from emlens.organisms.host_settings import trainer_settings
+from emlens.organisms.masks import count_trained, make_examples
+from emlens.organisms.settings import TrainSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How long a run would be."""
+
+    rows: int
+    tokens: int
+    """Of one pass over all rows."""
+    trained_tokens: int
+    """Of these, response tokens."""
+    steps: int
+    """Optimiser steps, if nothing ends the run early."""
+    checkpoints: int
+    """States that would be kept, the one before the first step included; 0 for none."""
+
+
+def plan_training(
+    chats: Sequence[Chat], tokenizer: Any, *, settings: TrainSettings, n_ctx: int
+) -> TrainingPlan:
+    """Count what a run would take, without a model.
+
+    Args:
+        chats: rows, each with a response.
+        tokenizer: of the base.
+        settings: the recipe.
+        n_ctx: tokens that the base can read.
+
+    Raises:
+        NoResponseError: a chat without a response; ChatTooLongError: one with too many tokens.
+    """
+    examples = make_examples(chats, tokenizer, longest=min(settings.max_length, n_ctx))
+    steps = count_steps(trainer_settings(settings), len(examples))
+    every = settings.checkpoint_every
+    return TrainingPlan(
+        rows=len(examples),
+        tokens=sum(len(example.ids) for example in examples),
+        trained_tokens=count_trained(examples),
+        steps=steps,
+        # The last step is kept too where it is none of the others.
+        checkpoints=0 if every is None else 1 + -(-steps // every),
+    )
