@@ -62,14 +62,16 @@ BREACHES = {
 @pytest.fixture(scope="module")
 def findings(checkout: Path) -> str:
     """What the gate says where every breach is planted: it takes as long as for one."""
-    for planted, (source, _) in BREACHES.items():
-        path = checkout / "emlens" / planted
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(source)
-    done = lint(checkout)
-    for planted in BREACHES:
-        (checkout / "emlens" / planted).unlink()
-    (checkout / "emlens" / "unplaced").rmdir()
+    try:
+        for planted, (source, _) in BREACHES.items():
+            path = checkout / "emlens" / planted
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source)
+        done = lint(checkout)
+    finally:
+        for planted in BREACHES:
+            (checkout / "emlens" / planted).unlink(missing_ok=True)
+        (checkout / "emlens" / "unplaced").rmdir()
     assert done.returncode == 1
     return " ".join(done.stdout.split())
 
