@@ -126,6 +126,7 @@ program = typer.Typer(cls=CommandLine)
 program.command("ask")(ask)
 program.callback()(lambda: None)
 sys.argv = ["emlens", "ask", "--offline"]
+assert "huggingface_hub" not in sys.modules
 try:
     program()
 except SystemExit as error:

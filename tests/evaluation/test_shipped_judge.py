@@ -39,7 +39,7 @@ def test_the_shipped_calibration_is_used_and_orders_texts_by_coherence():
     assert min(area.value for area in areas.values()) >= FEWEST_AUC
     means = []
     for level in LEVELS:
-        rows = coherence_examples()[level][:2]
+        rows = coherence_examples()[level][:4]
         features = measure_coherence(base, rows, batching=Batching(tokens=4096))
         known = [one for one in features if isinstance(one, CoherenceFeatures)]
         scores = [score_coherence(one, found.coherence) for one in known]
