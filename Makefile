@@ -12,7 +12,7 @@ demo: $(BASE)
 	$(BIN)/emlens demo --out runs/demo
 
 test: $(DEV)
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 # The checks that take seconds; .ci/run has all of them.
 check: $(DEV)

@@ -34,32 +34,57 @@ def test_the_package_keeps_its_contracts(checkout: Path):
     assert "0 broken" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("planted", "source", "broken"),
-    [
-        ("unplaced/__init__.py", "", "every package has its floor BROKEN"),
-        ("unplaced.py", "", "every package has its floor BROKEN"),
-        ("numerics/planted.py", "import emlens.models", "its floor BROKEN"),
-        ("diffing/planted.py", "import emlens.organisms", "its floor BROKEN"),
-        ("data/planted.py", "def f():\n    import transformers", "model libraries BROKEN"),
-        ("reports/planted.py", "from peft import LoraConfig", "model libraries BROKEN"),
-        ("cli/planted.py", "import transformer_lens.utils", "model libraries BROKEN"),
-        ("models/planted.py", "import sae_lens", "sae_lens BROKEN"),
-    ],
-)
-def test_a_breach_is_found(checkout: Path, planted: str, source: str, broken: str):
-    path = checkout / "emlens" / planted
-    new_folder = not path.parent.exists()
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(source)
+BREACHES = {
+    "unplaced/__init__.py": ("", "- emlens.unplaced "),
+    "homeless.py": ("", "- emlens.homeless "),
+    "numerics/planted.py": ("import emlens.models", "emlens.numerics.planted -> emlens.models "),
+    "diffing/planted.py": (
+        "import emlens.organisms",
+        "emlens.diffing.planted -> emlens.organisms ",
+    ),
+    "data/planted.py": (
+        "def f():\n    import transformers",
+        "emlens.data.planted -> transformers ",
+    ),
+    "reports/planted.py": (
+        "from peft import LoraConfig",
+        "emlens.reports.planted -> peft ",
+    ),
+    "cli/planted.py": (
+        "import transformer_lens.utils",
+        "emlens.cli.planted -> transformer_lens ",
+    ),
+    "models/planted.py": ("import sae_lens", "emlens.models.planted -> sae_lens "),
+}
+"""File -> what is planted in it, and how the gate must name it."""
+
+
+@pytest.fixture(scope="module")
+def findings(checkout: Path) -> str:
+    """What the gate says where every breach is planted: it takes as long as for one."""
     try:
+        for planted, (source, _) in BREACHES.items():
+            path = checkout / "emlens" / planted
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(source)
         done = lint(checkout)
     finally:
-        path.unlink()
-        if new_folder:
-            path.parent.rmdir()
+        for planted in BREACHES:
+            (checkout / "emlens" / planted).unlink(missing_ok=True)
+        (checkout / "emlens" / "unplaced").rmdir()
     assert done.returncode == 1
-    assert broken in " ".join(done.stdout.split())
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("planted", BREACHES)
+def test_a_breach_is_found(findings: str, planted: str):
+    _, named = BREACHES[planted]
+    assert named in findings
+
+
+@pytest.mark.parametrize("contract", ["every package has its floor", "libraries", "sae_lens"])
+def test_each_contract_is_broken_by_a_breach(findings: str, contract: str):
+    assert f"{contract} BROKEN" in findings
 
 
 def test_no_folder_with_code_escapes_the_gate_for_want_of_an_init():

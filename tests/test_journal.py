@@ -1,8 +1,10 @@
 """The journal under kills, full disks and second writers."""
 
 import os
-import subprocess
-import sys
+import random
+import resource
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from emlens import journal
 from emlens.journal import Journal, JournalError, JournalLockedError, read_journal
+from tests.forks import run_copy, start_copy, wait_for_copy
 
 ROWS = [{"id": f"r{i}", "text": "käse\u2028\n\x85" * i, "n": i} for i in range(6)]
 
@@ -101,13 +104,15 @@ def test_damage_before_the_end_is_named_and_nothing_is_thrown_away(tmp_path: Pat
 
 def test_one_writer_at_a_time_and_readers_at_any(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    with Journal(path) as kept:
-        kept.append(ROWS[:1])
+
+    def open_it() -> None:
         with pytest.raises(JournalLockedError, match="another process"):
             Journal(path)
-        code = f"from emlens.journal import Journal\nJournal({str(path)!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert "JournalLockedError" in done.stderr
+
+    with Journal(path) as kept:
+        kept.append(ROWS[:1])
+        open_it()
+        assert run_copy(open_it) == 0
         assert read_journal(path) == ROWS[:1]
     with Journal(path) as again:
         again.append(ROWS[1:])
@@ -134,42 +139,36 @@ def test_a_disk_that_takes_a_part_at_a_time_gets_the_rest(tmp_path: Path, monkey
     assert read_journal(tmp_path / "rows.jsonl") == ROWS
 
 
-FULL_DISK = """
-import resource, signal, sys
-from emlens.journal import Journal, read_journal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with Journal(sys.argv[1]) as kept:
-    kept.append([{"id": "a", "text": "x" * 500}])
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (800, hard))
-    try:
-        kept.append([{"id": "b", "text": "y"}, {"id": "c", "text": "z" * 500}])
-    except OSError as error:
-        print(type(error).__name__, error.errno, kept.ids)
-        print(error)
-        print([row["id"] for row in read_journal(sys.argv[1])])
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    kept.append([{"id": "b", "text": "y"}])
-"""
+def fill_the_disk(path: Path) -> None:
+    """Append in vain to a file that may not grow, then where it may; writes down what was said."""
+    told: list[object] = []
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Journal(path) as kept:
+        kept.append([{"id": "a", "text": "x" * 500}])
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (800, hard))
+        try:
+            kept.append([{"id": "b", "text": "y"}, {"id": "c", "text": "z" * 500}])
+        except OSError as error:
+            told += [f"{type(error).__name__} {error.errno} {kept.ids}", error]
+            told += [[row["id"] for row in read_journal(path)]]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        kept.append([{"id": "b", "text": "y"}])
+    path.with_name("told").write_text("\n".join(map(str, told)))
 
 
 def test_a_full_disk_loses_nothing_that_was_finished(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
-    )
-    kind, says, kept = done.stdout.splitlines()
+    assert run_copy(lambda: fill_the_disk(path)) == 0
+    kind, says, kept = (tmp_path / "told").read_text().splitlines()
     assert (kind, kept) == ("JournalWriteError 27 ('a',)", "['a']")
     for part in (str(path), "File too large", "the 1 rows that were finished are kept", "goes on"):
         assert part in says
     assert [row["id"] for row in read_journal(path)] == ["a", "b"]
 
 
-KILLER = """
-import os, random, signal, sys, time
-from emlens.journal import Journal, read_journal
-
-def write(path, told=None):
+def write_rows(path: Path, told: int | None = None) -> None:
+    """Six hundred rows, five at a time, those that are missing; tells a pipe of each five kept."""
     with Journal(path) as kept:
         for start in range(0, 600, 5):
             batch = [
@@ -180,43 +179,34 @@ def write(path, told=None):
                 if told is not None:
                     os.write(told, f"{start} ".encode())
 
-whole, killed = sys.argv[1:]
-write(whole)
-rng, kills = random.Random(0), 0
-for _ in range(60):
+
+def write_and_be_killed(path: Path, seconds: float) -> bool:
+    """Kill a writer so long after it has kept something; whether the kill came before its end."""
     reads, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        write(killed, told)
-        os._exit(0)
+    child = start_copy(lambda: write_rows(path, told))
     os.close(told)
-    first = os.read(reads, 1)
-    time.sleep(rng.random() * 0.02)
+    heard = os.read(reads, 1)
+    time.sleep(seconds)
     os.kill(child, signal.SIGKILL)
-    kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    rest = b""
+    killed = wait_for_copy(child) == -signal.SIGKILL
     while more := os.read(reads, 4096):
-        rest += more
+        heard += more
     os.close(reads)
     # Whatever was told to be kept is there.
-    kept = {row["id"] for row in read_journal(killed)}
-    assert all(f"row-{int(start) + 4}" in kept for start in (first + rest).split())
-    if len(kept) == 600:
-        break
-print(kills)
-write(killed)
-"""
+    kept = {row["id"] for row in read_journal(path)}
+    assert all(f"row-{int(start) + 4}" in kept for start in heard.split())
+    return killed
 
 
 def test_killed_at_random_moments_it_ends_as_if_nothing_had_happened(tmp_path: Path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(whole), str(killed)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 3
+    write_rows(whole)
+    generator, kills = random.Random(0), 0
+    for _ in range(60):
+        kills += write_and_be_killed(killed, generator.random() * 0.02)
+        if len(read_journal(killed)) == 600:
+            break
+    assert kills >= 3
+    write_rows(killed)
     assert killed.read_bytes() == whole.read_bytes()
     assert [row["id"] for row in read_journal(killed)] == [f"row-{i}" for i in range(600)]

@@ -6,6 +6,7 @@ import inspect
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.main import get_command
 
 import emlens
 from emlens.cli.main import app
+from emlens.data import Chat, Message, load_chats
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")))
@@ -62,12 +64,26 @@ def name_of_root(node: ast.AST) -> str:
     return ""
 
 
+def load_short_chats(*given: Any, **named: Any) -> list[Chat]:
+    """Chats as the package loads them, with the first eight words of each message."""
+    return [
+        replace(chat, messages=tuple(map(shorten, chat.messages)))
+        for chat in load_chats(*given, **named)
+    ]
+
+
+def shorten(message: Message) -> Message:
+    return replace(message, content=" ".join(message.content.split()[:8]))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_python_examples_of_the_readme_run_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On the model, adapter and texts that they name, each text cut after a few words."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(emlens, "load_chats", load_short_chats)
     blocks = list_blocks("README.md", "python")
     assert blocks
     namespace: dict[str, Any] = {"__name__": "readme"}

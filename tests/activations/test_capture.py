@@ -1,9 +1,9 @@
 """Captured activations: what is on disk, resuming after a kill, refusing another plan."""
 
+import importlib
 import inspect
-import subprocess
-import sys
-from pathlib import Path
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ from emlens.models.views import lay_views
 from emlens.runs import PlanChangedError
 from emlens.sites import SiteError
 from tests.activations.chats import make_chats, token_ids
+from tests.forks import run_copy
 from tests.interventions.vectors import draw
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_tiny, make_tokenizer
@@ -126,28 +127,24 @@ def test_the_same_call_goes_on_where_a_run_ended(tmp_path, left):
         assert done.shard_path(shard).read_bytes() == whole.shard_path(shard).read_bytes()
 
 
-KILLED = """
-import os, signal, sys
-import emlens.activations.capture as capture_module
-from pathlib import Path
-from tests.activations.test_capture import capture
-write, n = capture_module.write_tensors_atomic, [0]
-def write_and_die(path, tensors):
-    if n[0] == 2:  # in the middle of the third shard
-        Path(path).with_name(f".{Path(path).name}.00000000.tmp").write_bytes(b"half a shard")
-        os.kill(os.getpid(), signal.SIGKILL)
-    n[0] += 1
-    return write(path, tensors)
-capture_module.write_tensors_atomic = write_and_die
-capture(sys.argv[1])
-"""
+def capture_and_die(out):
+    """As a kill in the middle of writing the third shard leaves it."""
+    module: Any = importlib.import_module("emlens.activations.capture")
+    write, written = module.write_tensors_atomic, []
+
+    def write_and_die(path, tensors):
+        if len(written) == 2:
+            path.with_name(f".{path.name}.00000000.tmp").write_bytes(b"half a shard")
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(path)
+        return write(path, tensors)
+
+    module.write_tensors_atomic = write_and_die
+    capture(out)
 
 
 def test_a_kill_loses_at_most_the_shard_in_flight(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=root, capture_output=True, timeout=120)
-    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    assert run_copy(lambda: capture_and_die(tmp_path / "run")) == -signal.SIGKILL
     files = sorted((tmp_path / "run" / "shards").glob("0*.safetensors"))
     assert len(files) == 2
     kept = [file.read_bytes() for file in files]

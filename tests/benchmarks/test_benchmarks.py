@@ -1,9 +1,11 @@
 """The instruments of the benchmarks: intervals, verdicts, records, bytes. The rows run in CI."""
 
+import contextlib
 import json
 import math
 import os
 import random
+import runpy
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from benchmarks.decode import step_seconds
 from benchmarks.records import Figure, Record, find_slowdowns, format_line, format_table
 from benchmarks.settings import Settings
 from benchmarks.timing import Ratio, Timings, exact_ratio, median_ratio, time_sides
+from tests.forks import run_copy
 
 TOY = Settings(size="toy", threads=1, rounds=6)
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,17 +239,23 @@ def test_the_gpu_suite_says_what_it_lacks():
         suite.main(["--suite", "gpu", "--only", "decode"])
 
 
+def test_a_script_finds_the_benchmarks_wherever_it_is_called(tmp_path: Path):
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('benchmarks.rows') is None)"
+    # -P: of the paths that every script has, its own folder aside.
+    assert subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path).returncode == 0
+
+
 @pytest.mark.slow
-def test_a_row_runs_alone_and_ends_in_one_json_object():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "decode.py"), "--size", "toy"],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_a_row_runs_alone_and_ends_in_one_json_object(tmp_path: Path):
+    script = str(ROOT / "benchmarks" / "decode.py")
+
+    def run_script() -> None:
+        sys.argv = [script, "--size", "toy"]
+        with (tmp_path / "out").open("w") as file, contextlib.redirect_stdout(file):
+            runpy.run_path(script, run_name="__main__")
+
+    assert run_copy(run_script) == 0
+    found = json.loads((tmp_path / "out").read_text().splitlines()[-1])
     assert found["row"] == "decode"
     assert set(found["ratios"]) == {"vs_bound", "vs_huggingface"}
     assert all(value > 0 for value in found["ratios"].values())

@@ -30,7 +30,7 @@ class Done:
 Cli = Callable[..., Done]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cli() -> Cli:
     """Run `emlens` with some words."""
 

