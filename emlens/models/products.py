@@ -20,6 +20,7 @@ LARGE = 1 << 22
 """Values of a weight from which on it is faster to multiply a row alone by it as two."""
 SLAB = 1 << 22
 """Values of a weight that are widened at a time: 16 MiB of float32."""
+_HAS_MKL = torch.backends.mkl.is_available()
 
 
 def multiply(
@@ -46,7 +47,7 @@ def multiply(
 
 def _turns(x: Tensor, weight: Tensor) -> bool:
     """Whether weight x^T is the faster product, and can be taken."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+    if x.dtype != torch.float32 or not _HAS_MKL or x.device.type != "cpu":
         return False
     rows = x.numel() // max(1, x.shape[-1])
     if not (1 < rows <= MOST_ROWS or (rows == 1 and weight.numel() >= LARGE)):
