@@ -50,6 +50,24 @@ def tell(module: nn.Module, point: str, x: Tensor) -> Tensor:
     return listener(x) if is_hooked(listener) else x
 
 
+SMALL = 1 << 16
+"""Values up to which new memory costs less than asking whether old may be overwritten."""
+
+
+def _is_own(x: Tensor, *told: nn.Module) -> bool:
+    """Whether a new result may be overwritten: nobody has seen it, and no backward pass wants it.
+
+    Fresh memory costs a processor more than the arithmetic of most steps between two products.
+
+    Args:
+        x: the result.
+        told: the modules and hook points that it has passed.
+    """
+    if x.numel() <= SMALL or torch.is_grad_enabled():
+        return False
+    return not any(is_hooked(module) for module in told)
+
+
 def _parameter(module: nn.Module, name: str) -> Tensor:
     """The stored tensor, past properties that would repeat grouped heads."""
     found = module._parameters[name]
@@ -89,8 +107,10 @@ class _FusedForward:
         offset = 0 if entry is None else entry.past_keys.shape[1]
         if self.rotary is not None:
             rotation = self.tables.rotation(self.rotary, offset=offset, like=q, mask=attention_mask)
-            q = tell(self, "hook_rot_q", rotation.rotate(q))
-            k = tell(self, "hook_rot_k", rotation.rotate(k))
+            norms = () if self.q_norm is None else (self.q_norm, self.k_norm)
+            own_q, own_k = _is_own(q, self.hook_q, *norms), _is_own(k, self.hook_k, *norms)
+            q = tell(self, "hook_rot_q", rotation.rotate(q, own=own_q))
+            k = tell(self, "hook_rot_k", rotation.rotate(k, own=own_k))
         if entry is not None:
             k, v = entry.append(k, v)
         window = self.cfg.window_size if self.attn_type == "local" else None
@@ -201,8 +221,8 @@ class _NormForward:
         return self._fused(x)
 
 
-def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps), over the last axis.
+def _divide_by_rms(x: Tensor, eps: float, *, own: bool) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps), over the last axis; where x is our own, in its place.
 
     `F.rms_norm` is one kernel on a GPU. On a CPU it has none, and takes about ten times as long
     as this for 1,024 x 576.
@@ -210,7 +230,8 @@ def _divide_by_rms(x: Tensor, eps: float) -> Tensor:
     if x.device.type != "cpu":
         return F.rms_norm(x, (x.shape[-1],), None, eps)
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()
-    return x * torch.rsqrt(square / x.shape[-1] + eps)
+    scale = torch.rsqrt(square / x.shape[-1] + eps)
+    return x.mul_(scale) if own else x * scale
 
 
 class FusedRMSNorm(_NormForward, RMSNorm):
@@ -218,10 +239,12 @@ class FusedRMSNorm(_NormForward, RMSNorm):
 
     def _fused(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        normalized = _divide_by_rms(wide, self.eps)
-        if self.w.dtype == wide.dtype:
-            return (normalized * self.w).to(x.dtype)
-        return normalized.to(x.dtype) * self.w
+        own = _is_own(x)
+        normalized = _divide_by_rms(wide, self.eps, own=own and wide is not x)
+        if self.w.dtype != wide.dtype:
+            normalized = normalized.to(x.dtype)
+        own = own and self.w.dtype == normalized.dtype
+        return (normalized.mul_(self.w) if own else normalized * self.w).to(x.dtype)
 
     def _stepwise(self, x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
@@ -252,8 +275,15 @@ class FusedGatedMLP(GatedMLP):
         """Run the gated MLP over Hugging Face's weight layout, each product fused with its bias."""
         gate = tell(self, "hook_pre", multiply(x, self.W_gate.mT))
         linear = tell(self, "hook_pre_linear", multiply(x, self.W_in.mT))
-        post = tell(self, "hook_post", torch.addcmul(self.b_in, self.act_fn(gate), linear))
+        into = linear if _is_own(linear, self.hook_pre_linear) else None
+        product = torch.addcmul(self.b_in, self._activate(gate), linear, out=into)
+        post = tell(self, "hook_post", product)
         return multiply(post, self.W_out.mT, self.b_out)
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        if self.act_fn is F.silu and _is_own(gate, self.hook_pre):
+            return F.silu(gate, inplace=True)
+        return self.act_fn(gate)
 
 
 class FusedBlock(TransformerBlock):
@@ -280,14 +310,22 @@ class FusedBlock(TransformerBlock):
             past_kv_cache_entry=past_kv_cache_entry,
             attention_mask=attention_mask,
         )
+        last: Any = self.attn
         if self.cfg.use_normalization_before_and_after:
-            attn_out = self.ln1_post(attn_out)
+            last = self.ln1_post
+            attn_out = last(attn_out)
         attn_out = tell(self, "hook_attn_out", attn_out)
         if self.cfg.parallel_attn_mlp:
             resid = resid_pre + attn_out
             return tell(self, "hook_resid_post", resid + self._run_mlp(self.ln2(resid_pre)))
-        resid_mid = tell(self, "hook_resid_mid", resid_pre + attn_out)
-        return tell(self, "hook_resid_post", resid_mid + self._run_mlp(self.ln2(resid_mid)))
+        own = _is_own(attn_out, self.hook_attn_out, last)
+        resid_mid = attn_out.add_(resid_pre) if own else resid_pre + attn_out
+        resid_mid = tell(self, "hook_resid_mid", resid_mid)
+        mlp_out = self._run_mlp(self.ln2(resid_mid))
+        last = self.ln2_post if self.cfg.use_normalization_before_and_after else self.mlp
+        own = _is_own(mlp_out, self.hook_mlp_out, last)
+        resid_post = mlp_out.add_(resid_mid) if own else resid_mid + mlp_out
+        return tell(self, "hook_resid_post", resid_post)
 
     def _run_mlp(self, x: Tensor) -> Tensor:
         out = self.mlp(x)

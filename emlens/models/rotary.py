@@ -69,14 +69,21 @@ class Rotation:
     sin: Tensor
 
     def rotate(
-        self, x: Float[Tensor, "batch pos head d_head"]
+        self, x: Float[Tensor, "batch pos head d_head"], *, own: bool = False
     ) -> Float[Tensor, "batch pos head d_head"]:
-        """Rotate the first ``rotary_dim`` channels of each head, pairing i with i + half."""
+        """Rotate the first ``rotary_dim`` channels of each head, pairing i with i + half.
+
+        Args:
+            x: queries or keys.
+            own: whether x may be overwritten.
+        """
         width = self.cos.shape[-1]
         if width < x.shape[-1]:
             return torch.cat((self.rotate(x[..., :width]), x[..., width:]), dim=-1)
         first, second = x.chunk(2, dim=-1)
         swapped = torch.cat((second, first), dim=-1)
+        if own:
+            return x.mul_(self.cos).addcmul_(swapped, self.sin)
         return torch.addcmul(x * self.cos, swapped, self.sin)
 
 

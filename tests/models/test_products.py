@@ -117,3 +117,21 @@ def test_what_torch_does_not_say_it_cannot(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert products._multiplies(torch.bfloat16) is False
     products._multiplies.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_bias_of_zero_costs_nothing_and_any_other_counts(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+):
+    monkeypatch.setattr(products, "MANY", 0)
+    x, weight, bias = (draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(6, 8), (5, 8), (5,)]))
+    zero = torch.zeros_like(bias)
+    with torch.no_grad():
+        torch.testing.assert_close(multiply(x, weight, zero), multiply(x, weight))
+        zero.data[3] = 2.0  # as users set weights: no version tells of it
+        changed = multiply(x, weight, zero) - multiply(x, weight)
+    assert bool((changed[:, 3] != 0).all())
+    assert not bool(changed[:, :3].any())
+    trained = torch.zeros_like(bias).requires_grad_()
+    multiply(x, weight, trained).sum().backward()
+    assert trained.grad is not None
