@@ -1,0 +1,3 @@
+from .codec import Codes, SparseCodec, SparseCodes
+
+__all__ = ["Codes", "SparseCodec", "SparseCodes"]
