@@ -74,7 +74,7 @@ class SparseCodec(Protocol):
 
     @property
     def positions(self) -> str:
-        """Which tokens it was trained on: `all`, or `all[8:]` where the first eight were left out."""
+        """Which tokens it was trained on: `all`, or `all[8:]` without the first eight."""
         ...
 
     @property
