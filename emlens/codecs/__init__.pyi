@@ -1,3 +1,4 @@
-from .codec import Codes, SparseCodec, SparseCodes
+from .codec import CodecError, Codes, SparseCodec, SparseCodes
+from .runtime import Sae
 
-__all__ = ["Codes", "SparseCodec", "SparseCodes"]
+__all__ = ["CodecError", "Codes", "Sae", "SparseCodec", "SparseCodes"]
