@@ -35,7 +35,7 @@ def score_steered(
     vectors: Float[Tensor, "directions d"],
     batching: Batching = Batching(),  # noqa: B008 - frozen
 ) -> Float[Tensor, "directions chats"]:
-    """log p(response | prompt) of every chat, with each vector added at a site to every token.
+    """Score every chat's response as log p(response | prompt), each vector added at every token.
 
     The same as one pass a vector under `Add`; adapters attached and interventions in effect act as
     they do there, before the vector where they meet it. Blocks below the site are run once a batch

@@ -117,9 +117,9 @@ def test_what_it_cannot_do_is_refused():
     vectors = draw(model, site)
     with pytest.raises(SiteError, match=r"embed is not in a block .* such as resid_post.1"):
         score_steered(model, chats, site=parse_site("embed"), vectors=vectors)
-    with pytest.raises(SiteError, match="pattern.1 is not in a block with one vector"):
+    with pytest.raises(SiteError, match=r"pattern.1 is not in a block with one vector"):
         score_steered(model, chats, site=parse_site("pattern.1"), vectors=vectors)
-    with pytest.raises(SiteError, match="no resid_post.7"):
+    with pytest.raises(SiteError, match=r"no resid_post.7"):
         score_steered(model, chats, site=parse_site("resid_post.7"), vectors=vectors)
     with pytest.raises(WidthError, match=r"vectors: got shape \(3, 24\), expected .*, 40\]"):
         score_steered(model, chats, site=parse_site("post.1"), vectors=vectors)
