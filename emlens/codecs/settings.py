@@ -1,4 +1,4 @@
-"""How sparse codecs are trained: frozen records of all that shapes a run but data, site and seed."""
+"""How sparse codecs are trained: all that shapes a run but the data, the site and the seed."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -46,8 +46,7 @@ class CodecSettings:
     """How often the same rows may come: a corpus that would have to come more often is refused."""
     least_firings: float = 100
     """How often a latent must be active on average, rows x k / d_sae, in the whole corpus; with
-    fewer rows the run is refused. A direction that 100 rows hold stands out of their noise ten
-    times more than that of one row does."""
+    fewer rows the run is refused. The mean of 100 rows has a tenth of the noise of one."""
     held_out_rows: int = 16_384
     """Rows that the threshold is set on. Where no held-out activations are given they are the first
     rows of the corpus, which then take no part in training."""
