@@ -1,60 +1,117 @@
 """The runtime of sparse autoencoders; not for training one, nor for reading one from a file.
 
-Codes are f((x - b_dec) W_enc + b_enc), or without b_dec where an autoencoder was trained so, and a
-reconstruction is codes W_dec + b_dec. f is a ReLU, a ReLU above a threshold, or a ReLU of the k
-largest. What an autoencoder saved otherwise (codes scaled by decoder norms) is brought to this form
-when it is read.
+With x the activations, normalised where the autoencoder wants it, p = (x - b_dec) W_enc + b_enc, or
+without b_dec where it was trained so. Codes are
+
+- `standard`: relu(p);
+- `jumprelu`, `batchtopk`, `matryoshka_batchtopk`: relu(p) where p is above a threshold, else 0. A
+  BatchTopK looks at a whole batch while it trains, and at one threshold from then on;
+- `topk`: relu(p) of the k largest p of a token, 0 elsewhere;
+- `gated`: relu(exp(r_mag) (p - b_enc) + b_mag) where p is above 0, else 0.
+
+The reconstruction is codes W_dec + b_dec, with the normalisation undone. Codes that were scaled by
+decoder norms in training are brought to this form when they are read.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.codecs.codec import CodecError, Codes, SparseCodes
-from emlens.codecs.topk import merge_largest
+from emlens.codecs.frozen import fingerprint_codec, freeze_weights
+from emlens.codecs.inputs import check_activations, check_latents, check_sparse_codes
+from emlens.codecs.normalization import NORMALIZATIONS, Normalization, normalize, restore
+from emlens.codecs.rectifier import Rectifier, read_floor
+from emlens.codecs.topk import merge_largest, pick_latents, settle_inactive
 from emlens.sites import Site
 
-Normalization = Literal["none", "constant_norm_rescale", "layer_norm"]
+WITH_THRESHOLD = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
+ARCHITECTURES = ("standard", "gated", "topk", *WITH_THRESHOLD)
+NEURONPEDIA = "https://www.neuronpedia.org"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sae(Result):
-    """A sparse autoencoder of one site's activations, its weights frozen."""
+    """A sparse autoencoder of one site's activations, its weights frozen.
+
+    It computes in the dtype of its weights, and nothing it does changes it.
+
+    Raises:
+        CodecError: an unknown architecture, or weights that are missing, superfluous, not finite,
+            or of sizes, dtypes or devices that differ.
+    """
 
     kind: ClassVar[str] = "sae"
 
     name: str
     """Its source, as it was written."""
     architecture: str
-    """Such as `topk` or `standard`."""
+    """One of `ARCHITECTURES`."""
     site: Site
-    """Whose activations it takes."""
+    """Whose activations it takes; those with heads with the heads side by side."""
     positions: str = "all"
     """Which tokens it was trained on."""
     W_enc: Float[Tensor, "d_in d_sae"]
     """Encoder."""
     b_enc: Float[Tensor, " d_sae"]
-    """Its bias."""
+    """Its bias; of a gated autoencoder the bias of the gate."""
     W_dec: Float[Tensor, "d_sae d_in"]
-    """What each latent adds to the reconstruction, as a row."""
+    """What each latent adds to the (normalised) reconstruction, as a row."""
     b_dec: Float[Tensor, " d_in"]
     """What every reconstruction begins with."""
+    threshold: Float[Tensor, " d_sae"] | None = None
+    """What p must be above; one below zero is as one of zero."""
     k: int | None = None
-    """How many latents may be active at a token; None for as many as are."""
+    """How many latents of a token may be active; only of `topk`."""
+    r_mag: Float[Tensor, " d_sae"] | None = None
+    """Logarithm of how much longer the encoder of magnitudes is; only of `gated`."""
+    b_mag: Float[Tensor, " d_sae"] | None = None
+    """Bias of the magnitudes; only of `gated`."""
     apply_b_dec_to_input: bool = True
     """Whether b_dec is subtracted before encoding."""
+    normalization: Normalization = "none"
+    """What is done to each row before that."""
+    base_name: str | None = None
+    """Model that it was trained on, as its source calls it."""
     base_fingerprint: str | None = None
-    """Of the weights it was trained on, where that is known."""
+    """Of that model's weights, where that is known."""
+    neuronpedia_id: str | None = None
+    """Where Neuronpedia describes its latents."""
 
     def __post_init__(self) -> None:
-        for weight in (self.W_enc, self.b_enc, self.W_dec, self.b_dec):
-            weight.requires_grad_(False)
+        if self.architecture not in ARCHITECTURES:
+            raise CodecError(
+                f"architecture: {self.architecture!r} is not supported; supported are "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        if self.normalization not in NORMALIZATIONS:
+            raise CodecError(
+                f"normalization: {self.normalization!r} is not supported; supported are "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        d_in, d_sae = self.W_enc.shape
+        gated, bounded = self.architecture == "gated", self.architecture in WITH_THRESHOLD
+        freeze_weights(
+            self,
+            {
+                "W_enc": (d_in, d_sae),
+                "b_enc": (d_sae,),
+                "W_dec": (d_sae, d_in),
+                "b_dec": (d_in,),
+                "threshold": (d_sae,) if bounded else None,
+                "r_mag": (d_sae,) if gated else None,
+                "b_mag": (d_sae,) if gated else None,
+            },
+        )
+        check_k(self.architecture, self.k, d_sae)
 
     @property
     def d_in(self) -> int:
@@ -68,69 +125,148 @@ class Sae(Result):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of its weights and of how they are used."""
-        return ""
+        """Of its weights and of how they are used; the same weights in another dtype differ."""
+        return fingerprint_codec(self)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Codes:
         """Codes of activations.
 
+        A processor is fastest with up to 2^22 codes (16 MiB of float32) a call: memory of larger
+        tensors is fetched anew by every call.
+
         Raises:
-            CodecError: another width than the codec's.
+            CodecError: activations of another width or device, or that are not finite.
         """
-        if self.k is not None:
-            sparse = self.encode_sparse(x, k=self.k)
-            values = sparse.values.new_zeros(len(x), self.d_sae)
-            return Codes(values=values.scatter_(1, sparse.indices, sparse.values))
-        return Codes(values=self._block(self._prepare(x), 0, self.d_sae))
+        rows, scale, shift = self._prepare(x)
+        if self.k is None:
+            return Codes(values=self._encode(rows, slice(None)), scale=scale, shift=shift)
+        found = self._find_largest(rows, self.k)
+        values = found.values.new_zeros(len(x), self.d_sae)
+        values.scatter_(1, found.indices, found.values)
+        return Codes(values=values, scale=scale, shift=shift)
 
     def encode_latents(
         self, x: Float[Tensor, "n d_in"], latents: Sequence[int]
     ) -> Float[Tensor, "n k"]:
-        """Codes of some latents, equal to those columns of `encode`."""
-        chosen = torch.tensor(list(latents), device=self.W_enc.device)
-        if self.k is not None:
-            return self.encode(x).values[:, chosen]
-        rows = self._prepare(x)
-        return torch.addmm(self.b_enc[chosen], rows, self.W_enc[:, chosen]).relu_()
+        """Codes of some latents: those columns of `encode`, to rounding.
+
+        Of a `topk` autoencoder all latents are encoded, as a latent is active only if few others
+        are more so.
+
+        Raises:
+            CodecError: as `encode`; or latents that there are not.
+        """
+        chosen = check_latents(latents, self.d_sae).to(self.W_enc.device)
+        rows = self._prepare(x)[0]
+        if self.k is None:
+            return self._encode(rows, chosen)
+        found = self._find_largest(rows, self.k)
+        return pick_latents(found.values, found.indices, chosen, self.d_sae)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"], *, k: int) -> SparseCodes:
-        """The k largest codes of each token, in memory that does not grow with n x d_sae."""
+        """The k largest codes of each token, in memory that does not grow with n x d_sae.
+
+        Of equal codes the lower latent goes first. Where fewer than k latents are active, the
+        lowest inactive ones stand beside codes of 0, so that the latents of a row all differ.
+
+        Raises:
+            CodecError: as `encode`; or a k below 1 or above d_sae.
+        """
         if not 0 < k <= self.d_sae:
             raise CodecError(f"k: got {k}, expected 1 to {self.d_sae}, the latents of {self.name}")
-        rows = self._prepare(x)
+        rows, scale, shift = self._prepare(x)
+        return dataclasses.replace(self._find_largest(rows, k), scale=scale, shift=shift)
+
+    def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "n d_in"]:
+        """Activations as the codes say they are.
+
+        Raises:
+            CodecError: codes of another number of latents, or without the scale that this codec's
+                normalisation needs.
+        """
+        self._check_codes(codes)
+        if isinstance(codes, Codes):
+            rows = torch.addmm(self.b_dec, codes.values, self.W_dec)
+        else:
+            rows = self.b_dec + F.embedding_bag(
+                codes.indices, self.W_dec, per_sample_weights=codes.values, mode="sum"
+            )
+        return restore(rows, codes.scale, codes.shift)
+
+    def link(self, latent: int) -> str | None:
+        """Where others describe a latent, if there is such a place."""
+        check_latents([latent], self.d_sae)
+        return self.neuronpedia_id and f"{NEURONPEDIA}/{self.neuronpedia_id}/{latent}"
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Sae":
+        """The same codec elsewhere or in another precision."""
+        moved = {
+            field.name: value.to(device=device, dtype=dtype)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return dataclasses.replace(self, **moved)
+
+    @cached_property
+    def _rectifier(self) -> Rectifier:
+        if self.r_mag is None or self.b_mag is None:
+            return Rectifier(floor=read_floor(self.threshold))
+        gain = self.r_mag.exp()
+        return Rectifier(gain=gain, offset=self.b_mag - gain * self.b_enc)
+
+    def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        check_activations("x", x, self)
+        rows, scale, shift = normalize(x.to(self.W_enc.dtype), self.normalization)
+        # Subtracted here, not folded into the bias: at sites where b_dec is long the difference of
+        # two large products would lose digits, and this costs 1 / d_sae of a product.
+        return (rows - self.b_dec if self.apply_b_dec_to_input else rows), scale, shift
+
+    def _encode(self, rows: Tensor, latents: slice | Tensor) -> Tensor:
+        """Codes of some latents by themselves, as if no other were there."""
+        pre = torch.addmm(self.b_enc[latents], rows, self.W_enc[:, latents])
+        return self._rectifier[latents](pre)
+
+    def _find_largest(self, rows: Tensor, k: int) -> SparseCodes:
         values, indices = merge_largest(
-            lambda row, stop, start, end: self._block(rows[row:stop], start, end),
-            n=len(x),
+            lambda part, latents: self._encode(rows[part], latents),
+            n=len(rows),
             d_sae=self.d_sae,
             k=k,
             device=rows.device,
         )
         if self.k is not None and k > self.k:
-            values[:, self.k :] = 0
-        return SparseCodes(indices=indices, values=values, d_sae=self.d_sae)
+            values = F.pad(values[:, : self.k], (0, k - self.k))
+        return SparseCodes(
+            indices=settle_inactive(values, indices), values=values, d_sae=self.d_sae
+        )
 
-    def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "n d_in"]:
-        """Activations as the codes say they are."""
-        if isinstance(codes, Codes):
-            return torch.addmm(self.b_dec, codes.values, self.W_dec)
-        parts = [
-            torch.einsum("nk,nkd->nd", values, self.W_dec[indices])
-            for values, indices in zip(codes.values.split(64), codes.indices.split(64), strict=True)
-        ]
-        return torch.cat(parts) + self.b_dec
-
-    def link(self, latent: int) -> str | None:
-        """Where others describe a latent, if there is such a place."""
-        return None
-
-    def _prepare(self, x: Tensor) -> Tensor:
-        if x.ndim != 2 or x.shape[1] != self.d_in:
+    def _check_codes(self, codes: Codes | SparseCodes) -> None:
+        if isinstance(codes, SparseCodes):
+            check_sparse_codes(codes, self.d_sae)
+        elif codes.values.ndim != 2 or codes.values.shape[1] != self.d_sae:
             raise CodecError(
-                f"x has shape {tuple(x.shape)}, expected [n, {self.d_in}], the width of "
-                f"{self.name} at {self.site}"
+                f"codes: values have shape {tuple(codes.values.shape)}, expected "
+                f"[n, {self.d_sae}], the latents of {self.name}"
             )
-        x = x.to(self.W_enc.dtype)
-        return x - self.b_dec if self.apply_b_dec_to_input else x
+        wanted = (self.normalization != "none", self.normalization == "layer_norm")
+        if (codes.scale is not None, codes.shift is not None) != wanted:
+            raise CodecError(
+                f"codes: scale and shift do not fit the normalization {self.normalization!r} of "
+                f"{self.name}: decode what its own encode gave"
+            )
 
-    def _block(self, rows: Tensor, start: int, stop: int) -> Tensor:
-        return torch.addmm(self.b_enc[start:stop], rows, self.W_enc[:, start:stop]).relu_()
+
+def check_k(architecture: str, k: int | None, d_sae: int) -> None:
+    """Raise unless a codec has a k where its architecture wants one, of at most its latents.
+
+    Raises:
+        CodecError: it has not.
+    """
+    if (architecture == "topk") != (k is not None):
+        raise CodecError(
+            f"k: got {k} for the architecture {architecture!r}; topk, and it alone, has k"
+        )
+    if k is not None and not 0 < k <= d_sae:
+        raise CodecError(f"k: got {k}, expected 1 to {d_sae}, the number of latents")

@@ -1,0 +1,67 @@
+"""Weights of a codec: checked once, detached, and hashed; not for weights that still train."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emlens.codecs.codec import CodecError
+
+# What a codec is called, and where its latents are described, changes none of its codes.
+_NAMES = ("name", "neuronpedia_id", "base_name", "base_fingerprint")
+
+
+def freeze_weights(codec: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+    """Check a codec's weights, and put them in its fields without their gradients.
+
+    Args:
+        codec: a frozen dataclass, from its `__post_init__`.
+        shapes: field -> shape; None where the architecture has no such weight.
+
+    Raises:
+        CodecError: a weight is missing, superfluous, not finite, or of another shape, dtype or
+            device than it must be.
+    """
+    first: Tensor = getattr(codec, next(iter(shapes)))
+    for name, shape in shapes.items():
+        weight: Tensor | None = getattr(codec, name)
+        if (weight is None) != (shape is None):
+            said = "is missing" if weight is None else "has no place"
+            raise CodecError(f"{name} {said} in the architecture {codec.architecture!r}")
+        if weight is None or shape is None:
+            continue
+        if tuple(weight.shape) != shape:
+            raise CodecError(
+                f"{name} has shape {tuple(weight.shape)}, expected {shape}: sizes are those of the "
+                "encoder; is it transposed?"
+            )
+        if not weight.is_floating_point() or weight.dtype != first.dtype:
+            raise CodecError(f"{name} is {weight.dtype}, expected {first.dtype} as the others are")
+        if weight.device != first.device:
+            raise CodecError(f"{name} is on {weight.device}, expected {first.device}")
+        if not weight.is_meta and not bool(weight.isfinite().all()):
+            raise CodecError(
+                f"{name} holds NaN or infinity: the file is damaged, or training failed"
+            )
+        object.__setattr__(codec, name, weight.detach())
+
+
+def fingerprint_codec(codec: Any) -> str:
+    """Hash every weight of a codec and every field that shapes its codes."""
+    digest = hashlib.sha256()
+    fields = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+    plain = {
+        name: str(value)
+        for name, value in fields.items()
+        if not isinstance(value, Tensor) and name not in _NAMES
+    }
+    digest.update(json.dumps({"kind": codec.kind, **plain}, sort_keys=True).encode())
+    for name, value in fields.items():
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
