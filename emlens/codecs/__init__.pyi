@@ -1,4 +1,5 @@
 from .codec import CodecError, Codes, SparseCodec, SparseCodes
+from .crosscoder import Crosscoder
 from .runtime import Sae
 
-__all__ = ["CodecError", "Codes", "Sae", "SparseCodec", "SparseCodes"]
+__all__ = ["CodecError", "Codes", "Crosscoder", "Sae", "SparseCodec", "SparseCodes"]

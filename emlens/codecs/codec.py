@@ -27,9 +27,10 @@ class Codes:
     values: Float[Tensor, "n d_sae"]
     """How strongly each latent is active; 0 where it is not."""
     scale: Float[Tensor, "n 1"] | None = None
-    """What each row was divided by; None where codes are of the rows as they are."""
+    """What each row of the reconstruction is multiplied by; None where codes are of the rows as they
+    are."""
     shift: Float[Tensor, "n 1"] | None = None
-    """What was subtracted from each row before that."""
+    """What is added to each row after that."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from emlens.codecs.codec import CodecError
 
 # What a codec is called, and where its latents are described, changes none of its codes.
 _NAMES = ("name", "neuronpedia_id", "base_name", "base_fingerprint")
+
+
+Codec = TypeVar("Codec")
 
 
 def freeze_weights(codec: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
@@ -63,5 +66,29 @@ def fingerprint_codec(codec: Any) -> str:
     for name, value in fields.items():
         if isinstance(value, Tensor):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def move_codec(codec: Codec, device: torch.device | str | None, dtype: torch.dtype | None) -> Codec:
+    """The same codec on another device or in another precision."""
+    moved = {
+        field.name: value.to(device=device, dtype=dtype)
+        for field in dataclasses.fields(codec)  # pyright: ignore[reportArgumentType]
+        if isinstance(value := getattr(codec, field.name), Tensor)
+    }
+    return dataclasses.replace(codec, **moved)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def check_k(architecture: str, k: int | None, d_sae: int) -> None:
+    """Raise unless a codec has a k where its architecture wants one, of at most its latents.
+
+    Raises:
+        CodecError: it has not.
+    """
+    if (architecture == "topk") != (k is not None):
+        raise CodecError(
+            f"k: got {k} for the architecture {architecture!r}; topk, and it alone, has a k"
+        )
+    if k is not None and not 0 < k <= d_sae:
+        raise CodecError(f"k: got {k}, expected 1 to {d_sae}, the number of latents")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from emlens.codecs.codec import CodecError, SparseCodes
+from emlens.codecs.codec import CodecError, Codes, SparseCodes
 
 
 def check_activations(name: str, x: Tensor, codec: Any) -> None:
@@ -50,19 +50,26 @@ def check_latents(latents: Sequence[int], d_sae: int) -> Int[Tensor, " k"]:
     return torch.tensor([int(latent) for latent in latents])
 
 
-def check_sparse_codes(codes: SparseCodes, d_sae: int) -> None:
-    """Raise unless sparse codes are of a codec with so many latents.
+def check_codes(codes: Codes | SparseCodes, d_sae: int) -> None:
+    """Raise unless codes are of a codec with so many latents.
 
     Raises:
         CodecError: they are not.
     """
-    if codes.d_sae != d_sae or codes.indices.shape != codes.values.shape:
+    shape = tuple(codes.values.shape)
+    if isinstance(codes, Codes):
+        if len(shape) != 2 or shape[1] != d_sae:
+            raise CodecError(
+                f"codes: values have shape {shape}, expected [n, {d_sae}]: they are of "
+                "another codec"
+            )
+        return
+    if codes.d_sae != d_sae or tuple(codes.indices.shape) != shape:
         raise CodecError(
-            f"codes: {tuple(codes.indices.shape)} indices and {tuple(codes.values.shape)} values "
-            f"of {codes.d_sae} latents, expected as many of each, of {d_sae} latents"
+            f"codes: {tuple(codes.indices.shape)} indices and {shape} values of {codes.d_sae} "
+            f"latents, expected as many of each, of {d_sae} latents: they are of another codec"
         )
-    if (
-        codes.indices.numel()
-        and not 0 <= int(codes.indices.min()) <= int(codes.indices.max()) < d_sae
-    ):
-        raise CodecError(f"codes: indices beyond the {d_sae} latents of this codec")
+    if codes.indices.numel():
+        lowest, highest = int(codes.indices.min()), int(codes.indices.max())
+        if lowest < 0 or highest >= d_sae:
+            raise CodecError(f"codes: indices {lowest} to {highest}, expected 0 to {d_sae - 1}")

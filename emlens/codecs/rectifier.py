@@ -7,7 +7,6 @@ second affine function where the first is positive, as gated autoencoders have i
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,15 +29,15 @@ class Rectifier:
     def __getitem__(self, latents: "slice | Tensor") -> "Rectifier":
         """The same for some of the latents."""
         return Rectifier(
-            floor=self.floor if isinstance(self.floor, float) else self.floor[latents],
+            floor=self.floor[latents] if isinstance(self.floor, Tensor) else self.floor,
             gain=None if self.gain is None else self.gain[latents],
             offset=None if self.offset is None else self.offset[latents],
         )
 
     def __call__(self, pre: Float[Tensor, "n d_sae"]) -> Float[Tensor, "n d_sae"]:
         """Codes, in the place of the pre-activations unless gradients need them."""
-        if self.gain is None and isinstance(self.floor, float):
-            return F.threshold_(pre, self.floor, 0.0) if self.floor else pre.relu_()
+        if self.gain is None and not isinstance(self.floor, Tensor):
+            return torch.threshold_(pre, self.floor, 0.0) if self.floor else pre.relu_()
         if torch.is_grad_enabled() and pre.requires_grad:
             return self._transform(pre) * (pre > self.floor)
         rows = max(1, ROOM // pre.shape[1]) if pre.device.type == "cpu" else max(1, len(pre))

@@ -20,17 +20,16 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.codecs.codec import CodecError, Codes, SparseCodes
-from emlens.codecs.frozen import fingerprint_codec, freeze_weights
-from emlens.codecs.inputs import check_activations, check_latents, check_sparse_codes
+from emlens.codecs.encoder import Encoder, decode_codes
+from emlens.codecs.frozen import check_k, fingerprint_codec, freeze_weights, move_codec
+from emlens.codecs.inputs import check_activations, check_codes, check_latents
 from emlens.codecs.normalization import NORMALIZATIONS, Normalization, normalize, restore
 from emlens.codecs.rectifier import Rectifier, read_floor
-from emlens.codecs.topk import merge_largest, pick_latents, settle_inactive
 from emlens.sites import Site
 
 WITH_THRESHOLD = ("jumprelu", "batchtopk", "matryoshka_batchtopk")
@@ -138,12 +137,7 @@ class Sae(Result):
             CodecError: activations of another width or device, or that are not finite.
         """
         rows, scale, shift = self._prepare(x)
-        if self.k is None:
-            return Codes(values=self._encode(rows, slice(None)), scale=scale, shift=shift)
-        found = self._find_largest(rows, self.k)
-        values = found.values.new_zeros(len(x), self.d_sae)
-        values.scatter_(1, found.indices, found.values)
-        return Codes(values=values, scale=scale, shift=shift)
+        return Codes(values=self._encoder.encode(rows), scale=scale, shift=shift)
 
     def encode_latents(
         self, x: Float[Tensor, "n d_in"], latents: Sequence[int]
@@ -156,12 +150,8 @@ class Sae(Result):
         Raises:
             CodecError: as `encode`; or latents that there are not.
         """
-        chosen = check_latents(latents, self.d_sae).to(self.W_enc.device)
-        rows = self._prepare(x)[0]
-        if self.k is None:
-            return self._encode(rows, chosen)
-        found = self._find_largest(rows, self.k)
-        return pick_latents(found.values, found.indices, chosen, self.d_sae)
+        chosen = check_latents(latents, self.d_sae)
+        return self._encoder.encode_latents(self._prepare(x)[0], chosen)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"], *, k: int) -> SparseCodes:
         """The k largest codes of each token, in memory that does not grow with n x d_sae.
@@ -172,10 +162,9 @@ class Sae(Result):
         Raises:
             CodecError: as `encode`; or a k below 1 or above d_sae.
         """
-        if not 0 < k <= self.d_sae:
-            raise CodecError(f"k: got {k}, expected 1 to {self.d_sae}, the latents of {self.name}")
         rows, scale, shift = self._prepare(x)
-        return dataclasses.replace(self._find_largest(rows, k), scale=scale, shift=shift)
+        found = self._encoder.find_largest(rows, k)
+        return dataclasses.replace(found, scale=scale, shift=shift)
 
     def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "n d_in"]:
         """Activations as the codes say they are.
@@ -185,12 +174,8 @@ class Sae(Result):
                 normalisation needs.
         """
         self._check_codes(codes)
-        if isinstance(codes, Codes):
-            rows = torch.addmm(self.b_dec, codes.values, self.W_dec)
-        else:
-            rows = self.b_dec + F.embedding_bag(
-                codes.indices, self.W_dec, per_sample_weights=codes.values, mode="sum"
-            )
+        indices = codes.indices if isinstance(codes, SparseCodes) else None
+        rows = decode_codes(codes.values, indices, W_dec=self.W_dec, b_dec=self.b_dec)
         return restore(rows, codes.scale, codes.shift)
 
     def link(self, latent: int) -> str | None:
@@ -202,19 +187,15 @@ class Sae(Result):
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Sae":
         """The same codec elsewhere or in another precision."""
-        moved = {
-            field.name: value.to(device=device, dtype=dtype)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return move_codec(self, device, dtype)
 
     @cached_property
-    def _rectifier(self) -> Rectifier:
-        if self.r_mag is None or self.b_mag is None:
-            return Rectifier(floor=read_floor(self.threshold))
-        gain = self.r_mag.exp()
-        return Rectifier(gain=gain, offset=self.b_mag - gain * self.b_enc)
+    def _encoder(self) -> Encoder:
+        rectifier = Rectifier(floor=read_floor(self.threshold))
+        if self.r_mag is not None and self.b_mag is not None:
+            gain = self.r_mag.exp()
+            rectifier = Rectifier(gain=gain, offset=self.b_mag - gain * self.b_enc)
+        return Encoder(weight=self.W_enc, bias=self.b_enc, rectifier=rectifier, k=self.k)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         check_activations("x", x, self)
@@ -223,50 +204,11 @@ class Sae(Result):
         # two large products would lose digits, and this costs 1 / d_sae of a product.
         return (rows - self.b_dec if self.apply_b_dec_to_input else rows), scale, shift
 
-    def _encode(self, rows: Tensor, latents: slice | Tensor) -> Tensor:
-        """Codes of some latents by themselves, as if no other were there."""
-        pre = torch.addmm(self.b_enc[latents], rows, self.W_enc[:, latents])
-        return self._rectifier[latents](pre)
-
-    def _find_largest(self, rows: Tensor, k: int) -> SparseCodes:
-        values, indices = merge_largest(
-            lambda part, latents: self._encode(rows[part], latents),
-            n=len(rows),
-            d_sae=self.d_sae,
-            k=k,
-            device=rows.device,
-        )
-        if self.k is not None and k > self.k:
-            values = F.pad(values[:, : self.k], (0, k - self.k))
-        return SparseCodes(
-            indices=settle_inactive(values, indices), values=values, d_sae=self.d_sae
-        )
-
     def _check_codes(self, codes: Codes | SparseCodes) -> None:
-        if isinstance(codes, SparseCodes):
-            check_sparse_codes(codes, self.d_sae)
-        elif codes.values.ndim != 2 or codes.values.shape[1] != self.d_sae:
-            raise CodecError(
-                f"codes: values have shape {tuple(codes.values.shape)}, expected "
-                f"[n, {self.d_sae}], the latents of {self.name}"
-            )
+        check_codes(codes, self.d_sae)
         wanted = (self.normalization != "none", self.normalization == "layer_norm")
         if (codes.scale is not None, codes.shift is not None) != wanted:
             raise CodecError(
                 f"codes: scale and shift do not fit the normalization {self.normalization!r} of "
                 f"{self.name}: decode what its own encode gave"
             )
-
-
-def check_k(architecture: str, k: int | None, d_sae: int) -> None:
-    """Raise unless a codec has a k where its architecture wants one, of at most its latents.
-
-    Raises:
-        CodecError: it has not.
-    """
-    if (architecture == "topk") != (k is not None):
-        raise CodecError(
-            f"k: got {k} for the architecture {architecture!r}; topk, and it alone, has k"
-        )
-    if k is not None and not 0 < k <= d_sae:
-        raise CodecError(f"k: got {k}, expected 1 to {d_sae}, the number of latents")
