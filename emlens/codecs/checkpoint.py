@@ -7,6 +7,7 @@ from typing import Any
 
 import safetensors
 from torch import Tensor
+from torch.optim import Optimizer
 
 from emlens.artifacts import write_tensors_atomic
 from emlens.encoding import ArtifactError, encode
@@ -50,6 +51,19 @@ def read_checkpoint(folder: Path) -> dict[str, Any] | None:
 def drop_checkpoint(folder: Path) -> None:
     """Remove what a finished run no longer needs."""
     (folder / _NAME).unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state of an optimiser, in which parameters stand by number."""
+    state = optimizer.state_dict()
+    numbered = {str(number): dict(kept) for number, kept in state["state"].items()}
+    return {"state": numbered, "param_groups": state["param_groups"]}
+
+
+def restore_optimizer(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Bring an optimiser of the same parameters to a state that was kept."""
+    numbered = {int(number): kept for number, kept in state["state"].items()}
+    optimizer.load_state_dict({"state": numbered, "param_groups": state["param_groups"]})
 
 
 def _fill(value: Any, tensors: Mapping[str, Tensor]) -> Any:

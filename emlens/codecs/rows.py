@@ -126,13 +126,32 @@ class TrainingRows:
             next(batches)
         return batches
 
+    @property
+    def positions(self) -> str:
+        """Which tokens the rows are of; `all` where nobody says."""
+        return "all" if self.source is None else self.source.positions
+
+    @property
+    def base_fingerprint(self) -> str | None:
+        """Of the weights of the model that they are of, where that is known."""
+        return None if self.source is None else self.source.base_fingerprint
+
+    def check_site(self, site: Site) -> None:
+        """Refuse a site that the activations are known not to be of.
+
+        Raises:
+            CodecError: they are of another.
+        """
+        if self.source is not None and self.source.site != site:
+            raise CodecError(f"site: got {site}, but the activations are of {self.source.site}")
+
     def describe(self) -> dict[str, Any]:
         """What tells these rows from others, for the plan of a run."""
         known: dict[str, Any] = {}
         if self.source is not None:
             known = {
-                "positions": self.source.positions,
-                "base_fingerprint": self.source.base_fingerprint,
+                "positions": self.positions,
+                "base_fingerprint": self.base_fingerprint,
                 "fingerprint": self.source.fingerprint,
             }
         return known | {"first": _hash_rows(self.first), "held_out": _hash_rows(self.held_out)}

@@ -19,7 +19,6 @@ def import_sae_lens() -> ModuleType:
             import sae_lens
         except ModuleNotFoundError as error:
             raise CodecError(
-                f"{error.name} is not installed, which this needs: "
-                "pip install 'emlens-interp[sae]'"
+                f"{error.name} is not installed, which this needs: pip install 'emlens-interp[sae]'"
             ) from error
     return sae_lens

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens.codecs.checkpoint import optimizer_state, restore_optimizer
 from emlens.codecs.loop import StepRecord
 from emlens.codecs.sae_lens_package import import_sae_lens
 from emlens.codecs.settings import SaeSettings
@@ -94,11 +95,9 @@ class SaeTrainer:
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
-        adam = self.trainer.optimizer.state_dict()
         return {
             "sae": dict(self.sae.state_dict()),
-            "adam": {str(index): dict(kept) for index, kept in adam["state"].items()},
-            "groups": adam["param_groups"],
+            "adam": optimizer_state(self.trainer.optimizer),
             "schedule": self.trainer.lr_scheduler.state_dict(),
             "scale": self.trainer.activation_scaler.scaling_factor,
             **{name: getattr(self.trainer, name) for name in _COUNTERS},
@@ -107,8 +106,7 @@ class SaeTrainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Be as when that state was taken."""
         self.sae.load_state_dict(state["sae"])
-        adam = {int(index): kept for index, kept in state["adam"].items()}
-        self.trainer.optimizer.load_state_dict({"state": adam, "param_groups": state["groups"]})
+        restore_optimizer(self.trainer.optimizer, state["adam"])
         self.trainer.lr_scheduler.load_state_dict(dict(state["schedule"]))
         self.trainer.activation_scaler.scaling_factor = state["scale"]
         for name in _COUNTERS:

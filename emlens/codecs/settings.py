@@ -1,6 +1,5 @@
 """How sparse codecs are trained: all that shapes a run but the data, the site and the seed."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -135,10 +134,3 @@ class CrosscoderSettings(CodecSettings):
 
     aux_coefficient: float = 1 / 32
     """As in `CodecSettings`; of the squared error over the variance of what it is an error of."""
-
-
-def describe_settings(settings: CodecSettings) -> dict[str, object]:
-    """What decides the codec that a run ends with: when states are kept does not."""
-    fields = dataclasses.asdict(settings)
-    del fields["checkpoint_every"]
-    return fields
