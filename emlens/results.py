@@ -11,6 +11,8 @@ from emlens.encoding import ArtifactError
 # The only names that loading a file can lead to. Imported when asked for, as some are heavy.
 RESULT_CLASSES = MappingProxyType(
     {
+        "sae": "emlens.codecs.runtime:Sae",
+        "crosscoder": "emlens.codecs.crosscoder:Crosscoder",
         "activation_diff": "emlens.diffing.results:ActivationDiff",
         "logit_diff": "emlens.diffing.results:LogitDiff",
         "model_diff": "emlens.diffing.results:ModelDiff",

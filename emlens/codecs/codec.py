@@ -27,7 +27,7 @@ class Codes:
     values: Float[Tensor, "n d_sae"]
     """How strongly each latent is active; 0 where it is not."""
     scale: Float[Tensor, "n 1"] | None = None
-    """What each row of the reconstruction is multiplied by; None where codes are of the rows as they
+    """What each row of the reconstruction is multiplied by; None where rows were taken as they
     are."""
     shift: Float[Tensor, "n 1"] | None = None
     """What is added to each row after that."""
