@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from emlens.features.screen_results import (
     rank_curves,
 )
 from emlens.features.screen_settings import ScreenSettings
-from emlens.interventions import Add, Intervention, intervene
+from emlens.interventions import Add, Intervention
 from emlens.models import Sampling
 from emlens.models.pair import ModelPair
 from emlens.numerics.intervals import Interval
@@ -226,7 +225,7 @@ def test_a_screen_that_was_killed_goes_on_where_it_was(pair, screen, tmp_path, m
     again = run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")
     assert again.to_dict() == screen.to_dict()
     assert len(asked) == 1 + 2 * (1 + 18 * 2)
-    with pytest.raises(PlanChangedError, match="settings.seed was 0, now 1"):
+    with pytest.raises(PlanChangedError, match=r"settings.seed was 0, now 1"):
         run(pair, replace(SETTINGS, seed=1), out=tmp_path / "run")
     with pytest.raises(PlanChangedError, match="latents"):
         run(pair, latents=(1, 2), out=tmp_path / "run")
@@ -288,7 +287,7 @@ def test_wrong_input_is_named(pair):
         run(pair, texts=ContrastTexts(positive=texts.positive))
     with pytest.raises(ValueError, match="one delta_norm is 0"):
         run(ModelPair(base=pair.base, tuned=pair.base, adapter=None, proof=None))
-    with pytest.raises(CodecError, match="is 20 wide, and resid_post.1 of base 24"):
+    with pytest.raises(CodecError, match=r"is 20 wide, and resid_post.1 of base 24"):
         screen_features(
             pair,
             make_codec(20),
