@@ -6,6 +6,7 @@ and whether it causes anything, is not learnt here (`screen_features`).
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,14 +190,14 @@ def decoder_cosines(
     return torch.cat(found)
 
 
-def _as_matrix(sums: PromptSums) -> sparse.csr_array:
-    """Mean codes [prompt d_sae]."""
+def _as_matrix(sums: PromptSums) -> Any:
+    """Mean codes [prompt d_sae], a sparse array; scipy says nothing of their types."""
     places = (sums.prompts.numpy(), sums.latents.numpy())
     shape = (sums.n_prompts, sums.d_sae)
     return sparse.coo_array((sums.mean_codes.numpy(), places), shape=shape).tocsr()
 
 
-def _sum_columns(x: sparse.sparray) -> Tensor:
+def _sum_columns(x: Any) -> Tensor:
     return torch.from_numpy(np.asarray(x.sum(axis=0), dtype=np.float64).ravel())
 
 

@@ -108,7 +108,9 @@ def first_departure(
     if outside.shape[-1] != len(places) or bool((places.diff() <= 0).any()):
         raise ValueError(f"points: got {list(points)}, expected {outside.shape[-1]} rising numbers")
     twice = outside[..., :-1] & outside[..., 1:]
-    return torch.where(twice, places[:-1], math.inf).amin(-1)
+    # Infinity stands behind the last point, so that there is always something to choose from.
+    found = torch.where(twice, places[:-1], math.inf)
+    return torch.cat([found, found.new_full((*found.shape[:-1], 1), math.inf)], -1).amin(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +174,7 @@ def _pair(base: Tensor, series: Tensor) -> Tensor:
 
 
 def _studentised(means: Tensor, squares: Tensor, n: int) -> Tensor:
-    """Means of n values over their standard errors, from the sum of their squares; 0 where all are 0."""
+    """Means over their standard errors, from the sum of n squares; 0 where all values are 0."""
     variance = (squares - n * means.square()).clamp(min=0) / (n - 1)
     return torch.where(squares > 0, means / (variance / n).sqrt(), 0.0)
 
