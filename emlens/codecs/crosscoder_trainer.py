@@ -117,7 +117,7 @@ class CrosscoderTrainer:
         self.idle = state["idle"].to(self.idle.device)
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Any]:
         """The weights for use on activations as they are: scale and code normalisation folded in.
 
         Codes are then in units of what their latent adds: the norms of its decoder vectors, summed

@@ -19,9 +19,9 @@ from emlens.numerics.validation import EmptyAccumulatorError, WidthError, check_
 
 MODELS = ("base", "tuned")
 NU_ERROR = 0.2
-"""Below it, what a model's reconstruction leaves unsaid does not hold the latent (Minder et al.)."""
+"""Below it, what a model's reconstruction leaves unsaid lacks the latent (Minder et al. 2025)."""
 NU_RECONSTRUCTION = 0.5
-"""Below it, what a model's reconstruction says does not hold the latent (Minder et al.)."""
+"""Below it, what a model's reconstruction says lacks the latent (Minder et al. 2025)."""
 Kind = Literal["shared", "base_only", "tuned_only", "undetermined"]
 _CHUNK_VALUES = 2**22
 """Codes made at a time: 16 MiB in float32, for which a processor need not fetch memory anew."""
@@ -46,9 +46,9 @@ class LatentScaling(Result):
     decoder_norm: Float[Tensor, "model d_sae"]
     """Of each model's decoder vectors, in units of the activations."""
     beta_reconstruction: Float[Tensor, "vector model d_sae"]
-    """By what codes times a decoder vector (base's or tuned's, the first axis) must be multiplied to
-    be nearest to a model's reconstruction (the second axis); NaN where it is never active or the
-    vector is 0."""
+    """By what codes times a decoder vector (base's or tuned's, the first axis) must be multiplied
+    to be nearest to a model's reconstruction (the second axis); NaN where the latent is never
+    active or the vector is 0."""
     beta_error: Float[Tensor, "vector model d_sae"]
     """The same for what is left of the model without this latent's contribution."""
     nu_reconstruction: Float[Tensor, "vector d_sae"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ class StepRecord:
     """Share of the latents that are dead."""
 
 
+@runtime_checkable
 class Trainer(Protocol):
     """A codec on its way."""
 
@@ -119,7 +120,9 @@ def run_steps(
         done = trainer.step(batch, recording=recording)
         _check_loss(done, step, folder)
         if isinstance(done, StepRecord):
-            points.append([step, done.loss, done.explained_variance, done.l0, done.dead_share])
+            points.append(
+                [float(step), done.loss, done.explained_variance, done.l0, done.dead_share]
+            )
             logger.info("step %d: %s", step, done)
         after = step + 1
         if settings.checkpoint_every and not after % settings.checkpoint_every:

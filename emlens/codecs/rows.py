@@ -177,8 +177,8 @@ class TrainingRows:
         if seen * s.k < s.least_firings * s.d_sae:
             raise CorpusTooSmallError(
                 f"activations: {seen} rows, in which a latent is active {seen * s.k / s.d_sae:.3g} "
-                f"times on average (rows x k / d_sae); expected {s.least_firings:g} "
-                f"(least_firings), so {-(-s.least_firings * s.d_sae // s.k):.0f} rows. Capture "
+                f"times on average (rows x k / d_sae); expected {s.least_firings} "
+                f"(least_firings), so {-(-s.least_firings * s.d_sae // s.k)} rows. Capture "
                 "more text, or ask for fewer latents"
             )
 

@@ -115,7 +115,7 @@ class SaeTrainer:
             setattr(self.trainer, name, on)
 
     @torch.no_grad()
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Any]:
         """The weights as sae_lens saves them for use: scale and decoder norms folded in.
 
         `W_enc`, `b_enc`, `W_dec`, `b_dec`, and `threshold` where latents are chosen by one.

@@ -12,7 +12,7 @@ class CodecSettingsError(ValueError):
 class CodecSettings:
     """What the training of every codec is told; `SaeSettings` and `CrosscoderSettings` are used."""
 
-    least: ClassVar[dict[str, float]] = {
+    least: ClassVar[dict[str, int]] = {
         **{"d_sae": 1, "k": 1, "steps": 1, "batch_rows": 2, "warmup_steps": 0, "decay_steps": 0},
         **{"aux_coefficient": 0, "dead_after_rows": 1, "max_passes": 1, "least_firings": 0},
         **{"checkpoint_every": 1, "record_every": 1, "held_out_rows": 2},
@@ -43,7 +43,7 @@ class CodecSettings:
     rows of the run, or none is ever found dead, and none revived."""
     max_passes: int = 3
     """How often the same rows may come: a corpus that would have to come more often is refused."""
-    least_firings: float = 100
+    least_firings: int = 100
     """How often a latent must be active on average, rows x k / d_sae, in the whole corpus; with
     fewer rows the run is refused. The mean of 100 rows has a tenth of the noise of one."""
     held_out_rows: int = 16_384

@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.codecs.calibrate import calibrate_threshold
 from emlens.codecs.checkpoint import drop_checkpoint
-from emlens.codecs.codec import CodecError
 from emlens.codecs.fit import CodecFit, measure_fit
 from emlens.codecs.loop import CodecCurves, run_steps
 from emlens.codecs.rows import TrainingRows
@@ -70,24 +68,24 @@ class SaeTraining(Result):
 
 
 def train_sae(
-    activations: Iterable[Float[Tensor, "n d_in"]],
+    activations: Iterable[Tensor],
     *,
     site: str | Site,
     settings: SaeSettings,
     out: str | Path,
     seed: int,
-    held_out: Iterable[Float[Tensor, "n d_in"]] | None = None,
+    held_out: Iterable[Tensor] | None = None,
 ) -> Sae:
     """Train a sparse autoencoder and write it, with how it went, into `<out>`.
 
     The same call on the same `out` returns what is finished there; an interrupted one goes on from
     its last checkpoint, and ends with the same weights as one that was not. The record of the run
-    is `read_training(out)`.
+    is `read_training(out)`; `<out>/results/codec` is what `load_sae` reads.
 
     Args:
-        activations: tensors of any number of rows, in random order: batches are cut from them as
-            they come. `shuffle_activations` gives what was captured so. It is read again where one
-            pass is not enough. Training runs on the device that they are on.
+        activations: tensors [n d_in] of any number of rows, in random order: batches are cut from
+            them as they come. `shuffle_activations` gives what was captured so. They are read again
+            where one pass is not enough. Training runs on the device that they are on.
         site: whose activations they are.
         settings: the recipe.
         out: run folder.

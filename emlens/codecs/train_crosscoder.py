@@ -70,13 +70,13 @@ class CrosscoderTraining(Result):
 
 
 def train_crosscoder(
-    activations: Iterable[Float[Tensor, "models n d_in"]],
+    activations: Iterable[Tensor],
     *,
     site: str | Site,
     settings: CrosscoderSettings,
     out: str | Path,
     seed: int,
-    held_out: Iterable[Float[Tensor, "models n d_in"]] | None = None,
+    held_out: Iterable[Tensor] | None = None,
 ) -> Crosscoder:
     """Train a BatchTopK crosscoder and write it, with how it went, into `<out>`.
 
@@ -85,8 +85,8 @@ def train_crosscoder(
     as one model's alone (Minder et al. 2025).
 
     Args:
-        activations: of base and tuned, in this order, at the same tokens, in random order:
-            `shuffle_activations(..., paired=True)` gives captured ones so.
+        activations: tensors [2 n d_in] of base and tuned, in this order, at the same tokens, in
+            random order: `shuffle_activations(..., paired=True)` gives captured ones so.
         site: whose activations they are.
         settings: the recipe.
         out: run folder.
