@@ -75,9 +75,9 @@ def compare_features(
         seed: of the flipped signs.
 
     Raises:
-        CodecError: the codec is of another width than the models.
-        ValueError: the models lack the codec's site, positions that a chat does not have, or
-            prompts in `tuned_chats` that are not those of `chats`.
+        CodecError: the models lack the codec's site, or have another width there.
+        ValueError: positions that a chat does not have, or prompts in `tuned_chats` that are not
+            those of `chats`.
 
     Source: Wang et al. 2025, Persona features control emergent misalignment, arXiv 2506.19823,
         section 3 (the difference of mean codes).

@@ -139,12 +139,14 @@ def _check_pairs(harmful: Sequence[FeatureDiff], careful: Sequence[FeatureDiff])
             f"careful: got {len(careful)} for {len(harmful)} harmful fine-tunes, expected the twin "
             "of each, in the same order, and at least one pair"
         )
-    names = [own.tuned for own in (*harmful, *careful)]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"harmful, careful: {twice[0]!r} comes more than once, so that pairs would not be "
-            "independent units"
-        )
+    everyone = (*harmful, *careful)
+    weights = [own.adapter_fingerprint or own.tuned_fingerprint or own.tuned for own in everyone]
+    for own, mark in zip(everyone, weights, strict=True):
+        if weights.count(mark) > 1:
+            raise ValueError(
+                f"harmful, careful: {own.tuned!r} comes more than once, so that pairs would not be "
+                "independent units"
+            )
     first = harmful[0]
     for own in (*harmful[1:], *careful):
         first.check_aligned(own)

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from emlens.codecs import Codes, SparseCodec, SparseCodes
-from emlens.numerics.validation import check_finite, check_samples
+from emlens.numerics.validation import check_finite
 
 CHUNK_VALUES = 1 << 22
 """Codes held at a time, n x d_sae: 16 MiB of float32. Larger blocks of memory are handed out anew
@@ -56,11 +56,9 @@ def encode_rows(codec: SparseCodec, x: Float[Tensor, "n d_in"]) -> EncodedRows:
     """Encode and reconstruct some rows; call it on a chunk at a time (`split_rows`).
 
     Raises:
-        WidthError: rows of another width than the codec's.
-        NonFiniteError: an activation or a code is NaN or infinite.
+        CodecError: rows of another width than the codec's, or that hold NaN or infinity.
+        NonFiniteError: a code is NaN or infinite although the activations are not.
     """
-    check_samples("x", x, codec.d_in)
-    check_finite("x", x)
     codes = codec.encode(x)
     flat = _find_active(codes.values)
     rows, latents = flat // codec.d_sae, flat % codec.d_sae

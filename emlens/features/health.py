@@ -38,8 +38,8 @@ def check_sae(
         batching: tokens run at once, both models of a pair counted.
 
     Raises:
-        CodecError: the codec is of another width than the model.
-        ValueError: the model lacks the codec's site, or positions that a chat does not have.
+        CodecError: the model lacks the codec's site, or has another width there.
+        ValueError: positions that a chat does not have.
     """
     plan = plan_codes(model, codec, chats, positions=positions, batching=batching)
     prompts, names = group_by_prompt(chats)
@@ -75,6 +75,11 @@ def summarise_health(
         architecture=codec.architecture,
         site=str(codec.site),
         positions=str(plan.positions[0]),
+        same_base=(
+            None
+            if codec.base_fingerprint is None
+            else codec.base_fingerprint == identity.base_fingerprint
+        ),
         streams=("base", "tuned") if pair else ("model",),
         n_prompts=sums[0].n_prompts,
         n_tokens=torch.stack([part.n_tokens.sum() for part in sums]),

@@ -11,11 +11,11 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from emlens.activations import ReadingPlan, plan_reading
-from emlens.codecs import CodecError, SparseCodec
+from emlens.codecs import SparseCodec, check_fits
 from emlens.data import Batching, Chat, as_chats, prompt_hash
 from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.encode import encode_rows, split_rows
-from emlens.models.reading import Readable, count_models
+from emlens.models.reading import Readable, base_of, count_models
 from emlens.sites import Site
 
 TASK = "encoding (tokens)"
@@ -39,17 +39,12 @@ def plan_codes(
         batching: tokens run at once, all models counted.
 
     Raises:
-        CodecError: the model's activations there are of another width than the codec's.
-        ValueError: the model lacks the site, or as `plan_reading` raises.
+        CodecError: the model lacks the site, or has another width there than the codec's.
+        ValueError: as `plan_reading` raises.
     """
+    check_fits(codec, base_of(model).cfg)
     where = codec.positions if positions is None else positions
-    plan = plan_reading(model, chats, sites=codec.site, positions=where, batching=batching)
-    if plan.common_width != codec.d_in:
-        raise CodecError(
-            f"codec: {codec.name} takes activations of width {codec.d_in}, this model's at "
-            f"{codec.site} have {plan.common_width}: it was trained on another model"
-        )
-    return plan
+    return plan_reading(model, chats, sites=codec.site, positions=where, batching=batching)
 
 
 def group_by_prompt(chats: Sequence[Chat | str]) -> tuple[Int64[Tensor, " chat"], tuple[str, ...]]:

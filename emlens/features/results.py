@@ -49,6 +49,8 @@ class SaeHealth(Result):
     site: str
     positions: str
     """Tokens that were counted."""
+    same_base: bool | None
+    """Whether the codec was trained on the very weights of this base; None where nobody knows."""
     streams: tuple[str, ...]
     """Labels of the first axes: `model`, or `base` and `tuned`."""
     n_prompts: int
