@@ -202,7 +202,9 @@ def _sum_columns(x: Any) -> Tensor:
 
 
 def _blocks(wanted: Tensor, n_prompts: int) -> Iterator[Tensor]:
-    yield from wanted.nonzero()[:, 0].split(max(1, _BLOCK_VALUES // n_prompts))
+    found = wanted.nonzero()[:, 0]
+    if len(found):  # what is empty splits into one part
+        yield from found.split(max(1, _BLOCK_VALUES // n_prompts))
 
 
 def _studentise(mean: Tensor, squares: Tensor, n: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Does a latent change before the behaviour does, as the share of bad data or the training grows?
 
 Not a finding by itself: among many latents some lead by chance, so name the latent beforehand or
-confirm it on other fine-tunes. And any fine-tune moves latents: where you can, give the codes of the
-careful twin at the same points as the base, or harmless changes leave the band, too.
+confirm it on other fine-tunes. And any fine-tune moves latents: where you can, give the codes of
+the careful twin at the same points as the base, or harmless changes leave the band, too.
 """
 
 from collections.abc import Sequence

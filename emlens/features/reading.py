@@ -7,7 +7,7 @@ Everything that is learnt of codes at a site begins here; not for activations wi
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from emlens.activations import ReadingPlan, plan_reading
@@ -63,8 +63,6 @@ def accumulate_codes(
 ) -> FeatureAccumulator:
     """Run a plan and sum activations and codes by prompt.
 
-    Rows that both models share to the last bit are encoded once.
-
     Args:
         plan: of one site and positions, by `plan_codes`.
         codec: its codec.
@@ -74,20 +72,38 @@ def accumulate_codes(
     found = FeatureAccumulator(
         count_models(plan.model), n_prompts=n_prompts, d_in=codec.d_in, d_sae=codec.d_sae
     )
-    like = codec.W_dec
 
     def count(site: Site, x: Tensor, chosen: tuple) -> None:
         (selection,) = chosen
-        rows = prompts[selection.rows]
-        taken = selection.take(x)
-        for part in split_rows(taken.shape[1], codec.d_sae):
-            chunk = taken[:, part].to(like.device, like.dtype)
-            encoded = [encode_rows(codec, chunk[0])]
-            if len(chunk) == 2:
-                same = torch.equal(chunk[0], chunk[1])
-                encoded.append(encoded[0] if same else encode_rows(codec, chunk[1]))
-            found.update(rows[part], chunk, encoded)
+        count_rows(found, codec, prompts=prompts[selection.rows], x=selection.take(x))
 
     for _ in plan.read(count, TASK):
         pass
     return found
+
+
+def count_rows(
+    found: FeatureAccumulator,
+    codec: SparseCodec,
+    *,
+    prompts: Int64[Tensor, " n"],
+    x: Float[Tensor, "models n d_in"],
+) -> None:
+    """Encode rows of all models, a chunk at a time, and add them to the sums.
+
+    Rows that both models share to the last bit are encoded once.
+
+    Args:
+        found: what they are added to.
+        codec: the codec.
+        prompts: prompt of each row, on the CPU.
+        x: activations, base first.
+    """
+    like = codec.W_dec
+    for part in split_rows(x.shape[1], codec.d_sae):
+        chunk = x[:, part].to(like.device, like.dtype)
+        encoded = [encode_rows(codec, chunk[0])]
+        for other in chunk[1:]:
+            same = torch.equal(other, chunk[0])
+            encoded.append(encoded[0] if same else encode_rows(codec, other))
+        found.update(prompts[part], chunk, encoded)

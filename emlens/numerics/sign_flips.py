@@ -103,14 +103,16 @@ def flip_signs(
     for chosen in _blocks(nonzero > small, len(signs)):
         p[chosen], method[chosen] = _sample(d[:, chosen], signs.to(d.device))
     mean = d.mean(0)
-    error = d.std(0, correction=1) / math.sqrt(n) if n > 1 else torch.full_like(mean, math.nan)
+    error = ((d - mean).square().sum(0) / max(1, n - 1) / n).sqrt()
     t = torch.where(nonzero > 0, mean / error, 0.0) if n > 1 else torch.full_like(mean, math.nan)
     return SignFlips(mean=mean, t=t, p_value=p, method=method)
 
 
 def _blocks(wanted: Tensor, rows: int) -> Iterator[Tensor]:
     """Numbers of the wanted columns, as many at a time as there is room for."""
-    yield from wanted.nonzero()[:, 0].split(max(1, _VALUES // rows))
+    found = wanted.nonzero()[:, 0]
+    if len(found):  # what is empty splits into one part
+        yield from found.split(max(1, _VALUES // rows))
 
 
 def _enumerate(d: Tensor, most: int) -> Tensor:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from emlens.features import signature
 from emlens.features.classify import ModelClassification, classify_models
 from emlens.features.signature import Fold, area_in_folds, deal_labels
 from emlens.numerics.validation import NonFiniteError
@@ -31,7 +32,8 @@ def classify(diffs, labels=LABELS, *, leave_out: Any = DOMAINS, **settings: Any)
     return classify_models(diffs, labels, leave_out=leave_out, **settings)
 
 
-def test_noise_separates_in_sample_and_not_where_domains_are_left_out():
+def test_noise_separates_in_sample_and_not_where_domains_are_left_out(monkeypatch):
+    monkeypatch.setattr(signature, "RELABELLINGS", 200)
     honest, flattering, p_values = [], [], []
     for seed in range(24):
         diffs = make_models(0.0, seed=seed)

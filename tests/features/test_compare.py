@@ -10,7 +10,7 @@ from scipy import stats
 from emlens.codecs import CodecError
 from emlens.data import Batching, Chat, Message
 from emlens.features import FeatureDiff, SaeHealth, check_sae, compare_features, rank_features
-from emlens.features.compare import decoder_cosines, measure_changes
+from emlens.features.compare import measure_changes
 from emlens.features.latents import read_latents
 from emlens.features.reading import accumulate_codes, group_by_prompt, plan_codes
 from emlens.models import load_pair
@@ -248,8 +248,6 @@ def test_a_codec_that_does_not_fit_is_refused_before_anything_runs(pair, placed)
     deep = replace(placed, site=replace(SITE, layer=7))
     with pytest.raises(CodecError, match=r"resid_post\.7.* 3 layers"):
         check_sae(pair, deep, chats=make_chats(2))
-    with pytest.raises(ValueError, match="width of direction is 3"):
-        decoder_cosines(placed.W_dec, torch.zeros(3))
 
 
 def test_results_survive_saving(pair, placed, tmp_path):
@@ -257,7 +255,7 @@ def test_results_survive_saving(pair, placed, tmp_path):
     again = load_result(found.save(tmp_path / "diff"))
     assert isinstance(again, FeatureDiff)
     assert again.to_dict() == found.to_dict()
-    assert again.rows() == found.rows()
+    assert str(again.rows()) == str(found.rows())  # NaN is not NaN
     assert len(found.rows()) == 40
     health = load_result(found.health.save(tmp_path / "health"))
     assert isinstance(health, SaeHealth)
