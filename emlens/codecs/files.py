@@ -79,7 +79,7 @@ def read_sae_lens(folder: Path, *, name: str, dtype: torch.dtype | None) -> Sae:
         config = read_sae_lens_config(read_config(folder, CONFIG))
         file = check_file(folder, WEIGHTS, MAX_WEIGHTS_BYTES)
         scale = read_config(folder, SCALER).get("scaling_factor") if _has(folder, SCALER) else None
-        if scale is not None and not (isinstance(scale, float | int) and 0 < scale < math.inf):
+        if scale is not None and not (type(scale) in (int, float) and 0 < scale < math.inf):
             raise CodecError(f"{SCALER}: scaling_factor is {scale!r}, expected a positive number")
         tensors = _read_weights(file, config)
         factor = scale if config.scaled else None

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from emlens.codecs.codec import CodecError
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""In which codecs compute."""
 # What a codec is called, and where its latents are described, changes none of its codes.
 _NAMES = ("name", "neuronpedia_id", "base_name", "base_fingerprint")
 
@@ -42,7 +44,8 @@ def freeze_weights(codec: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> 
                 f"{name} has shape {tuple(weight.shape)}, expected {shape}: sizes are those of the "
                 "encoder; is it transposed?"
             )
-        if not weight.is_floating_point() or weight.dtype != first.dtype:
+        check_dtype(name, weight.dtype)
+        if weight.dtype != first.dtype:
             raise CodecError(f"{name} is {weight.dtype}, expected {first.dtype} as the others are")
         if weight.device != first.device:
             raise CodecError(f"{name} is on {weight.device}, expected {first.device}")
@@ -51,6 +54,17 @@ def freeze_weights(codec: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> 
                 f"{name} holds NaN or infinity: the file is damaged, or training failed"
             )
         object.__setattr__(codec, name, weight.detach())
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise unless weights of a dtype can be computed with.
+
+    Raises:
+        CodecError: they cannot.
+    """
+    if dtype not in DTYPES:
+        known = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise CodecError(f"{name} is {dtype}, expected one of {known}")
 
 
 def fingerprint_codec(codec: Any) -> str:

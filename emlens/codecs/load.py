@@ -11,6 +11,7 @@ import torch
 from emlens.codecs.codec import CodecError
 from emlens.codecs.crosscoder import Crosscoder
 from emlens.codecs.files import CODEC_FILES, is_own, is_sae_lens, naming, read_own, read_sae_lens
+from emlens.codecs.frozen import DTYPES
 from emlens.codecs.published import (
     DICTIONARY_CONFIG,
     DICTIONARY_LEARNING,
@@ -24,12 +25,7 @@ from emlens.codecs.releases import find_release, load_with_sae_lens
 from emlens.codecs.runtime import Sae
 from emlens.sources import SHIPPED_PREFIX, Source, locate_source, parse_source
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _READ_HERE = ("dictionary_learning_1", "qwen_scope")
 """Layouts, by sae_lens's names, that are pickled and that we read ourselves."""
 _FILES = (*CODEC_FILES, DICTIONARY_LEARNING, DICTIONARY_CONFIG)

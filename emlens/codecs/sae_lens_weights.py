@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from emlens.codecs.codec import CodecError
+from emlens.codecs.frozen import check_dtype
 from emlens.codecs.runtime import WITH_THRESHOLD, Sae
 from emlens.codecs.sae_lens_config import SaeLensConfig
 
@@ -66,6 +67,8 @@ def build_sae(
         CodecError: weights that do not fit, or a factor that is missing or has no use.
     """
     check_shapes({key: tuple(value.shape) for key, value in tensors.items()}, config)
+    for key, value in tensors.items():
+        check_dtype(key, value.dtype)
     weights: dict[str, Any] = dict(tensors)
     dtype = dtype or tensors["W_enc"].dtype
     if config.scaled != (scaling_factor is not None):
