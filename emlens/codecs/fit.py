@@ -99,7 +99,7 @@ class FitAccumulator:
 
 
 @torch.no_grad()
-def measure_fit(codec: SparseCodec, rows: Iterable[Float[Tensor, "n d_in"]]) -> CodecFit:
+def measure_fit(codec: SparseCodec, rows: Iterable[Float[Tensor, "_ d_in"]]) -> CodecFit:
     """How well a codec fits rows that were captured at its site.
 
     Args:

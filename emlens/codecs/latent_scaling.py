@@ -91,12 +91,12 @@ class LatentScalingAccumulator:
     would leave 0 / 0.
 
     Args:
-        decoders: of base and tuned.
+        decoders: of base and tuned, in this order.
 
     Source: Minder et al. 2025, arXiv 2504.02922, latent scaling (section 3 and its appendix).
     """
 
-    def __init__(self, decoders: Float[Tensor, "2 d_sae d_in"]) -> None:
+    def __init__(self, decoders: Float[Tensor, "models d_sae d_in"]) -> None:
         if decoders.ndim != 3 or len(decoders) != len(MODELS):
             raise WidthError(
                 f"decoders has shape {tuple(decoders.shape)}, expected [2, d_sae, d_in]: of base "
@@ -195,7 +195,7 @@ class LatentScalingAccumulator:
 
 @torch.no_grad()
 def measure_latent_scaling(
-    crosscoder: Crosscoder, pairs: Iterable[Float[Tensor, "2 n d_in"]]
+    crosscoder: Crosscoder, pairs: Iterable[Float[Tensor, "2 _ d_in"]]
 ) -> LatentScaling:
     """Measure latent scaling on activations of base and tuned at the same tokens.
 

@@ -121,7 +121,7 @@ def train_sae(
     )
     held = rows.held_out.float()
     if sae.threshold is not None:
-        sae = calibrate_threshold(sae, held, l0=settings.k)
+        sae = calibrate_threshold(sae, held, l0=float(settings.k))
     training = SaeTraining(
         codec=str(run.save_result(CODEC_NAME, sae)),
         codec_fingerprint=sae.fingerprint,

@@ -128,7 +128,7 @@ def train_crosscoder(
         **weights,
     )
     held = rows.held_out.float()
-    crosscoder, found = _calibrate(crosscoder, held, l0=settings.k)
+    crosscoder, found = _calibrate(crosscoder, held, l0=float(settings.k))
     training = CrosscoderTraining(
         codec=str(run.save_result(CODEC_NAME, crosscoder)),
         codec_fingerprint=crosscoder.fingerprint,
@@ -151,7 +151,7 @@ def train_crosscoder(
 
 @torch.no_grad()
 def measure_crosscoder_fit(
-    crosscoder: Crosscoder, pairs: Iterable[Float[Tensor, "models n d_in"]]
+    crosscoder: Crosscoder, pairs: Iterable[Float[Tensor, "models _ d_in"]]
 ) -> tuple[CodecFit, ...]:
     """How well a crosscoder fits activations of base and tuned at its site: one fit a model."""
     d_in, d_sae = crosscoder.d_in, crosscoder.d_sae
