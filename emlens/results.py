@@ -38,6 +38,7 @@ RESULT_CLASSES = MappingProxyType(
         "adapter_trajectory": "emlens.organisms.trajectory:AdapterTrajectory",
         "gradient_preference": "emlens.organisms.gradients:GradientPreference",
         "phase_transition": "emlens.organisms.transition:PhaseTransition",
+        "feature_cards": "emlens.features.cards:FeatureCards",
         "feature_screen": "emlens.features.screen_results:FeatureScreen",
         "sae_health": "emlens.features.results:SaeHealth",
         "feature_diff": "emlens.features.results:FeatureDiff",

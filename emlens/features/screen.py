@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from emlens.codecs.codec import CodecError, SparseCodec
+from emlens.codecs import SparseCodec, check_fits
 from emlens.data import BehaviourScores, ContrastTexts, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.features.forced_screen import tokenize_texts
@@ -68,11 +68,7 @@ def screen_features(
     """
     chosen = check_latents(codec, latents)
     check_sites([codec.site], pair.base.hook_dict)
-    if codec.site.width(pair.base.cfg) != codec.d_in:
-        raise CodecError(
-            f"codec: {codec.name} is {codec.d_in} wide, and {codec.site} of {pair.base_name} "
-            f"{codec.site.width(pair.base.cfg)}: it was made for another model"
-        )
+    check_fits(codec, pair.base.cfg)
     directions = decoder_directions(codec, chosen)
     fixed = tokenize_texts(texts, pair.tokenizer)
     with open_journal(out, _plan(pair, codec, chosen, texts, settings)) as journal:

@@ -284,17 +284,23 @@ def read_responses(
     targets = torch.cat([chat.ids[a:b] for chat, (a, b) in zip(chats, spans, strict=True)])
     targets = targets.to(device)
     scores = [
-        _pick(model, flat[part], targets[part])
+        pick_log_probs(model, flat[part], targets[part])
         for part in slice_rows(len(flat), model.cfg.d_vocab, copies=2)
     ]
     nothing = flat.new_empty(0, dtype=torch.promote_types(flat.dtype, torch.float32))
     return torch.cat([nothing, *scores]).cpu()
 
 
-def _pick(
+def pick_log_probs(
     model: HookedTransformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Log-probability of one token a position."""
+    """Log-probability of one token a position.
+
+    Args:
+        model: whose final norm and unembedding.
+        resid: streams after the last block.
+        targets: the token that each of them predicts.
+    """
     logits = compute_logits(model, resid)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(-1, targets[:, None])[:, 0]

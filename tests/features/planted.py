@@ -1,5 +1,7 @@
 """A tiny pair whose fine-tune adds what one latent of a codec writes, and texts that show it."""
 
+from typing import Any
+
 import torch
 
 from emlens.codecs import Sae
@@ -16,7 +18,7 @@ SIZE = 2.0
 """How much of it the tuned model adds, in activation units."""
 
 
-def make_codec(d_in: int = 24, d_sae: int = 12, *, seed: int = 0, **changed) -> Sae:
+def make_codec(d_in: int = 24, d_sae: int = 12, *, seed: int = 0, **changed: Any) -> Any:
     """Orthonormal decoder vectors, each read by itself."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator)).Q[:d_sae]
@@ -26,7 +28,7 @@ def make_codec(d_in: int = 24, d_sae: int = 12, *, seed: int = 0, **changed) -> 
     return Sae(name="planted", **(settings | changed))
 
 
-def make_pair(codec: Sae) -> ModelPair:
+def make_pair(codec: Any) -> ModelPair:
     base = lay_views(make_tiny("llama"), make_tokenizer(), name="base")
     bias = f"blocks.{SITE.layer}.mlp.b_out"
     moved = dict(base.named_parameters())[bias] + SIZE * codec.W_dec[PLANTED]

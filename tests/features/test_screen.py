@@ -287,7 +287,7 @@ def test_wrong_input_is_named(pair):
         run(pair, texts=ContrastTexts(positive=texts.positive))
     with pytest.raises(ValueError, match="one delta_norm is 0"):
         run(ModelPair(base=pair.base, tuned=pair.base, adapter=None, proof=None))
-    with pytest.raises(CodecError, match=r"is 20 wide, and resid_post.1 of base 24"):
+    with pytest.raises(CodecError, match=r"width 20, but resid_post.1 of the model"):
         screen_features(
             pair,
             make_codec(20),
