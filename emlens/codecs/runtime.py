@@ -122,9 +122,13 @@ class Sae(Result):
         """Number of latents."""
         return self.W_enc.shape[1]
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of its weights and of how they are used; the same weights in another dtype differ."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         return fingerprint_codec(self)
 
     def encode(self, x: Float[Tensor, "n d_in"]) -> Codes:
