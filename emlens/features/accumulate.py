@@ -110,21 +110,10 @@ class PromptAccumulator:
             ValueError: a prompt that is none of the run.
             NonFiniteError: NaN or infinity. What was summed before stays as it was.
         """
-        self.check(prompts, x, encoded)
-        own = prompts.long()
-        wide = x.detach().double()
-        self._codes.update(
-            own[encoded.rows.cpu()] * self.sizes[2] + encoded.latents.cpu(), encoded.values.cpu()
-        )
-        self._firings += torch.bincount(encoded.latents.cpu(), minlength=self.sizes[2])
-        self._n_tokens += torch.bincount(own, minlength=self.sizes[0])
-        self._activations.index_add_(0, own, wide.cpu())
-        self._squares.index_add_(0, own, wide.square().sum(1).cpu())
-        left = wide - encoded.reconstruction.to(wide)
-        self._missed.index_add_(0, own, left.square_().sum(1).cpu())
+        self._absorb(self._reduce(prompts, x, encoded), prompts, encoded)
 
-    def check(self, prompts: Tensor, x: Tensor, encoded: EncodedRows) -> None:
-        """Raise, as `update` does, unless the arguments fit together and this accumulator."""
+    def _reduce(self, prompts: Tensor, x: Tensor, encoded: EncodedRows) -> "_Rows":
+        """Check the arguments and what follows from them; nothing is added yet."""
         n_prompts, d_in, d_sae = self.sizes
         check_samples("x", x, d_in)
         check_samples("reconstruction", encoded.reconstruction, d_in)
@@ -136,7 +125,22 @@ class PromptAccumulator:
                 f"prompts: got {int(prompts.min())} to {int(prompts.max())}, expected 0 to "
                 f"{n_prompts - 1}"
             )
-        check_finite("x or its codes", x, encoded.values, encoded.reconstruction)
+        wide = x.detach().double()
+        rebuilt = encoded.reconstruction.detach().double()
+        squares, missed = wide.square().sum(1).cpu(), (wide - rebuilt).square_().sum(1).cpu()
+        # One number a row tells whether any of the row's is not finite.
+        check_finite("x or its codes", squares, missed, encoded.values)
+        return _Rows(wide=wide, rebuilt=rebuilt, squares=squares, missed=missed)
+
+    def _absorb(self, rows: "_Rows", prompts: Tensor, encoded: EncodedRows) -> None:
+        n_prompts, _, d_sae = self.sizes
+        own, latents = prompts.long(), encoded.latents.cpu()
+        self._codes.update(own[encoded.rows.cpu()] * d_sae + latents, encoded.values.cpu())
+        self._firings += torch.bincount(latents, minlength=d_sae)
+        self._n_tokens += torch.bincount(own, minlength=n_prompts)
+        self._activations.index_add_(0, own, rows.wide.cpu())
+        self._squares.index_add_(0, own, rows.squares)
+        self._missed.index_add_(0, own, rows.missed)
 
     def merge(self, other: "PromptAccumulator") -> None:
         """Take in what another of the same run has seen; it stays as it was.
@@ -179,6 +183,16 @@ class PromptAccumulator:
         )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Rows:
+    """What is added of some rows, in float64."""
+
+    wide: Tensor  # [n d_in] activations
+    rebuilt: Tensor  # [n d_in] reconstructions
+    squares: Tensor  # [n] squared norms of the first, on the CPU
+    missed: Tensor  # [n] squared norms of their difference, on the CPU
+
+
 class FeatureAccumulator:
     """The sums of one model, or of base and tuned on the same tokens and of their difference.
 
@@ -207,15 +221,13 @@ class FeatureAccumulator:
         check_same("models of x", len(x), "models of this accumulator", len(self.models))
         check_same("models encoded", len(encoded), "models of this accumulator", len(self.models))
         parts = list(zip(self.models, x, encoded, strict=True))
-        for own, rows, codes in parts:
-            own.check(prompts, rows, codes)
-        for own, rows, codes in parts:
-            own.update(prompts, rows, codes)
-        if len(parts) == 2:
-            change = x[1].detach().double() - x[0].detach().double()
-            base, tuned = (codes.reconstruction.to(change) for codes in encoded)
-            left = change - (tuned - base)
-            sums = torch.stack([change.square().sum(1), left.square().sum(1)]).cpu()
+        rows = [own._reduce(prompts, values, codes) for own, values, codes in parts]
+        for (own, _, codes), reduced in zip(parts, rows, strict=True):
+            own._absorb(reduced, prompts, codes)
+        if len(rows) == 2:
+            change = rows[1].wide - rows[0].wide
+            left = change - (rows[1].rebuilt - rows[0].rebuilt)
+            sums = torch.stack([change.square_().sum(1), left.square_().sum(1)]).cpu()
             self._change.index_add_(1, prompts.long(), sums)
 
     def merge(self, other: "FeatureAccumulator") -> None:

@@ -22,7 +22,7 @@ CHUNK_ROWS = (128, 1024)
 """Fewest and most rows encoded at once: with fewer the encoder's weights are read too often."""
 DENSE_SHARE = 1 / 16
 """Share of active codes from which on multiplying by the whole decoder is the faster way."""
-GROUPS = 8
+GROUPS = 4
 """Groups of rows with about as many active latents, each padded to its longest row."""
 
 
@@ -61,14 +61,16 @@ def encode_rows(codec: SparseCodec, x: Float[Tensor, "n d_in"]) -> EncodedRows:
     """
     codes = codec.encode(x)
     flat = _find_active(codes.values)
-    rows, latents = flat // codec.d_sae, flat % codec.d_sae
     values = codes.values.reshape(-1)[flat]
     check_finite(f"codes of {codec.name}", values)
+    starts = torch.arange(len(x) + 1, device=flat.device) * codec.d_sae
+    counts = torch.searchsorted(flat, starts).diff()
+    rows = torch.arange(len(x), device=flat.device).repeat_interleave(counts)
+    latents = flat - starts[rows]
     if len(flat) > DENSE_SHARE * codes.values.numel():
         reconstruction = codec.decode(codes)
     else:
-        reconstruction = _decode(codec, codes, rows, latents, values)
-    check_finite(f"reconstruction of {codec.name}", reconstruction)
+        reconstruction = _decode(codec, codes, counts, latents, values)
     return EncodedRows(
         n_rows=len(x),
         d_sae=codec.d_sae,
@@ -89,19 +91,17 @@ def _find_active(values: Tensor) -> Tensor:
 
 
 def _decode(
-    codec: SparseCodec, codes: Codes, rows: Tensor, latents: Tensor, values: Tensor
+    codec: SparseCodec, codes: Codes, counts: Tensor, latents: Tensor, values: Tensor
 ) -> Tensor:
     """Reconstruct from the active codes alone, rows with about as many of them together."""
-    n = len(codes.values)
-    counts = torch.bincount(rows, minlength=n)
-    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    n = len(counts)
     width = max(1, int(counts.max())) if n else 1
-    indices = rows.new_zeros(n, width)
-    padded = values.new_zeros(n, width)
-    indices[rows, place], padded[rows, place] = latents, values
+    filled = torch.arange(width, device=counts.device) < counts[:, None]
+    indices = latents.new_zeros(n, width).masked_scatter_(filled, latents)
+    padded = values.new_zeros(n, width).masked_scatter_(filled, values)
     found = values.new_empty(n, codec.d_in)
     for group in counts.argsort().chunk(GROUPS):
-        longest = max(1, int(counts[group].max()))
+        longest = max(1, int(counts[group[-1]]))
         part = SparseCodes(
             indices=indices[group, :longest],
             values=padded[group, :longest],

@@ -12,6 +12,8 @@ from emlens.numerics.validation import check_finite, check_same
 
 _MIN_PENDING = 1 << 16
 """Entries gathered before they are sorted into the rest: 1 MiB."""
+_CLOSE = 16
+"""Numbers a key, from the smallest to the largest, up to which counting is faster than sorting."""
 
 
 class SparseSums:
@@ -64,5 +66,11 @@ class SparseSums:
 
 
 def _collapse(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each key once, in order, and the sum of its values; at least one key is given."""
+    first = keys.min()
+    if keys.max() - first < _CLOSE * len(keys):
+        near = keys - first
+        found = np.flatnonzero(np.bincount(near))
+        return found + first, np.bincount(near, weights=values)[found]
     found, place = np.unique(keys, return_inverse=True)
     return found, np.bincount(place, weights=values, minlength=len(found))
