@@ -10,11 +10,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-ROWS = 512
-"""Tokens encoded at a time: enough that a matrix product spends little on bringing weights."""
-CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
-"""Codes held at a time: 8 MiB of float32, which a processor's cache holds, or 256 MiB, which keep
-a GPU busy and are little of its memory."""
+ROWS = 256
+"""Tokens that a processor encodes at a time: enough that a product spends little on bringing
+weights, and few enough for many latents in a chunk."""
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Codes held at a time: 16 MiB of float32, which the allocator hands out again without asking the
+system for new pages, or 256 MiB, which keep a GPU busy and are little of its memory."""
+BLOCK = 32
+"""Latents of which the largest code is looked at first."""
+LEAST_BLOCKS = 8
+"""So many times k blocks there must be for that to pay; with fewer, most codes are looked at twice."""
 
 
 def select_largest(
@@ -122,30 +127,19 @@ def _merge_chunks(
 
 def _find_columns(codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Columns of the k largest of each row, and the largest value that was left out."""
-    n, width = codes.shape
-    block = _block_width(width, k)
-    count = width // block
-    if block == 1 or count <= k:
+    n, count = len(codes), codes.shape[1] // BLOCK
+    if count < LEAST_BLOCKS * k or codes.shape[1] % BLOCK:
         return _take(codes, k)
     # One maximum stands for each block: the k largest lie in the k blocks of largest maxima, and
     # what is sorted out is a fraction of the codes.
-    whole = codes[:, : count * block].unflatten(1, (count, block))
-    maxima = whole.amax(2).topk(k + 1, dim=1)
-    blocks = maxima.indices[:, :k]
-    inside = whole.gather(1, blocks[:, :, None].expand(-1, -1, block)).flatten(1)
-    offset = torch.arange(block, device=codes.device)
-    names = (blocks[:, :, None] * block + offset).flatten(1)
-    if count * block < width:
-        rest = torch.arange(count * block, width, device=codes.device)
-        inside = torch.cat([inside, codes[:, count * block :]], 1)
-        names = torch.cat([names, rest.expand(n, -1)], 1)
+    blocks = codes.reshape(n * count, BLOCK)
+    maxima = blocks.view(n, count, BLOCK).amax(2).topk(k + 1, dim=1)
+    chosen = maxima.indices[:, :k]
+    rows = torch.arange(0, n * count, count, device=codes.device)
+    inside = blocks.index_select(0, (chosen + rows[:, None]).flatten()).view(n, k * BLOCK)
     places, left = _take(inside, k)
-    return names.gather(1, places), torch.maximum(left, maxima.values[:, k])
-
-
-def _block_width(width: int, k: int) -> int:
-    """Power of two near sqrt(width / k), where maxima and codes of the chosen blocks are fewest."""
-    return 1 << max(0, (width // max(k, 1)).bit_length() // 2)
+    columns = chosen.gather(1, places // BLOCK) * BLOCK + places % BLOCK
+    return columns, torch.maximum(left, maxima.values[:, k])
 
 
 def _take(codes: Tensor, k: int) -> tuple[Tensor, Tensor]:

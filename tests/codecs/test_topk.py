@@ -56,14 +56,16 @@ def test_of_equal_codes_the_lower_latent_goes_first(rows: list[list[int]], k: in
     assert settled.tolist() == [by_hand([float(code) for code in row], k) for row in rows]
 
 
-def test_blocks_and_the_columns_left_over_hold_the_largest():
-    for width in (129, 1000, 4097):
-        for k in (1, 3, 17):
-            codes = draw(30, width, seed=width + k).abs()
-            assert topk._block_width(width, k) > 1
-            values, columns = select_largest(codes, k)
-            assert torch.equal(values, codes.topk(k, dim=1).values)
-            assert torch.equal(codes.gather(1, columns), values)
+@pytest.mark.parametrize("width", [1024, 1000, 4096])
+@pytest.mark.parametrize("k", [1, 4, 5, 17])
+def test_the_largest_are_found_with_blocks_and_without(width: int, k: int):
+    codes = draw(30, width, seed=width + k).abs()
+    values, columns = select_largest(codes, k)
+    assert torch.equal(values, codes.topk(k, dim=1).values)
+    assert torch.equal(codes.gather(1, columns), values)
+    crowded = torch.zeros(30, width)
+    crowded[:, 64:96] = codes[:, 64:96]  # all of them in one block
+    assert torch.equal(select_largest(crowded, k)[0], crowded.topk(k, dim=1).values)
 
 
 def test_a_tie_with_a_code_in_another_block_goes_to_the_lower_latent():
