@@ -19,7 +19,7 @@ system for new pages, or 256 MiB, which keep a GPU busy and are little of its me
 BLOCK = 32
 """Latents of which the largest code is looked at first."""
 LEAST_BLOCKS = 8
-"""So many times k blocks there must be for that to pay; with fewer, most codes are looked at twice."""
+"""So many times k blocks there must be for that to pay; with fewer, most codes are seen twice."""
 
 
 def select_largest(
