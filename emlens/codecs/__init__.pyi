@@ -6,7 +6,7 @@ from .crosscoder import Crosscoder
 from .files import save_sae
 from .fit import CodecFit, FitAccumulator, measure_fit
 from .latent_scaling import LatentScaling, LatentScalingAccumulator, measure_latent_scaling
-from .load import load_sae
+from .load import load_crosscoder, load_sae
 from .runtime import Sae
 from .settings import CrosscoderSettings, SaeSettings
 from .train import SaeTraining, read_training, train_sae
@@ -30,6 +30,7 @@ __all__ = [
     "calibrate_threshold",
     "check_fits",
     "convert_sae",
+    "load_crosscoder",
     "load_sae",
     "measure_crosscoder_fit",
     "measure_fit",

@@ -28,7 +28,10 @@ from emlens.sources import SHIPPED_PREFIX, Source, locate_source, parse_source
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _READ_HERE = ("dictionary_learning_1", "qwen_scope")
 """Layouts, by sae_lens's names, that are pickled and that we read ourselves."""
-_FILES = (*CODEC_FILES, DICTIONARY_LEARNING, DICTIONARY_CONFIG)
+_OF_A_RUN = "results/codec"
+"""Where training leaves a codec in its run folder."""
+_OF_RUNS = tuple(f"{_OF_A_RUN}/{name}" for name in CODEC_FILES)
+_FILES = (*CODEC_FILES, *_OF_RUNS, DICTIONARY_LEARNING, DICTIONARY_CONFIG)
 
 
 def load_sae(
@@ -37,12 +40,12 @@ def load_sae(
     sae_id: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
-) -> Sae | Crosscoder:
-    """Load a sparse codec.
+) -> Sae:
+    """Load a sparse autoencoder.
 
     Args:
-        source: a folder, ``emlens:NAME`` or a Hub folder that holds what `save_sae`, sae_lens or
-            dictionary_learning write; or the name of a release in sae_lens's registry.
+        source: a folder, ``emlens:NAME`` or a Hub folder that holds what `save_sae`, `train_sae`,
+            sae_lens or dictionary_learning write; or a release in sae_lens's registry.
         sae_id: which of a release; of a folder or a Hub repository, the subfolder.
         dtype: what it computes in; ``auto`` is how it is stored.
         device: where it goes; ``auto`` is the first GPU, else the CPU.
@@ -52,17 +55,40 @@ def load_sae(
             that is not supported, named; or a release, without sae_lens.
         SourceError: a source that cannot be had.
     """
-    wanted = _read_dtype(dtype)
-    place = device
-    if place == "auto":
-        place = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted, place = _read_dtype(dtype), _read_device(device)
     name = str(source) if sae_id is None else f"{source}#{sae_id}"
     if isinstance(source, str) and _names_release(source):
         codec = _load_release(source, sae_id, name=name, dtype=wanted)
     else:
         codec = _load_files(_inside(source, sae_id), name=name, dtype=wanted)
-    codec = dataclasses.replace(codec, name=name)
-    return codec.to(device=place, dtype=wanted)
+    if not isinstance(codec, Sae):
+        raise CodecError(f"{source} holds a crosscoder: load it with load_crosscoder")
+    return dataclasses.replace(codec, name=name).to(device=place, dtype=wanted)
+
+
+def load_crosscoder(
+    source: str | Path | Source,
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "auto",
+) -> Crosscoder:
+    """Load a crosscoder.
+
+    Args:
+        source: a folder, ``emlens:NAME`` or a Hub folder that holds what `save_sae` or
+            `train_crosscoder` write.
+        dtype: what it computes in; ``auto`` is how it is stored.
+        device: where it goes; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        CodecError: no crosscoder, or a damaged one.
+        SourceError: a source that cannot be had.
+    """
+    wanted, place = _read_dtype(dtype), _read_device(device)
+    codec = _load_files(parse_source(source), name=str(source), dtype=wanted)
+    if not isinstance(codec, Crosscoder):
+        raise CodecError(f"{source} holds an autoencoder: load it with load_sae")
+    return dataclasses.replace(codec, name=str(source)).to(device=place, dtype=wanted)
 
 
 def _read_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -71,6 +97,12 @@ def _read_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     if dtype != "auto" and dtype not in _DTYPES:
         raise CodecError(f"dtype: got {dtype!r}, expected auto, {', '.join(_DTYPES)}")
     return _DTYPES.get(dtype)
+
+
+def _read_device(device: str | torch.device) -> str | torch.device:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
 
 
 def _names_release(source: str) -> bool:
@@ -98,8 +130,9 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
         if not QWEN_SCOPE.fullmatch(place.name):
             raise CodecError(f"{source}: expected a folder, or layerN.sae.pt of Qwen Scope")
         return read_qwen_scope(place.parent, place.name, name=name, collection=source.text)
-    if is_own(place):
-        return read_own(place)
+    for folder in (place, place / _OF_A_RUN):
+        if is_own(folder):
+            return read_own(folder)
     if is_sae_lens(place):
         return read_sae_lens(place, name=name, dtype=dtype)
     if is_dictionary(place):
@@ -116,16 +149,14 @@ def _list_folders(place: Path) -> str:
     return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "") if names else "none"
 
 
-def _load_release(
-    release: str, sae_id: str | None, *, name: str, dtype: torch.dtype | None
-) -> Sae | Crosscoder:
+def _load_release(release: str, sae_id: str | None, *, name: str, dtype: torch.dtype | None) -> Sae:
     found = find_release(release, sae_id)
     with naming(name):
         if found.loader in _READ_HERE:
             codec = _load_files(parse_source(found.source), name=name, dtype=dtype)
+            assert isinstance(codec, Sae)
         else:
             codec = load_with_sae_lens(found, name=name, dtype=dtype)
-        assert isinstance(codec, Sae)
         return dataclasses.replace(
             codec,
             neuronpedia_id=found.neuronpedia_id or codec.neuronpedia_id,

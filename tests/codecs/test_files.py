@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emlens.codecs import CodecError, Crosscoder, load_sae, save_sae
+from emlens.codecs import CodecError, load_crosscoder, load_sae, save_sae
 from emlens.codecs.runtime import ARCHITECTURES, WITH_THRESHOLD
 from emlens.results import load_result
 from tests.codecs.builders import SITE, draw, make_crosscoder, make_sae
@@ -57,17 +57,26 @@ def test_what_is_saved_is_read_back_bit_for_bit(
     read = load_sae(save_sae(sae, tmp_path), dtype="auto", device="cpu")
     assert read.fingerprint == sae.fingerprint
     assert (read.name, read.base_fingerprint) == (str(tmp_path), "abc")
-    assert read.link(1) == sae.link(1)  # type: ignore[union-attr]
-    assert torch.equal(read.encode(X).values, sae.encode(X).values)  # type: ignore[call-arg]
+    assert read.link(1) == sae.link(1)
+    assert torch.equal(read.encode(X).values, sae.encode(X).values)
     again = load_result(tmp_path)
     assert again.fingerprint == sae.fingerprint  # type: ignore[attr-defined]
 
 
 def test_a_crosscoder_is_read_back_too(tmp_path: Path):
     codec = make_crosscoder()
-    read = load_sae(codec.save(tmp_path), device="cpu")
-    assert isinstance(read, Crosscoder)
-    assert read.fingerprint == codec.fingerprint
+    read = load_crosscoder(codec.save(tmp_path / "cross"), device="cpu")
+    assert (read.fingerprint, read.name) == (codec.fingerprint, str(tmp_path / "cross"))
+    assert load_crosscoder(tmp_path / "cross", dtype="float64").W_dec.dtype == torch.float64
+    with pytest.raises(CodecError, match="holds a crosscoder: load it with load_crosscoder"):
+        load_sae(tmp_path / "cross")
+    with pytest.raises(CodecError, match="holds an autoencoder: load it with load_sae"):
+        load_crosscoder(save_sae(make_sae(), tmp_path / "sae"))
+
+
+def test_the_codec_of_a_training_run_is_found_in_its_folder(tmp_path: Path):
+    save_sae(make_sae(), tmp_path / "results" / "codec")
+    assert load_sae(tmp_path, device="cpu").fingerprint == make_sae().fingerprint
 
 
 @pytest.mark.parametrize("architecture", ["standard", "gated", "topk", "jumprelu"])

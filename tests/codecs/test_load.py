@@ -118,7 +118,7 @@ def test_autoencoders_of_dictionary_learning_are_read_as_sae_lens_reads_them(
     theirs.load_state_dict(state)
     assert ours.site.hook_name == config["hook_name"] == "blocks.15.hook_resid_post"
     codes = theirs.encode(X).detach()
-    got = ours.encode(X)  # type: ignore[call-arg]
+    got = ours.encode(X)
     assert torch.allclose(got.values, codes, atol=1e-4)
     assert torch.allclose(ours.decode(got), theirs.decode(codes), atol=1e-4)
 
@@ -164,10 +164,8 @@ def test_a_published_release_is_found_by_name_and_converted_once(
     assert str(sae.site) == "resid_post.15"
     assert sae.positions == "all[8:]"
     assert sae.name == f"{release}#resid_post_layer_15_trainer_1"
-    assert sae.base_name == "Qwen/Qwen2.5-7B-Instruct"  # type: ignore[union-attr]
-    assert sae.link(7) == (  # type: ignore[union-attr]
-        "https://www.neuronpedia.org/qwen2.5-7b-it/15-resid-post-aa/7"
-    )
+    assert sae.base_name == "Qwen/Qwen2.5-7B-Instruct"
+    assert sae.link(7) == ("https://www.neuronpedia.org/qwen2.5-7b-it/15-resid-post-aa/7")
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a pickle was opened again")
@@ -199,7 +197,7 @@ def test_qwen_scope_is_read_by_the_names_of_its_files(tmp_path: Path):
     publish(tmp_path, repository, {"layer3.sae.pt": lambda file: torch.save(state, file)})
     read = load_sae(f"{repository}/layer3.sae.pt", device="cpu")
     assert read.fingerprint == sae.fingerprint
-    assert read.base_name == "Qwen/Qwen3-1.7B-Base"  # type: ignore[union-attr]
+    assert read.base_name == "Qwen/Qwen3-1.7B-Base"
     named = load_sae("qwen-scope-3-1.7b-base-w32k-l50", sae_id="layer3", device="cpu")
     assert named.fingerprint == sae.fingerprint
     torch.save(state, tmp_path / "layer3.sae.pt")
