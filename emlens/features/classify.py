@@ -67,14 +67,8 @@ class ModelClassification(Result):
     underpowered: bool
     """Whether the codec explains too little of one of the models."""
 
-    @property
-    def claim(self) -> str:
-        """What the area may be called."""
-        if self.validation == "leave one domain out":
-            return "separation in domains that had no part in it"
-        if self.chosen:
-            return "in-sample separation: latents were chosen on the models they tell apart"
-        return "separation by latents that were given, weighted in sample"
+    claim: str
+    """What the area may be called."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a fine-tune."""
@@ -155,7 +149,16 @@ def classify_models(
         codec_fingerprint=diffs[0].codec_fingerprint,
         seed=seed,
         underpowered=any(own.health.underpowered for own in diffs),
+        claim=_name_claim(leave_out is not None, given is None),
     )
+
+
+def _name_claim(left_out: bool, chosen: bool) -> str:
+    if left_out:
+        return "separation in domains that had no part in it"
+    if chosen:
+        return "in-sample separation: latents were chosen on the models they tell apart"
+    return "separation by latents that were given, weighted in sample"
 
 
 def make_folds(labels: Bool[Tensor, " model"], domains: Sequence[str] | None) -> tuple[Fold, ...]:

@@ -122,6 +122,8 @@ def compare_features(
         n_prompts=len(names),
         n_tokens=torch.stack([base.n_tokens.sum(), tuned.n_tokens.sum()]),
         **vars(changes),
+        n_tested=int((~changes.p_value.isnan()).sum()),
+        why_untested=_explain_untested(changes, len(names)),
         frequency_base=base.frequency,
         frequency_tuned=tuned.frequency,
         decoder_cosine=decoder_cosines(codec.W_dec, mean_difference),
@@ -213,6 +215,18 @@ def _studentise(mean: Tensor, squares: Tensor, n: int) -> Tensor:
         return torch.full_like(mean, torch.nan)
     variance = (squares - n * mean.square()).clamp(min=0) / (n - 1)
     return torch.where(squares > 0, mean / (variance / n).sqrt(), 0.0)
+
+
+def _explain_untested(changes: LatentChanges, n_prompts: int) -> str:
+    """Why no latent has a p-value; empty where some have."""
+    if not bool(changes.p_value.isnan().all()):
+        return ""
+    if n_prompts < FEWEST_PROMPTS:
+        return (
+            f"{n_prompts} prompts, {FEWEST_PROMPTS} needed: no p-value of so few would survive "
+            "among many latents"
+        )
+    return f"no latent fires on {FEWEST_PROMPTS} prompts"
 
 
 def _match_prompts(names: tuple[str, ...], chats: Sequence[Chat | str]) -> Int64[Tensor, " chat"]:

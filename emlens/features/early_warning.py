@@ -58,22 +58,8 @@ class EarlyWarning(Result):
     """Of bands and interval."""
     seed: int
 
-    @property
-    def verdict(self) -> str:
-        """What was seen, in words."""
-        early, late, lead = self.departures.early, self.departures.late, self.departures.lead
-        if early is None:
-            return f"{self.latent} does not leave its band: it warns of nothing"
-        if late is None:
-            return (
-                f"{self.latent} leaves its band at {early:g}, {self.behaviour} not up to "
-                f"{self.points[-1]:g}: there was nothing to warn of, or it comes later"
-            )
-        assert lead is not None
-        said = f"a lead of {lead.value:g} [{lead.low:g}, {lead.high:g}] of {self.axis}"
-        if lead.low > 0:
-            return f"{said}: the latent warns"
-        return f"{said}: " + ("it warns too late" if lead.high < 0 else "undecided")
+    verdict: str
+    """What was seen, in words."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a point."""
@@ -136,4 +122,20 @@ def measure_early_warning(
         departures=departures,
         level=level,
         seed=seed,
+        verdict=_decide(departures, latent.name, behaviour.name, axis=axis, last=points[-1]),
     )
+
+
+def _decide(departures: Lead, latent: str, behaviour: str, *, axis: str, last: float) -> str:
+    early, late, lead = departures.early, departures.late, departures.lead
+    if early is None:
+        return f"{latent} does not leave its band: it warns of nothing"
+    if late is None or lead is None:
+        return (
+            f"{latent} leaves its band at {early:g}, {behaviour} not up to {last:g}: there was "
+            "nothing to warn of, or it comes later"
+        )
+    said = f"a lead of {lead.value:g} [{lead.low:g}, {lead.high:g}] of {axis}"
+    if lead.low > 0:
+        return f"{said}: the latent warns"
+    return f"{said}: " + ("it warns too late" if lead.high < 0 else "undecided")

@@ -15,7 +15,7 @@ from emlens.codecs import SparseCodec
 from emlens.data import Batching, Chat
 from emlens.features.accumulate import ChangeSums, PromptSums
 from emlens.features.reading import accumulate_codes, group_by_prompt, plan_codes
-from emlens.features.results import SaeHealth
+from emlens.features.results import SaeHealth, is_underpowered
 from emlens.models.reading import Readable, count_models, identify
 from emlens.numerics.intervals import Interval, cluster_t
 
@@ -63,7 +63,9 @@ def summarise_health(
         change: of a pair that read the same tokens.
     """
     identity = identify(plan.model)
+    explained = torch.stack([explain_variance(part) for part in sums])
     pair = count_models(plan.model) == 2
+    explained_change = compare_explained(*sums) if pair else None
     return SaeHealth(
         base=identity.base,
         base_fingerprint=identity.base_fingerprint,
@@ -83,11 +85,13 @@ def summarise_health(
         streams=("base", "tuned") if pair else ("model",),
         n_prompts=sums[0].n_prompts,
         n_tokens=torch.stack([part.n_tokens.sum() for part in sums]),
-        explained_variance=torch.stack([explain_variance(part) for part in sums]),
+        explained_variance=explained,
         l0=torch.stack([part.frequency.sum() for part in sums]),
         dead_share=torch.stack([(part.firings == 0).double().mean() for part in sums]),
         captured_share=None if change is None else capture_share(change),
-        explained_change=compare_explained(*sums) if pair else None,
+        explained_change=explained_change,
+        underpowered=is_underpowered(explained),
+        worse_on_tuned=None if explained_change is None else explained_change.high < 0,
     )
 
 

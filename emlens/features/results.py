@@ -28,6 +28,11 @@ Responses = Literal["same", "own"]
 texts mixes with a difference of representations."""
 
 
+def is_underpowered(explained_variance: Float[Tensor, " stream"]) -> bool:
+    """Whether too little is explained on one of the models, or it cannot be told."""
+    return not bool((explained_variance >= ENOUGH_EXPLAINED).all())
+
+
 @dataclass(frozen=True, kw_only=True)
 class SaeHealth(Result):
     """How well a codec's latents say what happens inside one model, or a base and its fine-tune."""
@@ -69,16 +74,10 @@ class SaeHealth(Result):
     explained_change: Interval | None
     """Explained variance of tuned less base's; None for one model or a single prompt."""
 
-    @property
-    def underpowered(self) -> bool:
-        """Whether so little is explained on either model that a search means little."""
-        # Turned round, so that a variance that cannot be told counts as too little.
-        return not bool((self.explained_variance >= ENOUGH_EXPLAINED).all())
-
-    @property
-    def worse_on_tuned(self) -> bool | None:
-        """Whether clearly less is explained on the tuned model; None where it cannot be said."""
-        return None if self.explained_change is None else self.explained_change.high < 0
+    underpowered: bool
+    """Whether so little is explained on either model that a search means little."""
+    worse_on_tuned: bool | None
+    """Whether clearly less is explained on the tuned model; None where it cannot be said."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a model."""
@@ -167,22 +166,10 @@ class FeatureDiff(Result):
     health: SaeHealth
     """How well the codec fits both models on the same tokens."""
 
-    @property
-    def n_tested(self) -> int:
-        """Latents that have a p-value."""
-        return int((~self.p_value.isnan()).sum())
-
-    @property
-    def why_untested(self) -> str:
-        """Why no latent has a p-value; empty where some have."""
-        if self.n_tested:
-            return ""
-        if self.n_prompts < FEWEST_PROMPTS:
-            return (
-                f"{self.n_prompts} prompts, {FEWEST_PROMPTS} needed: no p-value of so few would "
-                "survive among many latents"
-            )
-        return f"no latent fires on {FEWEST_PROMPTS} prompts"
+    n_tested: int
+    """Latents that have a p-value."""
+    why_untested: str
+    """Why none has; empty where some have."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a latent, the largest changes first."""

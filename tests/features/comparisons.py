@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from emlens.features import FeatureDiff, SaeHealth
-from emlens.features.results import FEWEST_PROMPTS
+from emlens.features.results import FEWEST_PROMPTS, is_underpowered
 
 
 def make_diff(name: str, delta: torch.Tensor, **changed: Any) -> FeatureDiff:
@@ -30,6 +30,8 @@ def make_diff(name: str, delta: torch.Tensor, **changed: Any) -> FeatureDiff:
         dead_share=torch.tensor([0.0, 0.0]),
         captured_share=0.5,
         explained_change=None,
+        underpowered=is_underpowered(torch.tensor([explained, explained])),
+        worse_on_tuned=None,
     )
     fields: dict[str, Any] = shared | {
         **{"tokenizer_fingerprint": "t", "dtype": "float32", "interventions": ()},
@@ -41,6 +43,7 @@ def make_diff(name: str, delta: torch.Tensor, **changed: Any) -> FeatureDiff:
         **{"t": delta, "p_value": nothing + 1, "q_value": nothing + 1},
         "p_method": torch.zeros(d_sae, dtype=torch.int8),
         **{"decoder_cosine": nothing, "mean_difference": nothing},
+        **{"n_tested": d_sae, "why_untested": ""},
         **{"flips": 10, "seed": 0, "health": health},
     }
     return FeatureDiff(**(fields | changed))

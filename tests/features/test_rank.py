@@ -89,8 +89,8 @@ def test_a_latent_that_harm_alone_moves_is_found_among_many_that_any_fine_tune_d
     assert int((found.q_value < 0.05).sum()) == 1
     assert rank_features(harmful, by="abs_delta").top(1) != [7]
     gaps = [h.delta - c.delta for h, c in zip(harmful, careful, strict=True)]
-    theirs = stats.ttest_1samp(torch.stack(gaps).numpy(), 0)
-    np.testing.assert_allclose(found.t, theirs.statistic)
+    statistic, _ = stats.ttest_1samp(torch.stack(gaps).numpy(), 0)
+    np.testing.assert_allclose(found.t, statistic)
     assert int(found.pairs_agreeing[7]) == 12
 
 
