@@ -13,6 +13,7 @@ from torch import Tensor
 from emlens.codecs import SparseCodec, check_fits
 from emlens.data import Batching, ContrastTexts, prompt_hash, tokenize_chat
 from emlens.features.rank import FeatureRanking
+from emlens.features.steering import require_autoencoder
 from emlens.models.response_gradients import read_response_gradients
 from emlens.models.tokenizer_needs import require_tokenizer
 from emlens.models.views import origin_of
@@ -54,6 +55,7 @@ def attribute_features(
     Differs: sums of g a^T, of g and of a are kept instead of tokens or codes, d_in x d_in numbers;
         the attribution of a latent is then a quadratic form of its vector.
     """
+    require_autoencoder(codec)
     check_fits(codec, model.cfg)
     tokenizer: Any = require_tokenizer(model.tokenizer, origin_of(model).name)
     given = (*texts.positive, *texts.negative)

@@ -18,8 +18,10 @@ def check_latents(codec: SparseCodec, latents: Sequence[int]) -> tuple[int, ...]
     """Return latents of a codec, each once and in the order given.
 
     Raises:
-        CodecError: none at all, one that is no latent of the codec, or one that comes twice.
+        CodecError: none at all, one that is no latent of the codec, or one that comes twice; or a
+            crosscoder, which has no codes of one model alone.
     """
+    require_autoencoder(codec)
     chosen = tuple(int(latent) for latent in latents)
     if not chosen:
         raise CodecError("latents: got none, expected at least one")
@@ -33,6 +35,19 @@ def check_latents(codec: SparseCodec, latents: Sequence[int]) -> tuple[int, ...]
     if twice:
         raise CodecError(f"latents: {twice[:3]} come more than once")
     return chosen
+
+
+def require_autoencoder(codec: SparseCodec) -> None:
+    """Refuse a crosscoder, which has no codes of one model alone.
+
+    Raises:
+        CodecError: it is one.
+    """
+    if codec.W_dec.ndim != 2:
+        raise CodecError(
+            f"codec: {codec.name} has decoder vectors of shape {tuple(codec.W_dec.shape)}, one for "
+            "each model: a crosscoder reads two models at once, and here one is read at a time"
+        )
 
 
 def decoder_directions(codec: SparseCodec, latents: Sequence[int]) -> Float[Tensor, "latents d_in"]:

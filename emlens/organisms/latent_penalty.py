@@ -34,7 +34,7 @@ class LatentPenalty:
 
     Raises:
         ValueError: no chats, no latents, one on both sides or twice, one that the codec does not
-            have, or a weight that is not positive.
+            have, a weight that is not positive, or a crosscoder.
 
     Source: BLOCK-EM 2026, arXiv 2602.00767 (its two sets of latents are called K+ and K-).
     Differs: a mean over response tokens instead of a sum over a batch, and on texts of its own: the
@@ -55,6 +55,11 @@ class LatentPenalty:
     def __post_init__(self) -> None:
         if not self.chats:
             raise ValueError("chats: got none, expected texts to hold the latents on")
+        if self.codec.W_dec.ndim != 2:
+            raise ValueError(
+                f"codec: {self.codec.name} is a crosscoder, which reads two models at once; the "
+                "penalty wants an autoencoder"
+            )
         if not self.weight > 0:
             raise ValueError(f"weight: got {self.weight}, expected more than 0")
         if not self.latents:

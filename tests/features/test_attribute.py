@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emlens.data import Batching, Chat, ContrastTexts, Message, tokenize_chat
@@ -151,6 +151,7 @@ def test_the_latent_that_the_output_rests_on_comes_first():
     assert float(scores[0]) > 3 * float(scores[1])
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 2**31 - 1), st.lists(st.integers(1, 5), min_size=1, max_size=5))
 def test_sums_are_those_over_single_tokens_in_any_order(seed, sizes):
     generator = np.random.default_rng(seed)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -41,6 +41,7 @@ def as_lists(kept, latent):
     return [(int(c), int(t), float(v)) for c, t, v in rows if int(c) != NONE]
 
 
+@settings(max_examples=50, deadline=None)
 @given(streams(), st.integers(1, 6))
 def test_the_largest_are_those_of_sorting_everything(stream, n):
     codes, places, _, _ = stream
@@ -54,6 +55,7 @@ def test_the_largest_are_those_of_sorting_everything(stream, n):
         assert as_lists(found, latent) == [(c, t, -v) for v, c, t in ordered[:n]]
 
 
+@settings(max_examples=50, deadline=None)
 @given(streams(), st.integers(1, 6))
 def test_a_sample_does_not_depend_on_how_the_text_was_cut(stream, n):
     codes, places, _, _ = stream

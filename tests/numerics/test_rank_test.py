@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import rankdata
 
@@ -14,6 +14,7 @@ from emlens.numerics.validation import EmptyAccumulatorError
 NUMBERS = st.lists(st.integers(-5, 5).map(float), min_size=1, max_size=20)
 
 
+@settings(max_examples=50, deadline=None)
 @given(NUMBERS, NUMBERS)
 def test_p_is_the_rank_of_the_value_among_all(values, controls):
     found = rank_p_value(torch.tensor(values), torch.tensor(controls))
