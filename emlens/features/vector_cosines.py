@@ -22,7 +22,7 @@ class VectorCosine:
     """How far a vector lies along something else."""
 
     name: str
-    """Site and construction of a direction, or the module of an adapter."""
+    """Site, construction and note of a direction, or the module of an adapter."""
     cosine: float
     """With one vector, signed; with the span of several, the norm of the unit vector's projection
     onto it."""
@@ -54,7 +54,8 @@ def compare_with_directions(
                 f"and the codec's vectors at {site} have {site.axes} and {width}: their entries "
                 "mean different things"
             )
-        name = f"{own.site} {own.provenance.construction}"
+        note = f" ({own.provenance.note})" if own.provenance.note else ""
+        name = f"{own.site} {own.provenance.construction}{note}"
         cosines = (units @ own.direction.to(units)).clamp(-1, 1)
         for row, cosine in zip(found, cosines.tolist(), strict=True):
             row.append(_make(name, cosine, 1, width))
