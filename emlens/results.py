@@ -61,6 +61,8 @@ RESULT_CLASSES = MappingProxyType(
         "random_effect": "emlens.studies.solution_curves:RandomEffect",
         "solution_comparison": "emlens.studies.solution_curves:SolutionComparison",
         "narrowness": "emlens.studies.measure_narrowness:Narrowness",
+        "plain_difference": "emlens.studies.plain_difference:PlainDifference",
+        "persona_features": "emlens.studies.persona_features:PersonaFeatures",
         "stage_times": "emlens.studies.stages:StageTimes",
         "demo": "emlens.studies.run_demo:DemoResult",
     }
