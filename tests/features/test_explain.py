@@ -199,7 +199,7 @@ def test_cosines_stand_beside_those_of_random_vectors(pair):
 
 
 def test_a_pairs_own_adapter_is_compared_with():
-    peft_model = make_peft("gemma2", target_modules=["down_proj", "o_proj"], r=1)
+    peft_model: Any = make_peft("gemma2", target_modules=["down_proj", "o_proj"], r=1)
     pair = load_pair(lay_views(make_tiny("gemma2"), make_tokenizer()), load_adapter(peft_model))
     found = explain_features(pair, CODEC, latents=(0,), chats=CHATS[:2], settings=SETTINGS)
     writes = {one.name: one.cosine for one in found.cards[0].writes}
@@ -232,8 +232,9 @@ def test_an_explainer_is_asked_about_each_finished_card(pair, cards, tmp_path):
 
 def test_wrong_input_is_named(pair):
     given: dict[str, Any] = {"latents": (1,), "chats": CHATS[:2], "settings": SETTINGS}
+    outside: dict[str, Any] = given | {"latents": (-1,)}
     with pytest.raises(CodecError, match=r"numbered from 0, and got \[-1\]"):
-        explain_features(pair, CODEC, **(given | {"latents": (-1,)}))
+        explain_features(pair, CODEC, **outside)
     with pytest.raises(ValueError, match=r"one at z.0 has axes"):
         explain_features(pair, CODEC, directions=[direction(torch.ones(24), "z.0")], **given)
     with pytest.raises(WidthError, match=r"expected \[n, 24\]"):

@@ -187,13 +187,14 @@ def test_terms_that_a_run_cannot_have_are_refused_before_it_is_begun(
 
 def test_penalties_that_hold_nothing_are_refused(chats: list[Chat]):
     codec = make_codec()
-    for changed, said in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"chats": []}, "chats: got none"),
         ({"weight": 0.0}, "weight: got 0.0"),
         ({"hold_down": ()}, "got no latent"),
         ({"hold_up": (3,)}, "name a latent twice"),
         ({"hold_down": (16,)}, r"\[16\] are no latents of tiny, which has 16"),
-    ):
+    )
+    for changed, said in cases:
         given: dict[str, Any] = {"chats": chats, "codec": codec, "weight": 1, "hold_down": (3,)}
         with pytest.raises(ValueError, match=said):
             LatentPenalty(**(given | changed))
