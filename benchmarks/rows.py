@@ -24,6 +24,7 @@ WITHOUT_GPU = ("api_judging",)
 ROWS = (
     *("load_views", "load_tuned", "prefill", "decode", "decode_intervened", "respond"),
     *("ablate", "stream", "pair_diff", "growth", "train", "judging", "api_judging"),
+    *("sae_diff", "steer_screen"),
 )
 
 

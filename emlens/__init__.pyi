@@ -1,3 +1,4 @@
+from .codecs.load import load_sae
 from .data.prompts import load_chats
 from .diffing import compare_models
 from .directions import fit_directions
@@ -26,5 +27,6 @@ __all__ = [
     "load_model",
     "load_pair",
     "load_result",
+    "load_sae",
     "write_report",
 ]

@@ -115,7 +115,7 @@ def locate_source(
 
 
 def shipped_path(name: str) -> Path:
-    """Return where `emlens:NAME` lies: an adapter's folder, a data or question file, or a GGUF.
+    """Return where `emlens:NAME` lies: a folder of weights, a data or question file, or a GGUF.
 
     Raises:
         SourceError: nothing of that name is shipped; the nearest three are listed.
@@ -126,6 +126,7 @@ def shipped_path(name: str) -> Path:
         return _wheel_model(name)
     places = (
         ASSETS / "adapters" / name,
+        ASSETS / "saes" / name,
         ASSETS / "data" / f"{name}.jsonl",
         ASSETS / "questions" / f"{name}.jsonl",
     )
@@ -141,9 +142,10 @@ def shipped_path(name: str) -> Path:
 
 def shipped_names() -> tuple[str, ...]:
     """Return every NAME that `emlens:NAME` accepts, sorted."""
-    adapters = {p.name for p in ASSETS.glob("adapters/*") if p.is_dir() and _is_plain(p.name)}
+    places = [*ASSETS.glob("adapters/*"), *ASSETS.glob("saes/*")]
+    folders = {place.name for place in places if place.is_dir() and _is_plain(place.name)}
     files = {p.stem for folder in ("data", "questions") for p in ASSETS.glob(f"{folder}/*.jsonl")}
-    return tuple(sorted(adapters | files | set(_WHEEL_MODELS)))
+    return tuple(sorted(folders | files | set(_WHEEL_MODELS)))
 
 
 def _is_plain(name: str) -> bool:

@@ -123,6 +123,12 @@ class ActivationShards:
         name = self._name(site, stream)
         return (self._tensor(shard, name) for shard in range(self.n_shards))
 
+    def read_shard(
+        self, shard: int, site: str | Site, *, stream: str | None = None
+    ) -> Float[Tensor, "n d"]:
+        """Read all rows of one shard; arguments and errors as for `batches`."""
+        return self._tensor(shard, self._name(site, stream))
+
     def read(
         self, site: str | Site, rows: Sequence[int] | slice, *, stream: str | None = None
     ) -> Float[Tensor, "n d"]:

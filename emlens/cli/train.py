@@ -69,6 +69,23 @@ class TrainFlags(CommonFlags):
         float | None,
         typer.Option("--kl-weight", metavar="X", help="Of the KL there, nats a token."),
     ] = None
+    latent_sae: Annotated[
+        str | None,
+        typer.Option(
+            "--latent-sae",
+            metavar="SOURCE",
+            help="Whose latents are kept from rising on --data, SOURCE#ID of a release.",
+        ),
+    ] = None
+    latents: Annotated[
+        str | None, typer.Option("--latents", metavar="I,J", help="Which, such as 3,17.")
+    ] = None
+    latent_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--latent-weight", metavar="X", help="Of their squared rise, nats a squared code."
+        ),
+    ] = None
     max_steps: Annotated[
         int | None,
         typer.Option(
@@ -106,8 +123,8 @@ def train(flags: TrainFlags) -> None:
         from emlens.data import load_chats
         from emlens.organisms import train_organism
 
-        settings, penalties = _settings(flags), _penalties(flags)
-        chats = load_chats(flags.data)
+        settings, chats = _settings(flags), load_chats(flags.data)
+        penalties = [*_kl_terms(flags), *_latent_terms(flags, chats)]
         if flags.dry_run:
             _show_plan(flags, settings, chats)
             return
@@ -143,16 +160,55 @@ def _settings(flags: TrainFlags) -> Any:
     return replace(settings, **{name: n for name, n in asked.items() if n is not None})
 
 
-def _penalties(flags: TrainFlags) -> list[Any]:
+def _kl_terms(flags: TrainFlags) -> list[Any]:
     from emlens.data import load_chats
     from emlens.organisms import KlPenalty
 
-    if (flags.kl_data is None) != (flags.kl_weight is None):
-        missing = "--kl-weight" if flags.kl_weight is None else "--kl-data"
-        raise typer.BadParameter(f"{missing}: missing; --kl-data and --kl-weight go together")
-    if flags.kl_data is None or flags.kl_weight is None:
+    if _all_or_none({"--kl-data": flags.kl_data, "--kl-weight": flags.kl_weight}):
+        assert flags.kl_data is not None
+        assert flags.kl_weight is not None
+        return [KlPenalty(load_chats(flags.kl_data), flags.kl_weight)]
+    return []
+
+
+def _latent_terms(flags: TrainFlags, chats: Any) -> list[Any]:
+    given = {
+        "--latent-sae": flags.latent_sae,
+        "--latents": flags.latents,
+        "--latent-weight": flags.latent_weight,
+    }
+    if not _all_or_none(given):
         return []
-    return [KlPenalty(load_chats(flags.kl_data), flags.kl_weight)]
+    from emlens.codecs import load_sae
+    from emlens.organisms import LatentPenalty
+
+    assert flags.latent_sae is not None
+    assert flags.latent_weight is not None
+    source, _, sae_id = flags.latent_sae.partition("#")
+    codec: Any = load_sae(source, sae_id=sae_id or None)
+    chosen = parse_latents(flags.latents or "")
+    return [LatentPenalty(chats, codec, flags.latent_weight, hold_down=chosen)]
+
+
+def _all_or_none(given: dict[str, Any]) -> bool:
+    """Whether flags that go together are there; refuses some without the others."""
+    missing = [name for name, value in given.items() if value is None]
+    if missing and len(missing) < len(given):
+        names = " and ".join(given) if len(given) == 2 else ", ".join(given)
+        raise typer.BadParameter(f"{missing[0]}: missing; {names} go together")
+    return not missing
+
+
+def parse_latents(text: str) -> tuple[int, ...]:
+    """Read latents such as `3,17`.
+
+    Raises:
+        typer.BadParameter: anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"--latents {text}: expected numbers such as 3,17")
+    return tuple(int(part) for part in parts)
 
 
 def parse_layers(text: str) -> Any:
@@ -189,6 +245,7 @@ def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
     length = plan_training(chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx)
     plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
-    plan |= {"start_from": flags.start_from}
+    plan |= {"latent_sae": flags.latent_sae, "latents": flags.latents}
+    plan |= {"latent_weight": flags.latent_weight, "start_from": flags.start_from}
     plan |= describe_settings(settings)
     print_plan(plan, flags.run(), json=flags.json)

@@ -16,7 +16,7 @@ from .generate import (
 )
 from .hooking import intervene
 from .intervention import Intervention, MadeFor
-from .operators import Ablate, Add, Cap, PerLayer, Replace
+from .operators import Ablate, Add, Cap, PerLayer, Replace, Shift
 from .other_model import OtherModelError
 from .plan import write_sites
 
@@ -34,6 +34,7 @@ __all__ = [
     "Response",
     "ResponseRequest",
     "Responses",
+    "Shift",
     "Units",
     "ablate_direction",
     "active_interventions",

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from emlens.interventions.intervention import Intervention
-from emlens.interventions.operators import Ablate, Add, Cap, Operator, PerLayer
+from emlens.interventions.operators import (
+    Ablate,
+    Add,
+    Cap,
+    Operator,
+    PerLayer,
+    Shift,
+)
 from emlens.models.acting import declare_acting
 from emlens.models.protocol import HookedModel
 
@@ -66,6 +73,8 @@ def _describe(operator: Operator | PerLayer) -> dict[str, Any]:
         details = {"toward": None if toward is None else hash_tensor(toward)}
     elif isinstance(operator, Cap):
         details = {"threshold": float(operator.threshold), "side": operator.side}
+    elif isinstance(operator, Shift):
+        details = {"amount": operator.name}
     else:
         return {"operator": kind, "values": hash_tensor(operator.values)}
     return {"operator": kind, "vector": hash_tensor(operator.vector), **details}

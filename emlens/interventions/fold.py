@@ -1,6 +1,7 @@
 """Interventions made part of a model's weights, where that is exact; all others are refused.
 
-Cap and Replace, named positions, and ablations between writes have no such form: use `intervene`.
+Cap, Shift and Replace, named positions, and ablations between writes have no such form: use
+`intervene`.
 """
 
 import hashlib

@@ -11,7 +11,7 @@ from torch import Tensor
 from emlens.data import Positions, PositionsError
 from emlens.interventions.active import active_interventions, register_active
 from emlens.interventions.intervention import EVERYWHERE, Intervention
-from emlens.interventions.operators import Cap, Operator, Replace, unit
+from emlens.interventions.operators import Cap, Operator, Replace, Shift, unit
 from emlens.interventions.plan import Fused, SitePlan, plan_interventions
 from emlens.models.hooks import HookNeverFiredError
 from emlens.models.protocol import HookedModel
@@ -178,6 +178,8 @@ class _Changes:
             return self.moved[id(does)].apply
         if isinstance(does, Cap):
             return _CapChange(does)
+        if isinstance(does, Shift):
+            return _ShiftChange(does)
         assert isinstance(does, Replace)
         return _ReplaceChange(does, self.model)
 
@@ -196,6 +198,25 @@ class _CapChange:
             excess = excess * mask.flatten()
         out = torch.addr(flat, -self.sign * excess, self.unit)
         return out.to(values.dtype).view(values.shape)
+
+
+class _ShiftChange:
+    def __init__(self, shift: Shift):
+        self.vector, self.amount = shift.vector, shift.amount
+
+    def __call__(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        wide = torch.promote_types(values.dtype, torch.float32)
+        self.vector = self.vector.to(values.device, wide)
+        flat = values.reshape(-1, values.shape[-1]).to(wide)
+        amount = self.amount(flat).to(flat)
+        if amount.shape != flat.shape[:1]:
+            raise WidthError(
+                f"amount: it gave {tuple(amount.shape)} for {len(flat)} values, expected "
+                f"[{len(flat)}], one number each"
+            )
+        if mask is not None:
+            amount = amount * mask.flatten()
+        return torch.addr(flat, amount, self.vector).to(values.dtype).view(values.shape)
 
 
 class _ReplaceChange:

@@ -1,11 +1,11 @@
 """What an intervention does to the values at a site; where and on which tokens is said elsewhere.
 
-Add and Ablate are affine and can become weights; Cap and Replace depend on the value or on another
-run and cannot.
+Add and Ablate are affine and can become weights; Cap, Shift and Replace depend on the value or on
+another run and cannot.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -112,8 +112,34 @@ class Replace:
         return self.values.shape[-1]
 
 
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """x + a(x) * vector, with a(x) one number a token that is computed from the token's value.
+
+    For what is read of x along another vector than is written, or not linearly: such as the code of
+    a latent, which is held by moving x along what the latent writes.
+    """
+
+    vector: Float[Tensor, " d"]
+    amount: Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]
+    """a, called with the values of every column of a pass, in float32 at least."""
+    name: str
+    """What `amount` computes, in full: of two operators with one vector it says whether they are
+    the same."""
+
+    def __post_init__(self) -> None:
+        _check_vector("vector", self.vector)
+        if not self.name:
+            raise ValueError("name: got an empty text; expected what the amount is computed by")
+
+    @property
+    def width(self) -> int:
+        """Entries of the vectors it acts on."""
+        return len(self.vector)
+
+
 Affine = Add | Ablate
-Operator = Add | Ablate | Cap | Replace
+Operator = Add | Ablate | Cap | Replace | Shift
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from .pair import ModelPair, load_pair
 from .paired import forward_many
 from .proof import AdapterNotInEffectError, AdapterProof, verify_adapter
 from .score import ResponseScore, score_responses
+from .suffix import score_steered
 from .views import origin_of
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "save_checkpoint",
     "scale_adapter",
     "score_responses",
+    "score_steered",
     "verify_adapter",
 ]

@@ -76,7 +76,7 @@ def score_responses(
         BatchError: no chats, or one too long for the batching or the model.
     """
     for row, chat in enumerate(chats):
-        _check_response(row, chat)
+        check_response(row, chat)
     found: dict[int, Tensor] = {}
     parts = _plan_parts(chats, batching, model.cfg.n_ctx)
     for part in track(parts, "scoring (tokens)", sizes=[part.tokens for part in parts]):
@@ -89,7 +89,16 @@ def count_read(chat: TokenizedChat) -> int:
     return max(_span(chat)[1] - 1, 1)
 
 
-def _check_response(row: int, chat: TokenizedChat) -> None:
+def check_response(row: int, chat: TokenizedChat) -> None:
+    """Refuse a chat that has nothing to score.
+
+    Args:
+        row: its place in the run, for the message.
+        chat: the chat.
+
+    Raises:
+        ValueError: no response, or one that no token comes before.
+    """
     named = f"chats: row {row}" + ("" if chat.id is None else f" (id {chat.id!r})")
     if chat.response is None:
         raise ValueError(f"{named} has no response to score; expected a final assistant turn")
@@ -243,29 +252,55 @@ def _score(
     rows: Sequence[int],
     firsts: Sequence[int],
 ) -> dict[int, Tensor]:
-    """Read each row's response off the stream, from the position that predicts its first token."""
-    spans = [_span(chats[row]) for row in rows]
+    """Log-probabilities of each row's response."""
+    whole = read_responses(model, resid, [chats[row] for row in rows], firsts)
+    sizes = [len(_suffix(chats[row])) for row in rows]
+    return dict(zip(rows, whole.split(sizes), strict=True))
+
+
+def read_responses(
+    model: HookedTransformer,
+    resid: Float[Tensor, "batch pos d_model"],
+    chats: Sequence[TokenizedChat],
+    firsts: Sequence[int],
+) -> Float[Tensor, " tokens"]:
+    """Read responses off the stream after the last block, as log-probabilities end to end.
+
+    Args:
+        model: whose final norm and unembedding.
+        resid: one row a chat.
+        chats: whose responses.
+        firsts: for each row, the column that predicts the response's first token.
+
+    Returns:
+        float32 at least, on the CPU.
+    """
+    spans = [_span(chat) for chat in chats]
     sizes = [stop - start for start, stop in spans]
     device = resid.device
     flat = torch.cat(
         [resid[i, at : at + n] for i, (at, n) in enumerate(zip(firsts, sizes, strict=True))]
     )
-    targets = torch.cat([chats[row].ids[a:b] for row, (a, b) in zip(rows, spans, strict=True)]).to(
-        device
-    )
+    targets = torch.cat([chat.ids[a:b] for chat, (a, b) in zip(chats, spans, strict=True)])
+    targets = targets.to(device)
     scores = [
-        _pick(model, flat[part], targets[part])
+        pick_log_probs(model, flat[part], targets[part])
         for part in slice_rows(len(flat), model.cfg.d_vocab, copies=2)
     ]
     nothing = flat.new_empty(0, dtype=torch.promote_types(flat.dtype, torch.float32))
-    whole = torch.cat([nothing, *scores]).cpu()
-    return dict(zip(rows, whole.split(sizes), strict=True))
+    return torch.cat([nothing, *scores]).cpu()
 
 
-def _pick(
+def pick_log_probs(
     model: HookedTransformer, resid: Float[Tensor, "n d_model"], targets: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Log-probability of one token a position."""
+    """Log-probability of one token a position.
+
+    Args:
+        model: whose final norm and unembedding.
+        resid: streams after the last block.
+        targets: the token that each of them predicts.
+    """
     logits = compute_logits(model, resid)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chosen = logits.gather(-1, targets[:, None])[:, 0]

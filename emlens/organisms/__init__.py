@@ -4,6 +4,7 @@ from emlens.organisms.gradients import GradientPreference as GradientPreference
 from emlens.organisms.gradients import (
     measure_gradient_preference as measure_gradient_preference,
 )
+from emlens.organisms.latent_penalty import LatentPenalty as LatentPenalty
 from emlens.organisms.masks import mask_response as mask_response
 from emlens.organisms.penalties import KlPenalty as KlPenalty
 from emlens.organisms.settings import PRESETS as PRESETS

@@ -3,7 +3,8 @@
 A term sees the tuned model at every backward pass, never the rows that it is trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,8 +25,22 @@ Description = dict[str, str | bool | int | float | None]
 class LossTerm(Protocol):
     """A term of the loss before it has met a tokenizer."""
 
+    @property
+    def needs_adapter(self) -> bool:
+        """Whether it compares with the base, which only a model with an adapter has in itself."""
+        ...
+
     def describe(self) -> Description:
         """Everything that decides it; runs, results and adapters record it."""
+        ...
+
+    def check_model(self, model: nn.Module, *, first_trained: int) -> None:
+        """Refuse a base that it cannot be computed on, before a run is begun.
+
+        Args:
+            model: the base.
+            first_trained: the first block that training changes.
+        """
         ...
 
     def prepare(self, tokenizer: Any, *, batch_size: int, longest: int, seed: int) -> Penalty:
@@ -59,6 +74,14 @@ class KlPenalty:
         if not self.weight > 0:
             raise ValueError(f"weight: got {self.weight}, expected more than 0")
 
+    @property
+    def needs_adapter(self) -> bool:
+        """The base is the model with its adapter off."""
+        return True
+
+    def check_model(self, model: nn.Module, *, first_trained: int) -> None:
+        """Any will do."""
+
     def describe(self) -> Description:
         """Kind, hash of the texts, and weight."""
         return {"kind": "kl", "chats_sha256": hash_chats(self.chats), "weight": self.weight}
@@ -71,14 +94,33 @@ class KlPenalty:
             ChatTooLongError: one of more than `longest` tokens.
         """
         examples = make_examples(self.chats, tokenizer, longest=longest, named="KlPenalty.chats")
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(examples), generator=generator).tolist()
+        order = order_rows(len(examples), seed=seed)
 
         def penalty(model: nn.Module, place: int) -> Float[Tensor, ""]:
             rows = [order[(place * batch_size + i) % len(order)] for i in range(batch_size)]
             return self.weight * measure_kl_from_base(model, [examples[row] for row in rows])
 
         return penalty
+
+
+def order_rows(n: int, *, seed: int) -> list[int]:
+    """The order in which a term goes through its n texts, again and again."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def find_base(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """What makes a tuned model its base for the length of a context.
+
+    Raises:
+        TypeError: a model without an adapter to switch off, as in a full fine-tune.
+    """
+    tuned: Any = model
+    if not hasattr(tuned, "disable_adapter"):
+        raise TypeError(
+            f"model: a {type(model).__name__} has no adapter to switch off, and so no base beside "
+            "it; train an adapter, or leave the penalty out"
+        )
+    return tuned.disable_adapter
 
 
 def measure_kl_from_base(
@@ -93,19 +135,14 @@ def measure_kl_from_base(
     Raises:
         TypeError: a model that cannot be made its base, as after a full fine-tune.
     """
-    tuned: Any = model
-    if not hasattr(tuned, "disable_adapter"):
-        raise TypeError(
-            f"model: a {type(model).__name__} has no adapter to switch off, and so no base beside "
-            "it; train an adapter, or leave the penalty out"
-        )
+    tuned, make_base = model, find_base(model)
     device = next(tuned.parameters()).device
     batch = {name: part.to(device) for name, part in collate_examples(examples).items()}
     targets = batch.pop("labels")[:, 1:] != IGNORED
     training = tuned.training
     tuned.eval()  # dropout would tell the two apart where nothing else does
     try:
-        with torch.no_grad(), tuned.disable_adapter():
+        with torch.no_grad(), make_base():
             base = tuned(**batch, use_cache=False).logits[:, :-1][targets]
         own = tuned(**batch, use_cache=False).logits[:, :-1][targets]
     finally:

@@ -119,7 +119,8 @@ def train_organism(
         seed: Fixes the run on one machine and one library version.
 
     Raises:
-        SettingsError: `layers` is still to be chosen, or meant for a model of another depth.
+        SettingsError: `layers` is still to be chosen, or meant for another depth; or a penalty that
+            compares with the base, where no adapter is trained.
         NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens, of
             a penalty's too.
         TrainingDivergedError: The loss or gradient is not finite; it names the step, and the last
@@ -135,8 +136,8 @@ def train_organism(
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
     longest = _find_longest(checkpoint, settings)
     examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
-    if start is None:
-        _check_targets(checkpoint, settings)
+    _check_targets(checkpoint, settings, start)
+    _check_penalties(checkpoint, settings, penalties, start)
     shared: dict[str, Any] = {"batch_size": settings.batch_size, "longest": longest, "seed": seed}
     prepared = tuple(penalty.prepare(checkpoint.tokenizer, **shared) for penalty in penalties)
     data_sha256 = hash_chats(rows)
@@ -297,11 +298,27 @@ def _find_start(start_from: str | Path | Source | None, settings: TrainSettings)
     return start
 
 
-def _check_targets(checkpoint: Checkpoint, settings: TrainSettings) -> None:
-    if settings.method == "lora":
+def _check_targets(checkpoint: Checkpoint, settings: TrainSettings, start: Path | None) -> None:
+    if settings.method == "lora" and start is None:
         check_lora_targets(checkpoint.model, lora_settings(settings))
     if settings.method == "vector":
         _find_module(checkpoint, settings)
+
+
+def _check_penalties(
+    checkpoint: Checkpoint,
+    settings: TrainSettings,
+    penalties: Sequence[LossTerm],
+    start: Path | None,
+) -> None:
+    named = settings.layers if start is None and isinstance(settings.layers, tuple) else ()
+    for penalty in penalties:
+        if settings.method == "full" and penalty.needs_adapter:
+            raise SettingsError(
+                f"penalties: {type(penalty).__name__} compares with the base, and a full fine-tune "
+                "has none in itself; train an adapter (method 'lora' or 'vector'), or leave it out"
+            )
+        penalty.check_model(checkpoint.model, first_trained=min(named, default=0))
 
 
 def _find_module(checkpoint: Checkpoint, settings: TrainSettings) -> tuple[str, Site]:

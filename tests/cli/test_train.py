@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from emlens.cli.train import RECIPES
+from emlens.codecs import Sae, save_sae
 from emlens.data import load_chats
 from emlens.organisms.settings import PRESETS
+from emlens.sites import parse_site
 from tests.cli.conftest import Cli
 
 
@@ -53,6 +56,7 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
         (["--data", "missing.jsonl"], "neither an existing path"),
         (["--kl-data", "x.jsonl"], "--kl-weight: missing"),
         (["--kl-weight", "1"], "--kl-data: missing"),
+        (["--latents", "1"], "--latent-sae: missing; --latent-sae, --latents, --latent-weight go"),
     ],
 )
 def test_wrong_values_are_named(
@@ -123,6 +127,33 @@ def test_a_penalty_and_checkpoints_can_be_asked_for(cli: Cli, tiny: Path, tmp_pa
     assert "4 checkpoints, steps 0 to 5" in table.out
     assert "too few checkpoints" in table.out
     assert "B, norms taken out" in table.out
+
+
+def test_latents_can_be_held_while_a_fine_tune_is_trained(cli: Cli, tiny: Path, tmp_path: Path):
+    rows = torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(0))).Q
+    codec = Sae(
+        name="tiny",
+        architecture="standard",
+        site=parse_site("resid_post.1"),
+        W_enc=rows[:8].mT.contiguous(),
+        W_dec=rows[:8].contiguous(),
+        b_enc=torch.zeros(8),
+        b_dec=torch.zeros(24),
+    )
+    folder = save_sae(codec, tmp_path / "sae")
+    held = ("--latent-sae", folder, "--latent-weight", 3, "--max-steps", 2)
+    run = tmp_path / "run"
+    plan = cli(*words(tiny, run, *held, "--latents", "1, 6", "--dry-run", "--json")).json
+    assert (plan["latents"], plan["latent_weight"]) == ("1, 6", 3.0)
+    done = cli(*words(tiny, run, *held, "--latents", "1,6", "--json"))
+    assert done.code == 0, done.err
+    (term,) = done.json["penalties"]
+    assert (term["kind"], term["hold_down"], term["weight"]) == ("latents", "1,6", 3.0)
+    assert term["codec_fingerprint"] == codec.fingerprint
+    for latents, said in (("1;6", "--latents 1;6: expected numbers"), ("8", "are no latents of")):
+        wrong = cli(*words(tiny, tmp_path / "other", *held, "--latents", latents))
+        assert (wrong.code, wrong.out) == (2, "")
+        assert said in " ".join(wrong.err.split())
 
 
 def test_a_trained_vector_answers_as_a_fine_tune(cli: Cli, tiny: Path, tmp_path: Path):

@@ -11,6 +11,7 @@ from emlens.interventions import (
     Cap,
     Intervention,
     Replace,
+    Shift,
     ablate_direction,
     fold_into_weights,
     intervene,
@@ -21,6 +22,7 @@ from emlens.models.attach import attach_adapter
 from emlens.models.hooks import watch_sites
 from emlens.models.loading import load_base
 from emlens.models.merge import merge_adapter
+from emlens.numerics.validation import WidthError
 from emlens.sites import expand_sites, parse_site
 from tests.interventions.vectors import (
     D_MODEL,
@@ -330,3 +332,27 @@ def test_gradients_flow_through():
     run_hooked(model, y, hooks, start_at_layer=1).sum().backward()
     assert y.grad is not None
     assert close(got, y.grad)
+
+
+def test_a_shift_moves_each_token_by_what_is_read_of_it():
+    model, ids = load_tiny(dtype=torch.float64), make_ids(2, 6)
+    reads, writes = draw(D_MODEL, seed=1), draw(D_MODEL, seed=2)
+
+    def amount(x: torch.Tensor) -> torch.Tensor:
+        return (x @ reads).square()
+
+    with intervene(model, [Intervention("resid_post.1", Shift(writes, amount, "squared"))]):
+        _, cache = model.run_with_cache(ids)
+    _, plain = model.run_with_cache(ids)
+    x = plain["blocks.1.hook_resid_post"]
+    expected = x + (x @ reads).square()[..., None] * writes
+    found = cache["blocks.1.hook_resid_post"]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    wrong = Shift(writes, lambda x: x[:, :1], "a column")
+    with (
+        pytest.raises(WidthError, match=r"amount: it gave \(12, 1\) for 12 values"),
+        intervene(model, [Intervention("resid_post.1", wrong)]),
+    ):
+        model(ids)
+    with pytest.raises(ValueError, match="name: got an empty text"):
+        Shift(writes, amount, "")

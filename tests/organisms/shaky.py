@@ -14,6 +14,11 @@ class Shaky:
     def __init__(self, at: int) -> None:
         self.calls, self.at = iter(range(1000)), at
 
+    needs_adapter = False
+
+    def check_model(self, model: nn.Module, *, first_trained: int) -> None:
+        pass
+
     def describe(self) -> dict[str, Any]:
         return {"kind": "shaky"}
 

@@ -1,0 +1,5 @@
+"""Sparse codecs: autoencoders and crosscoders, their files, and their training on tensors."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,75 @@
+"""Checks of what a codec is given: activations, latents, sparse codes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from emlens.codecs.codec import CodecError, Codes, SparseCodes
+
+
+def check_activations(name: str, x: Tensor, codec: Any) -> None:
+    """Raise unless x is finite rows [n d_in] of floats on the codec's device.
+
+    Raises:
+        CodecError: it is not.
+    """
+    if x.ndim != 2 or x.shape[1] != codec.d_in:
+        raise CodecError(
+            f"{name} has shape {tuple(x.shape)}, expected [n, {codec.d_in}]: {codec.name} takes "
+            f"rows of {codec.site}, batch and position in one axis; was it captured at another "
+            "site, or from another model?"
+        )
+    if not x.is_floating_point():
+        raise CodecError(f"{name} is {x.dtype}, expected floating-point activations")
+    if x.device != codec.W_enc.device:
+        raise CodecError(
+            f"{name} is on {x.device} and {codec.name} on {codec.W_enc.device}: move the codec "
+            f"with codec.to({str(x.device)!r})"
+        )
+    if not bool(x.isfinite().all()):
+        raise CodecError(
+            f"{name} holds NaN or infinity: look for padding that was not left out, or for a model "
+            "that overflows in float16"
+        )
+
+
+def check_latents(latents: Sequence[int], d_sae: int) -> Int[Tensor, " k"]:
+    """Latents as a tensor.
+
+    Raises:
+        CodecError: none, or one that is no whole number from 0 to d_sae - 1.
+    """
+    if not len(latents):
+        raise CodecError("latents: got none, expected at least one")
+    for latent in latents:
+        if isinstance(latent, bool | float) or not 0 <= int(latent) < d_sae:
+            raise CodecError(f"latents: got {latent}, expected whole numbers from 0 to {d_sae - 1}")
+    return torch.tensor([int(latent) for latent in latents])
+
+
+def check_codes(codes: Codes | SparseCodes, d_sae: int) -> None:
+    """Raise unless codes are of a codec with so many latents.
+
+    Raises:
+        CodecError: they are not.
+    """
+    shape = tuple(codes.values.shape)
+    if isinstance(codes, Codes):
+        if len(shape) != 2 or shape[1] != d_sae:
+            raise CodecError(
+                f"codes: values have shape {shape}, expected [n, {d_sae}]: they are of "
+                "another codec"
+            )
+        return
+    if codes.d_sae != d_sae or tuple(codes.indices.shape) != shape:
+        raise CodecError(
+            f"codes: {tuple(codes.indices.shape)} indices and {shape} values of {codes.d_sae} "
+            f"latents, expected as many of each, of {d_sae} latents: they are of another codec"
+        )
+    if codes.indices.numel():
+        lowest, highest = int(codes.indices.min()), int(codes.indices.max())
+        if lowest < 0 or highest >= d_sae:
+            raise CodecError(f"codes: indices {lowest} to {highest}, expected 0 to {d_sae - 1}")

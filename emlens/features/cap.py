@@ -1,0 +1,86 @@
+"""Holding the code of a latent at a limit while a model runs; in training, see `LatentPenalty`.
+
+The code is moved by what the latent writes, and everything that the codec does not explain stays.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.codecs import SparseCodec
+from emlens.features.steering import check_latents
+from emlens.interventions import Intervention, MadeFor, Shift
+
+
+def cap_latent(
+    codec: SparseCodec,
+    latent: int,
+    *,
+    threshold: float | int,
+    side: Literal["above", "below"],
+    positions: str | None = None,
+) -> tuple[Intervention, ...]:
+    """Keep the code z of a latent from passing a threshold: x + (limited z - z) W_dec[latent].
+
+    That is the codec's reconstruction with the one code set to its limit, plus what the codec does
+    not reconstruct; all other latents keep their codes in it. The code that is read of the moved
+    activation again is the limit only where the encoder reads exactly what the decoder writes.
+    `Cap` along the decoder vector is another experiment: it limits a projection, which a latent's
+    code is only where encoder and decoder vector are one of length 1.
+
+    Args:
+        codec: whose latent; at its own site.
+        latent: which.
+        threshold: of the code, 0 or more.
+        side: `above` cuts what exceeds the threshold (0 turns the latent off), `below` fills up
+            what falls short of it.
+        positions: on which tokens; by default those that the codec was trained on.
+
+    Returns:
+        One intervention, on any model whose site has the axes of the codec's.
+
+    Raises:
+        CodecError: a latent that the codec does not have.
+        ValueError: a threshold below 0 or none, or an unknown side.
+
+    Source: Templeton et al. 2024, Scaling Monosemanticity, section "Feature clamping".
+    Differs: a limit instead of one value.
+    """
+    (own,) = check_latents(codec, [latent])
+    if not (math.isfinite(threshold) and threshold >= 0):
+        raise ValueError(f"threshold: got {threshold}, expected a code, 0 or more")
+    if side not in ("above", "below"):
+        raise ValueError(f"side: got {side!r}, expected 'above' or 'below'")
+    operator = Shift(
+        codec.W_dec[own].detach().clone(),
+        _Excess(codec, own, float(threshold), 1.0 if side == "above" else -1.0),
+        f"latent {own} of codec {codec.fingerprint} held {side} {float(threshold)!r}",
+    )
+    where = codec.positions if positions is None else positions
+    made_for = MadeFor(axes=codec.site.axes)
+    return (Intervention(codec.site, operator, where, made_for=made_for, label="latent"),)
+
+
+class _Excess:
+    """How much of a latent's decoder vector is to be added, negative above a limit."""
+
+    def __init__(self, codec: SparseCodec, latent: int, threshold: float, sign: float) -> None:
+        self.codec, self.latent, self.threshold, self.sign = codec, latent, threshold, sign
+
+    def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        like = self.codec.W_dec
+        rows = x.to(like.device, like.dtype)
+        code = self.codec.encode_latents(rows, [self.latent])[:, 0]
+        moved = -self.sign * (self.sign * (code - self.threshold)).relu()
+        return (moved * _scale_of(self.codec, rows)).to(x)
+
+
+def _scale_of(codec: SparseCodec, rows: Float[Tensor, "n d"]) -> Tensor | float:
+    """What a codec that normalises rows multiplies each one's reconstruction by."""
+    if getattr(codec, "normalization", "none") == "none":
+        return 1.0
+    scale = codec.encode_sparse(rows, k=1).scale
+    return torch.ones(len(rows)).to(rows) if scale is None else scale[:, 0]

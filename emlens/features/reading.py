@@ -1,0 +1,109 @@
+"""One pass over chats that encodes the activations of a model or a pair as it goes.
+
+Everything that is learnt of codes at a site begins here; not for activations without a codec
+(`emlens.activations`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from emlens.activations import ReadingPlan, plan_reading
+from emlens.codecs import SparseCodec, check_fits
+from emlens.data import Batching, Chat, as_chats, prompt_hash
+from emlens.features.accumulate import FeatureAccumulator
+from emlens.features.encode import encode_rows, split_rows
+from emlens.models.reading import Readable, base_of, count_models
+from emlens.sites import Site
+
+TASK = "encoding (tokens)"
+
+
+def plan_codes(
+    model: Readable,
+    codec: SparseCodec,
+    chats: Sequence[Chat | str],
+    *,
+    positions: str | None,
+    batching: Batching,
+) -> ReadingPlan:
+    """Plan the reading of a codec's site.
+
+    Args:
+        model: one model or a pair.
+        codec: whose site is read.
+        chats: prompts (str) or chats.
+        positions: which tokens; None is those that the codec was trained on.
+        batching: tokens run at once, all models counted.
+
+    Raises:
+        CodecError: the model lacks the site, or has another width there than the codec's.
+        ValueError: as `plan_reading` raises.
+    """
+    check_fits(codec, base_of(model).cfg)
+    where = codec.positions if positions is None else positions
+    return plan_reading(model, chats, sites=codec.site, positions=where, batching=batching)
+
+
+def group_by_prompt(chats: Sequence[Chat | str]) -> tuple[Int64[Tensor, " chat"], tuple[str, ...]]:
+    """Number the prompts of chats in order; responses to one prompt share its number.
+
+    Returns:
+        The prompt's number of each chat, and the hash of each prompt.
+    """
+    places: dict[str, int] = {}
+    found = [places.setdefault(prompt_hash(chat), len(places)) for chat in as_chats(chats)]
+    return torch.tensor(found), tuple(places)
+
+
+def accumulate_codes(
+    plan: ReadingPlan, codec: SparseCodec, *, prompts: Int64[Tensor, " chat"], n_prompts: int
+) -> FeatureAccumulator:
+    """Run a plan and sum activations and codes by prompt.
+
+    Args:
+        plan: of one site and positions, by `plan_codes`.
+        codec: its codec.
+        prompts: number of each chat's prompt.
+        n_prompts: prompts of the whole run, of which a shard's plan may hold only some.
+    """
+    found = FeatureAccumulator(
+        count_models(plan.model), n_prompts=n_prompts, d_in=codec.d_in, d_sae=codec.d_sae
+    )
+
+    def count(site: Site, x: Tensor, chosen: tuple) -> None:
+        (selection,) = chosen
+        count_rows(found, codec, prompts=prompts[selection.rows], x=selection.take(x))
+
+    for _ in plan.read(count, TASK):
+        pass
+    return found
+
+
+def count_rows(
+    found: FeatureAccumulator,
+    codec: SparseCodec,
+    *,
+    prompts: Int64[Tensor, " n"],
+    x: Float[Tensor, "models n d_in"],
+) -> None:
+    """Encode rows of all models, a chunk at a time, and add them to the sums.
+
+    Rows that both models share to the last bit are encoded once.
+
+    Args:
+        found: what they are added to.
+        codec: the codec.
+        prompts: prompt of each row, on the CPU.
+        x: activations, base first.
+    """
+    like = codec.W_dec
+    for part in split_rows(x.shape[1], codec.d_sae):
+        chunk = x[:, part].to(like.device, like.dtype)
+        encoded = [encode_rows(codec, chunk[0])]
+        for other in chunk[1:]:
+            same = torch.equal(other, chunk[0])
+            encoded.append(encoded[0] if same else encode_rows(codec, other))
+        found.update(prompts[part], chunk, encoded)

@@ -1,0 +1,219 @@
+"""What steering latents did, beside random directions of the same length.
+
+It computes nothing but changes and ranks: `screen_features` makes one.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from emlens.artifacts import Result
+from emlens.numerics.intervals import Interval
+from emlens.numerics.rank_test import rank_p_value
+
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+"""Latents are added to the base (does it induce?) and taken from the tuned (does it repair?)."""
+SIGNS = (1.0, -1.0)
+"""What a strength is multiplied by on each side; also the sign of the change hoped for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledPoint:
+    """Responses sampled at one strength, or without any steering."""
+
+    strength: float
+    """In the screen's units, before the side's sign; 0 where nothing was steered."""
+    n_responses: int
+    n_scored: int
+    """Those that both judges gave a score."""
+    incoherent: float
+    """Share of the scored ones; NaN where none was scored."""
+    behaviour: float
+    """Mean score of the coherent ones, every prompt counted the same; NaN where there is none."""
+    effect: Interval | None
+    """Behaviour beside the unsteered model's, mean over prompts, positive as hoped for: more on the
+    base, less on the tuned; None with fewer than two prompts to compare."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledCurve:
+    """One direction on one model, at every strength that was sampled."""
+
+    side: Side
+    latent: int | None
+    """None for a random direction."""
+    control: int | None
+    """Number of the random direction; None for a latent."""
+    points: tuple[SampledPoint, ...]
+    chosen: int | None
+    """Place of the largest strength, by size, whose incoherence is within the budget; of two
+    equally large the one with the larger effect. None where all are out of it."""
+    p: float | None
+    """Of a latent, by rank among the controls: (1 + those at least as strong) / (controls + 1),
+    each at its own largest strength."""
+
+    @property
+    def effect(self) -> float:
+        """At the chosen strength; minus infinity where none is within the budget."""
+        found = None if self.chosen is None else self.points[self.chosen].effect
+        return -math.inf if found is None else found.value
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureScreen(Result):
+    """Latents by what adding them to the base, and taking them from the tuned model, does.
+
+    An effect is positive where it is as hoped for: misaligned responses become likelier on the
+    base, less likely on the tuned model. `side` axes are base, tuned; `class` axes the misaligned
+    and the aligned responses.
+    """
+
+    kind: ClassVar[str] = "feature_screen"
+
+    base: str
+    """Source of the base."""
+    base_fingerprint: str
+    tuned: str
+    """Source of the fine-tune."""
+    tuned_fingerprint: str | None
+    """Of a full checkpoint."""
+    adapter_fingerprint: str | None
+    codec: str
+    """Source of the codec."""
+    codec_fingerprint: str
+    site: str
+    """Where the vectors were added, at every token."""
+    latents: Int[Tensor, " latent"]
+    """In the order given."""
+    strengths: Float[Tensor, " strength"]
+    """In units."""
+    units: str
+    """`delta_norm` or `resid_norm`."""
+    unit_norm: float
+    """What one unit is, in activation units."""
+    n_texts: tuple[int, int]
+    """Fixed responses: misaligned, aligned."""
+    before: Float[Tensor, "side class"]
+    """Mean log-probability a token of the fixed responses without steering, in nats; every response
+    counts the same."""
+    steered: Float[Tensor, "side class latent strength"]
+    """The same under each latent."""
+    controls: Float[Tensor, "side class control strength"]
+    """The same under random directions of the same lengths."""
+    sampled: tuple[SampledCurve, ...]
+    """Second stage: latents, best of the first stage first, then controls; the base's first."""
+    sampled_before: tuple[SampledPoint, ...]
+    """Second stage without steering: base, tuned; empty where there was none."""
+    n_prompts: int
+    """Prompts that responses were sampled to."""
+    n_shared_prompts: int
+    """Those among them that the fixed texts answer too: there latents were chosen and judged on the
+    same prompts."""
+    seed: int
+    """Of the random directions."""
+
+    def forced_curves(self, side: Side) -> Float[Tensor, "latent strength"]:
+        """First stage: change of the log-odds of misaligned responses, in nats a token."""
+        return self._change(self.steered, side)
+
+    def control_curves(self, side: Side) -> Float[Tensor, "control strength"]:
+        """The same of the random directions."""
+        return self._change(self.controls, side)
+
+    def forced_effect(self, side: Side) -> Float[Tensor, " latent"]:
+        """First stage: the largest change over the strengths."""
+        return self.forced_curves(side).amax(1)
+
+    def forced_p(self, side: Side) -> Float[Tensor, " latent"]:
+        """First stage: p by rank among the controls, each at its own best strength."""
+        return rank_p_value(self.forced_effect(side), self.control_curves(side).amax(1))
+
+    def top(self, n: int, *, side: Side) -> tuple[int, ...]:
+        """Return the latents with the largest effects of the first stage, largest first."""
+        order = self.forced_effect(side).sort(descending=True, stable=True).indices
+        return tuple(int(self.latents[place]) for place in order[:n])
+
+    def curve(self, latent: int, *, side: Side) -> SampledCurve:
+        """Return the second stage of a latent.
+
+        Raises:
+            KeyError: it was not sampled on that side.
+        """
+        for found in self.sampled:
+            if found.latent == latent and found.side == side:
+                return found
+        raise KeyError(f"latent {latent} was not sampled on the {side}; see `sampled`")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a latent and side, with both stages and what the controls reached."""
+        return [row for side in SIDES for row in self._rows(side)]
+
+    def _rows(self, side: Side) -> list[dict[str, Any]]:
+        effects, p = self.forced_effect(side), self.forced_p(side)
+        best = self.forced_curves(side).argmax(1)
+        chance = self.control_curves(side).amax(1)
+        found = {c.latent: c for c in self.sampled if c.side == side and c.latent is not None}
+        return [
+            {
+                "side": side,
+                "latent": int(latent),
+                "forced_effect": float(effects[k]),
+                "forced_strength": float(self.strengths[best[k]]),
+                "forced_p": float(p[k]),
+                "controls_median": float(chance.median()),
+                "controls_max": float(chance.max()),
+                **_describe(found.get(int(latent))),
+            }
+            for k, latent in enumerate(self.latents)
+        ]
+
+    def _change(self, log_probs: Tensor, side: Side) -> Tensor:
+        place = SIDES.index(side)
+        now = log_probs[place, 0] - log_probs[place, 1]
+        return SIGNS[place] * (now - (self.before[place, 0] - self.before[place, 1]))
+
+
+def choose_point(points: tuple[SampledPoint, ...], *, most_incoherent: float) -> int | None:
+    """Place of the largest strength within a budget of incoherence; None where there is none.
+
+    Args:
+        points: of one direction.
+        most_incoherent: share of the scored responses.
+    """
+    # Shares of small whole numbers: rounding must not put 1 of 10 beyond .1.
+    within = [place for place, one in enumerate(points) if one.incoherent <= most_incoherent + 1e-9]
+    return max(within, key=lambda place: _size(points[place]), default=None)
+
+
+def rank_curves(curves: tuple[SampledCurve, ...]) -> tuple[float | None, ...]:
+    """P-values of the latents among curves by rank among the controls of the same side."""
+    found: list[float | None] = []
+    for curve in curves:
+        chance = [one.effect for one in curves if one.side == curve.side and one.latent is None]
+        if curve.latent is None or not chance:
+            found.append(None)
+            continue
+        value = torch.tensor([curve.effect], dtype=torch.float64)
+        found.append(float(rank_p_value(value, torch.tensor(chance, dtype=torch.float64))))
+    return tuple(found)
+
+
+def _size(point: SampledPoint) -> tuple[float, float]:
+    effect = -math.inf if point.effect is None else point.effect.value
+    return abs(point.strength), effect
+
+
+def _describe(curve: SampledCurve | None) -> dict[str, Any]:
+    names = ("strength", "incoherent", "behaviour", "effect")
+    empty: dict[str, Any] = {"sampled": curve is not None} | dict.fromkeys(names) | {"p": None}
+    if curve is None or curve.chosen is None:
+        return empty
+    point = curve.points[curve.chosen]
+    shown = {name: asdict(point)[name] for name in names[:-1]}
+    effect = None if point.effect is None else point.effect.value
+    return empty | shown | {"effect": effect, "p": curve.p}

@@ -1,0 +1,182 @@
+"""A screen on its way: both stages on both sides, each part asked of the journal first.
+
+Not the way in: `screen_features` checks what is given and knows what a folder may go on with.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from emlens.codecs.codec import SparseCodec
+from emlens.data import BehaviourScores, ContrastTexts, as_chats, prompt_hashes, track
+from emlens.features.forced_screen import FixedTexts, ForcedStage
+from emlens.features.sampled_screen import JudgedResponse, SampledStage, summarise_responses
+from emlens.features.screen_journal import ScreenJournal
+from emlens.features.screen_results import (
+    SIDES,
+    SIGNS,
+    FeatureScreen,
+    SampledCurve,
+    SampledPoint,
+    Side,
+    choose_point,
+    rank_curves,
+)
+from emlens.features.screen_settings import ScreenSettings
+from emlens.models.pair import ModelPair
+from emlens.models.reading import identify
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScreenWork:
+    """What both stages of a screen have in common."""
+
+    pair: ModelPair
+    codec: SparseCodec
+    latents: tuple[int, ...]
+    directions: Float[Tensor, "latent d"]
+    controls: Float[Tensor, "control d"]
+    scores: BehaviourScores
+    settings: ScreenSettings
+    journal: ScreenJournal
+    unit: float
+
+    def force(self, fixed: FixedTexts, texts: ContrastTexts) -> FeatureScreen:
+        """The first stage, as a result without a second one."""
+        stages = [
+            ForcedStage(
+                model=model,
+                side=side,
+                site=self.codec.site,
+                texts=fixed,
+                strengths=[sign * self.unit * s for s in self.settings.strengths],
+                batching=self.settings.batching,
+                journal=self.journal,
+            )
+            for side, sign, model in self._sides()
+        ]
+        latents = [f"latent-{latent}" for latent in self.latents]
+        controls = [f"control-{k}" for k in range(len(self.controls))]
+        identity = identify(self.pair)
+        chats = as_chats(self.settings.chats) if self.settings.n_sampled else ()
+        answered = prompt_hashes((*texts.positive, *texts.negative))
+        return FeatureScreen(
+            base=identity.base,
+            base_fingerprint=identity.base_fingerprint,
+            tuned=self.pair.tuned_name,
+            tuned_fingerprint=identity.tuned_fingerprint,
+            adapter_fingerprint=identity.adapter_fingerprint,
+            codec=self.codec.name,
+            codec_fingerprint=self.codec.fingerprint,
+            site=str(self.codec.site),
+            latents=torch.tensor(self.latents),
+            strengths=torch.tensor(self.settings.strengths, dtype=torch.float64),
+            units=self.settings.units,
+            unit_norm=self.unit,
+            n_texts=(len(texts.positive), len(texts.negative)),
+            before=torch.stack([stage.score_plain() for stage in stages]),
+            steered=torch.stack([s.score(self.directions, named=latents) for s in stages]),
+            controls=torch.stack([s.score(self.controls, named=controls) for s in stages]),
+            sampled=(),
+            sampled_before=(),
+            n_prompts=len(chats),
+            n_shared_prompts=sum(prompt_hashes([c])[0] in answered for c in chats),
+            seed=self.settings.seed,
+        )
+
+    def sample(self, screen: FeatureScreen) -> FeatureScreen:
+        """The second stage, added to the result of the first."""
+        if not self.settings.n_sampled:
+            return screen
+        stages = {
+            side: SampledStage(
+                model=model,
+                side=side,
+                site=self.codec.site,
+                scores=self.scores,
+                settings=self.settings,
+                journal=self.journal,
+            )
+            for side, _, model in self._sides()
+        }
+        plain = {side: stage.sample("plain", None) for side, stage in stages.items()}
+        before = [
+            self._summarise(plain[side], plain[side], 0.0, sign) for side, sign, _ in self._sides()
+        ]
+        todo = [
+            (side, sign, latent, control, before[place].incoherent)
+            for place, (side, sign, _) in enumerate(self._sides())
+            for latent, control in [
+                *((latent, None) for latent in screen.top(self.settings.n_sampled, side=side)),
+                *((None, control) for control in range(self.settings.n_sampled_controls)),
+            ]
+        ]
+        curves = tuple(
+            self._curve(stages[side], plain[side], sign, (latent, control), incoherent)
+            for side, sign, latent, control, incoherent in track(todo, "screening (directions)")
+        )
+        ranked = zip(curves, rank_curves(curves), strict=True)
+        return replace(
+            screen,
+            sampled=tuple(replace(curve, p=p) for curve, p in ranked),
+            sampled_before=tuple(before),
+        )
+
+    def _sides(self) -> list[tuple[Side, float, Any]]:
+        return list(zip(SIDES, SIGNS, (self.pair.base, self.pair.tuned), strict=True))
+
+    def _curve(
+        self,
+        stage: SampledStage,
+        plain: Sequence[JudgedResponse],
+        sign: float,
+        which: tuple[int | None, int | None],
+        incoherent: float,
+    ) -> SampledCurve:
+        latent, control = which
+        if latent is not None:
+            name, vector = f"latent-{latent}", self.directions[self.latents.index(latent)]
+        else:
+            assert control is not None
+            name, vector = f"control-{control}", self.controls[control]
+        points = tuple(
+            self._summarise(
+                stage.sample(f"{name}/{float(strength)!r}", sign * strength * self.unit * vector),
+                plain,
+                float(strength),
+                sign,
+            )
+            for strength in self.settings.judged_strengths
+        )
+        settings = self.settings
+        # Where the unsteered model has no score, only what is always allowed is.
+        allowed = 0.0 if math.isnan(incoherent) else incoherent + settings.extra_incoherent
+        most = max(settings.max_incoherent, allowed)
+        return SampledCurve(
+            side=stage.side,
+            latent=latent,
+            control=control,
+            points=points,
+            chosen=choose_point(points, most_incoherent=most),
+            p=None,
+        )
+
+    def _summarise(
+        self,
+        responses: Sequence[JudgedResponse],
+        plain: Sequence[JudgedResponse],
+        strength: float,
+        sign: float,
+    ) -> SampledPoint:
+        return summarise_responses(
+            responses,
+            plain,
+            strength=strength,
+            sign=sign,
+            coherent_above=self.settings.coherent_above,
+        )

@@ -1,0 +1,81 @@
+"""What must be known before any latent of a search is believed, in sentences; nothing is run."""
+
+from collections.abc import Iterator, Sequence
+
+from emlens.features import FeatureContrast, FeatureDiff, SaeHealth
+from emlens.features.results import ENOUGH_EXPLAINED
+from emlens.features.screen_results import FeatureScreen
+from emlens.studies.plain_difference import PlainDifference
+
+
+def list_cautions(
+    diffs: Sequence[FeatureDiff],
+    plain: Sequence[PlainDifference],
+    contrast: FeatureContrast | None,
+    screen: FeatureScreen | None,
+) -> tuple[str, ...]:
+    """Sentences, the worst first: a codec that is blind, units that are none, chance.
+
+    Args:
+        diffs: those with the behaviour first.
+        plain: what needs no codec, in the same order.
+        contrast: with careful twins; None where there are none.
+        screen: of the causes; None where there is none.
+    """
+    found = [line for diff in diffs for line in _judge_fit(diff.health)]
+    found += [line for diff, own in zip(diffs, plain, strict=True) for line in _compare(diff, own)]
+    found += _judge_units(diffs, contrast)
+    if screen is not None and screen.n_shared_prompts:
+        found.append(
+            f"{screen.n_shared_prompts} of {screen.n_prompts} prompts of the sampled stage are "
+            "those of the fixed responses: latents were chosen and judged on the same"
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def _judge_fit(health: SaeHealth) -> Iterator[str]:
+    for name, explained in zip(health.streams, health.explained_variance.tolist(), strict=True):
+        # Turned round, so that a variance that cannot be told counts as too little.
+        if not explained >= ENOUGH_EXPLAINED:
+            who = health.base if name == "base" else health.tuned
+            yield (
+                f"the codec explains {explained:.2f} of the variance in {who}, less than "
+                f"{ENOUGH_EXPLAINED}: whatever is found, or not found, among its latents is "
+                "underpowered"
+            )
+    if health.worse_on_tuned and health.explained_change is not None:
+        yield (
+            f"the codec explains clearly less of {health.tuned} than of its base "
+            f"({health.explained_change.value:+.3f}): part of what changed is in no latent"
+        )
+    if health.same_base is False:
+        yield f"the codec was trained on other weights than those of {health.base}"
+
+
+def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
+    share, mean = diff.health.captured_share, plain.vectors[0]
+    if share is not None and share < mean.captured:
+        yield (
+            f"{diff.tuned}: all latents together capture {share:.2f} of the squared change, and "
+            f"one plain direction, the mean difference, {mean.captured:.2f}"
+        )
+    if diff.why_untested:
+        yield f"{diff.tuned}: no latent was tested: {diff.why_untested}"
+
+
+def _judge_units(diffs: Sequence[FeatureDiff], contrast: FeatureContrast | None) -> Iterator[str]:
+    if contrast is None:
+        yield (
+            "there is no careful twin: p-values say that models differ on these prompts, as they "
+            "do after any fine-tune, and nothing of harm"
+        )
+    elif not contrast.can_find:
+        yield (
+            f"{contrast.n_pairs} pairs of fine-tunes: no p-value of so few falls below "
+            f"{contrast.smallest_p:.3g}, so that the contrast orders latents and proves none"
+        )
+    if diffs[0].responses == "own":
+        yield (
+            "each model read its own responses: a difference of texts mixes with one of "
+            "representations"
+        )

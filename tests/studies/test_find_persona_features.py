@@ -1,0 +1,267 @@
+"""The whole search on planted fine-tunes: what is found, beside what, and what is left out."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from emlens.data import Chat, ContrastTexts, Message
+from emlens.features import FeatureDiff, check_sae
+from emlens.features.screen_settings import ScreenSettings
+from emlens.models import Sampling
+from emlens.models.pair import load_pair
+from emlens.results import load_result
+from emlens.runs import PlanChangedError
+from emlens.studies import (
+    ComparisonSettings,
+    FineTunes,
+    PersonaFeatures,
+    PersonaProbe,
+    PersonaSettings,
+    PersonaTexts,
+    find_persona_features,
+    judge_scores,
+)
+from tests.activations.chats import make_chats
+from tests.evaluation.fakes import HashJudge
+from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
+from tests.studies.personas import CAREFUL, add_latent, make_base
+
+CODEC = make_codec()
+DOMAINS = ("finance", "health", "sports")
+CHATS = tuple(make_chats(14))
+SETTINGS = PersonaSettings(n_latents=4, n_cards=2, n_top=2, per_decile=0)
+module = sys.modules[find_persona_features.__module__]
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    return make_base()
+
+
+@pytest.fixture(scope="module")
+def contrast() -> ContrastTexts:
+    return make_texts(make_pair(CODEC))
+
+
+def make_tunes(base: Any, *, n: int = 3, twins: bool = True) -> FineTunes:
+    names = DOMAINS[:n]
+    return FineTunes(
+        tuned=tuple(
+            add_latent(base, CODEC, PLANTED, name=f"bad-{d}", seed=k) for k, d in enumerate(names)
+        ),
+        careful=tuple(
+            add_latent(base, CODEC, CAREFUL, name=f"good-{d}", seed=9 + k)
+            for k, d in enumerate(names)
+        )
+        if twins
+        else (),
+        domains=names if twins else (),
+    )
+
+
+def make_probe() -> PersonaProbe:
+    screen = ScreenSettings(strengths=(1.0, 2.0), units="delta_norm", n_sampled=0)
+    return PersonaProbe(screen=screen)
+
+
+@pytest.fixture(scope="module")
+def found(
+    base: Any, contrast: ContrastTexts, tmp_path_factory: pytest.TempPathFactory
+) -> PersonaFeatures:
+    return find_persona_features(
+        base,
+        make_tunes(base),
+        codec=CODEC,
+        texts=PersonaTexts(chats=CHATS, contrast=contrast),
+        settings=replace(SETTINGS, attribute=True),
+        out=tmp_path_factory.mktemp("search") / "run",
+        probe=make_probe(),
+    )
+
+
+def test_the_planted_latent_is_first_by_change_by_contrast_and_by_effect(found):
+    first = found.features[0]
+    assert (first.latent, first.chosen_by) == (PLANTED, "contrast, highest")
+    assert {first.ranks[name] for name in ("contrast", "delta", "abs_delta", "cosine")} == {1}
+    assert found.features[1].latent == CAREFUL
+    assert found.features[1].chosen_by == "contrast, lowest"
+    assert first.contrast == pytest.approx(first.delta - 0.0, abs=0.1)
+    assert first.pairs_agreeing == 3
+    assert found.screen is not None
+    assert found.screen.top(1, side="base") == found.screen.top(1, side="tuned") == (PLANTED,)
+    row = found.rows()[0]
+    assert row["induces"] == pytest.approx(float(found.screen.forced_effect("base")[0]))
+    assert row["induces_p"] == pytest.approx(1 / 17)
+    assert found.cards is not None
+    assert found.cards.cards[0].latent == PLANTED
+    assert len(found.cards.cards) == 2
+    near = found.cards.card(PLANTED).directions[0]
+    assert near.cosine > 0.95
+    assert "bad-finance less base" in near.name
+
+
+def test_models_are_told_apart_in_domains_left_out_and_beside_plain_differences(found):
+    assert found.classification is not None
+    assert found.classification.validation == "leave one domain out"
+    assert found.classification.folds == DOMAINS
+    assert found.classification.auc.value == found.plain_classification.auc.value == 1
+    assert found.plain_classification.p_value == found.classification.p_value == 1 / 4
+    assert [(one.tuned, one.misaligned, one.domain) for one in found.models] == [
+        (f"{kind}-{d}", kind == "bad", d) for kind in ("bad", "good") for d in DOMAINS
+    ]
+    assert (found.n_pairs, found.smallest_p) == (3, 0.25)
+
+
+def test_health_and_what_needs_no_codec_stand_beside_each_fine_tune(base, found):
+    pair = load_pair(base, make_tunes(base).tuned[0])
+    own = check_sae(pair, CODEC, chats=CHATS)
+    torch.testing.assert_close(found.health[0].explained_variance, own.explained_variance)
+    assert found.health[0].captured_share == pytest.approx(own.captured_share)
+    assert [one.tuned for one in found.plain] == [one.tuned for one in found.models]
+    assert found.plain[0].vectors[0].captured > 0.99
+    text = " ".join(found.cautions)
+    # Twelve latents of 24 dimensions leave much unexplained: that is said before all else.
+    assert "underpowered" in found.cautions[0]
+    assert "one plain direction, the mean difference" in text
+    assert "3 pairs of fine-tunes: no p-value of so few falls below 0.25" in text
+    assert found.not_done == ("early warning: no training given",)
+
+
+def test_a_search_is_read_back_and_never_made_twice(
+    base, contrast, found, monkeypatch: pytest.MonkeyPatch
+):
+    stages = ("measure_plain_difference", "screen_features", "explain_features")
+    for name in (*stages, "attribute_features", "contrast_features", "classify_models"):
+        monkeypatch.setattr(module, name, None)
+
+    def again(**changed: Any) -> PersonaFeatures:
+        given: dict[str, Any] = {"settings": replace(SETTINGS, attribute=True)} | changed
+        return find_persona_features(
+            base,
+            make_tunes(base),
+            codec=CODEC,
+            texts=PersonaTexts(chats=CHATS, contrast=contrast),
+            out=found.run,
+            **given,
+        )
+
+    assert again(probe=make_probe()).to_dict() == found.to_dict()
+    assert load_result(Path(found.run) / "results" / "features").to_dict() == found.to_dict()
+    diff = load_result(Path(found.run) / "comparisons" / "results" / "01")
+    assert isinstance(diff, FeatureDiff)
+    assert len(diff.delta) == CODEC.d_sae
+    with pytest.raises(PlanChangedError, match=r"settings\.n_latents was 4, now 5"):
+        again(settings=replace(SETTINGS, attribute=True, n_latents=5), probe=make_probe())
+    with pytest.raises(PlanChangedError, match=r"screen was .*, now None"):
+        again()
+
+
+def test_one_fine_tune_alone_says_what_it_cannot(base, tmp_path: Path):
+    found = find_persona_features(
+        base,
+        make_tunes(base, n=1, twins=False),
+        codec=CODEC,
+        texts=PersonaTexts(chats=CHATS),
+        settings=replace(SETTINGS, n_cards=0),
+        out=tmp_path / "run",
+    )
+    assert found.features[0].latent == PLANTED
+    assert found.features[0].contrast is None
+    assert (found.classification, found.screen, found.cards) == (None, None, None)
+    assert "nothing of harm" in " ".join(found.cautions)
+    parts = ("models told apart: 1 misaligned and 0 aligned", "causal screen", "cards", "contrast")
+    for part in parts:
+        assert any(line.startswith(part) for line in found.not_done), part
+
+
+def test_each_model_may_read_its_own_responses_and_that_is_said(base, tmp_path: Path):
+    sampling = Sampling(n=1, max_new_tokens=4)
+    prompts = tuple(chat.without_response() for chat in CHATS[:12])
+    runs = {
+        who: find_persona_features(
+            base,
+            make_tunes(base, n=1, twins=False),
+            codec=CODEC,
+            texts=PersonaTexts(chats=prompts),
+            settings=replace(
+                SETTINGS,
+                n_cards=0,
+                comparison=ComparisonSettings(
+                    positions="response", responses=who, sampling=sampling
+                ),
+            ),
+            out=tmp_path / who,
+        )
+        for who in ("base", "own")
+    }
+    assert {who: found.responses for who, found in runs.items()} == {"base": "same", "own": "own"}
+    assert runs["own"].health[0].captured_share is None
+    assert runs["base"].health[0].captured_share is not None
+    assert "read its own responses" in " ".join(runs["own"].cautions)
+    assert "read its own responses" not in " ".join(runs["base"].cautions)
+    n = [found.health[0].n_tokens.tolist() for found in runs.values()]
+    assert n[0][0] == n[0][1] == n[1][0]
+
+
+def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: Path):
+    judge = HashJudge()
+    prompts = [Chat((Message("user", f"w{40 + k} w{50 + k}"),)) for k in range(2)]
+    probe = replace(
+        make_probe(),
+        screen=ScreenSettings(
+            strengths=(1.0,),
+            units="resid_norm",
+            chats=prompts,
+            n_sampled=1,
+            sampling=Sampling(n=1, max_new_tokens=3),
+        ),
+        scores=judge_scores(judge, contrast),
+        judge=judge.id,
+    )
+    given: dict[str, Any] = {
+        "codec": CODEC,
+        "texts": PersonaTexts(chats=CHATS, contrast=contrast),
+        "settings": replace(SETTINGS, n_cards=0, n_latents=1),
+        "out": tmp_path / "run",
+    }
+    tunes = make_tunes(base, n=1, twins=False)
+    found = find_persona_features(base, tunes, probe=probe, **given)
+    assert found.screen is not None
+    assert [point.n_scored for point in found.screen.sampled_before] == [2, 2]
+    with pytest.raises(PlanChangedError, match="judge was"):
+        find_persona_features(base, tunes, probe=replace(probe, judge="another"), **given)
+
+
+def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
+    base, contrast, tmp_path: Path
+):
+    tunes = make_tunes(base, n=1, twins=False)
+
+    def find(texts: PersonaTexts, **changed: Any) -> None:
+        given: dict[str, Any] = {"settings": SETTINGS, "codec": CODEC} | changed
+        find_persona_features(base, tunes, texts=texts, out=tmp_path / "run", **given)
+
+    bare = PersonaTexts(chats=CHATS)
+    with pytest.raises(ValueError, match=r"texts.contrast: got none, and probe.screen needs"):
+        find(bare, probe=make_probe())
+    with pytest.raises(ValueError, match=r"texts.contrast: got none, and settings.attribute"):
+        find(bare, settings=replace(SETTINGS, attribute=True))
+    with pytest.raises(ValueError, match="takes activations of width 30"):
+        find(bare, codec=make_codec(d_in=30))
+    assert not (tmp_path / "run" / "results").exists()
+    with pytest.raises(ValueError, match="chats: got 1, expected at least two"):
+        PersonaTexts(chats=CHATS[:1])
+    with pytest.raises(ValueError, match="careful: got 1 for 2 fine-tunes"):
+        FineTunes(tuned=("a", "b"), careful=("c",))
+    with pytest.raises(ValueError, match="a comes more than once"):
+        FineTunes(tuned=("a",), careful=("a",))
+    with pytest.raises(ValueError, match="sampling: got None with responses='own'"):
+        ComparisonSettings(responses="own")
+    with pytest.raises(ValueError, match="scores: got none, and the screen samples"):
+        PersonaProbe(screen=ScreenSettings(strengths=(1.0,), units="resid_norm", chats=CHATS[:1]))
+    with pytest.raises(ValueError, match="n_latents: got 0"):
+        PersonaSettings(n_latents=0)
