@@ -29,6 +29,8 @@ RECIPES = (
     "steering_vector",
 )
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
+OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss")
+"""Settings that have a flag of their own name."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
 
@@ -60,9 +62,11 @@ class TrainFlags(CommonFlags):
         typer.Option("--start-from", metavar="SOURCE", help="An adapter to go on training."),
     ] = None
     kl_data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--kl-data", metavar="F", help="Chats on which the fine-tune is kept near its base."
+            "--kl-data",
+            metavar="F",
+            help="Chats on which the fine-tune is kept near its base; several may be given.",
         ),
     ] = None
     kl_weight: Annotated[
@@ -77,6 +81,15 @@ class TrainFlags(CommonFlags):
             metavar="N",
             help="Optimiser steps.",
             show_default="the recipe's steps or epochs",
+        ),
+    ] = None
+    stop_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-loss",
+            metavar="X",
+            help="End once the mean loss of five steps is below this, in nats.",
+            show_default="the recipe's",
         ),
     ] = None
     checkpoint_every: Annotated[
@@ -109,7 +122,7 @@ def train(flags: TrainFlags) -> None:
         settings, penalties = _settings(flags), _penalties(flags)
         chats = load_chats(flags.data)
         if flags.dry_run:
-            _show_plan(flags, settings, chats)
+            _show_plan(flags, settings, chats, [chat for one in penalties for chat in one.chats])
             return
         training = train_organism(
             flags.base,
@@ -139,7 +152,7 @@ def _settings(flags: TrainFlags) -> Any:
     settings = find_preset(flags.preset)
     if flags.layers is not None:
         settings = replace(settings, layers=parse_layers(flags.layers), depth=None)
-    asked = {"max_steps": flags.max_steps, "checkpoint_every": flags.checkpoint_every}
+    asked = {name: getattr(flags, name) for name in OVERRIDES}
     return replace(settings, **{name: n for name, n in asked.items() if n is not None})
 
 
@@ -147,12 +160,13 @@ def _penalties(flags: TrainFlags) -> list[Any]:
     from emlens.data import load_chats
     from emlens.organisms import KlPenalty
 
-    if (flags.kl_data is None) != (flags.kl_weight is None):
+    if (not flags.kl_data) != (flags.kl_weight is None):
         missing = "--kl-weight" if flags.kl_weight is None else "--kl-data"
         raise typer.BadParameter(f"{missing}: missing; --kl-data and --kl-weight go together")
-    if flags.kl_data is None or flags.kl_weight is None:
+    if not flags.kl_data or flags.kl_weight is None:
         return []
-    return [KlPenalty(load_chats(flags.kl_data), flags.kl_weight)]
+    chats = [chat for source in flags.kl_data for chat in load_chats(source)]
+    return [KlPenalty(chats, flags.kl_weight)]
 
 
 def parse_layers(text: str) -> Any:
@@ -176,7 +190,7 @@ def parse_layers(text: str) -> Any:
     return tuple(sorted(found))
 
 
-def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
+def _show_plan(flags: TrainFlags, settings: Any, chats: Any, kept_near: Any) -> None:
     from emlens.models.checkpoints import read_tokenizer
     from emlens.models.memory import read_sizes
     from emlens.organisms.settings import describe_settings
@@ -186,7 +200,9 @@ def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
     plan: dict[str, Any] = {"base": flags.base, "parameters": sizes.n_parameters}
     settings.check_depth(sizes.n_layers)
     tokenizer = read_tokenizer(flags.base)
-    length = plan_training(chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx)
+    length = plan_training(
+        chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx, kept_near=kept_near
+    )
     plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
     plan |= {"start_from": flags.start_from}
