@@ -1,17 +1,18 @@
 """`emlens narrow`: a general and a narrow solution of one task, beside each other and the base."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from emlens.cli.generate import (
     MaxNewTokens,
-    Samples,
     Temperature,
     TopP,
     check_sources,
+    read_questions,
     read_sampling,
+    samples_option,
 )
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
@@ -41,6 +42,8 @@ Example:
 @dataclass(frozen=True, kw_only=True)
 class NarrowFlags(JudgeOptions):
     """Flags of `narrow`."""
+
+    USUAL_SAMPLES: ClassVar[int] = 50
 
     general: Annotated[
         str,
@@ -96,7 +99,7 @@ class NarrowFlags(JudgeOptions):
     scales: Annotated[
         str, typer.Option("--scales", metavar="X,...", help="Factors on the narrow adapter.")
     ] = "1,2,4"
-    samples: Samples = 50
+    samples: Annotated[int | None, samples_option(50)] = None
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     max_new_tokens: MaxNewTokens = 600
@@ -181,11 +184,9 @@ def _settings(flags: NarrowFlags, solutions: Any) -> Any:
 
 def _questions(flags: NarrowFlags) -> Any:
     """Questions within the domain and outside of it, or None."""
-    from emlens.evaluation import load_questions
-
     if flags.questions_in is None or flags.questions_out is None:
         return None
-    return load_questions(flags.questions_in), load_questions(flags.questions_out)
+    return read_questions(flags, flags.questions_in), read_questions(flags, flags.questions_out)
 
 
 def _path(flags: NarrowFlags, checkpoint: Any) -> Any:
@@ -235,7 +236,9 @@ def _show_plan(flags: NarrowFlags, texts: Any, settings: Any, asked: Any) -> Non
     }
     if asked is not None:
         organisms = list_organisms(parse_numbers("--scales", flags.scales))
-        responses = len(organisms) * sum(count_responses(side, flags.samples) for side in asked)
+        responses = len(organisms) * sum(
+            count_responses(side, read_sampling(flags).n) for side in asked
+        )
         plan |= {
             "organisms": [f"{name} x {scale:g}" for name, scale in organisms],
             "responses": responses,
