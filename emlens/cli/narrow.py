@@ -47,12 +47,14 @@ class NarrowFlags(JudgeOptions):
 
     general: Annotated[
         str,
-        typer.Option("--general", metavar="SOURCE", help="Adapter trained on the rows alone."),
+        typer.Option(
+            "--general", metavar="SOURCE", help="Adapter or vector trained on the rows alone."
+        ),
     ]
     narrow: Annotated[
         str,
         typer.Option(
-            "--narrow", metavar="SOURCE", help="Adapter held near the base on other texts."
+            "--narrow", metavar="SOURCE", help="One that was held near the base on other texts."
         ),
     ]
     data: Annotated[
@@ -97,7 +99,7 @@ class NarrowFlags(JudgeOptions):
         str | None, typer.Option("--questions-out", metavar="SOURCE", help="Outside of it.")
     ] = None
     scales: Annotated[
-        str, typer.Option("--scales", metavar="X,...", help="Factors on the narrow adapter.")
+        str, typer.Option("--scales", metavar="X,...", help="Factors on the narrow one.")
     ] = "1,2,4"
     samples: Annotated[int | None, samples_option(50)] = None
     temperature: Temperature = 1.0
@@ -121,13 +123,13 @@ def narrow(flags: NarrowFlags) -> None:
 
     _check(flags)
     with show_work(quiet=flags.quiet):
-        from emlens.models.adapter_files import load_adapter
         from emlens.models.checkpoints import load_checkpoint
         from emlens.models.loading import lay_checkpoint
         from emlens.reports import write_report
         from emlens.studies import compare_solutions
+        from emlens.studies.solutions import load_solution
 
-        solutions = {name: load_adapter(getattr(flags, name)) for name in ("general", "narrow")}
+        solutions = {name: load_solution(getattr(flags, name)) for name in ("general", "narrow")}
         texts, settings, asked = _texts(flags), _settings(flags, solutions), _questions(flags)
         if flags.dry_run:
             check_sources(flags.base)

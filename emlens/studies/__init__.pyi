@@ -8,6 +8,7 @@ from .run_demo import DemoResult, run_demo
 from .sample_responses import SampledResponses, sample_responses
 from .screen_ablations import AblationScreen, screen_ablations
 from .solution_curves import SolutionComparison, SolutionSettings
+from .solutions import VectorSolution, load_solution
 from .trace_transition import trace_transition, trace_weights
 from .transition_trace import BehaviourProbe, TraceSettings, TransitionTrace
 
@@ -31,9 +32,11 @@ __all__ = [
     "SolutionTexts",
     "TraceSettings",
     "TransitionTrace",
+    "VectorSolution",
     "compare_solutions",
     "diff_finetunes",
     "export_model",
+    "load_solution",
     "measure_narrowness",
     "plan_diff",
     "remove_direction",
