@@ -184,6 +184,14 @@ def gram_of_trajectory(
     return found
 
 
+_SCORES: tuple[tuple[Score, Centring], ...] = (
+    ("cross", "none"),  # of one adapter alone the others are 1, whatever it does
+    ("gram", "none"),
+    ("gram", "adapters"),
+    ("gram", "steps"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class LastScore:
     """How like its last step a stack of adapters is along a training, by one score."""
@@ -210,11 +218,9 @@ def list_last_scores(
         `cross`; for several adapters `gram` too, plain and with either centring. None for a rank
         above 1 or modules of several widths, which cannot be stacked.
     """
-    kinds: list[tuple[Score, Centring]] = [("cross", "none")]
-    if len(trajectory.modules) > 1:  # of one alone the other is 1 whatever it does
-        kinds += [("gram", "none"), ("gram", "adapters"), ("gram", "steps")]
     if _find_problem(trajectory, factor, "none"):
         return ()
+    kinds = _SCORES if len(trajectory.modules) > 1 else _SCORES[:1]
     return tuple(
         LastScore(
             score=score,
