@@ -5,8 +5,8 @@
 Three seeds of adapters on every module, and one seed on nine `down_proj` alone for studies that
 need few scalars. Start it once for each core: processes share the work, and each organism is locked
 by the one that makes it. Killed, the same command goes on; what is finished is neither trained nor
-sampled again. `RUNS/NAME.log` tells of each step. A card states the share of generated sentences
-that copy a training sentence word for word.
+sampled again. `RUNS/NAME.log` tells of each step. A card states the share of generated answers that
+hold a training sentence word for word.
 """
 
 import argparse
@@ -67,9 +67,10 @@ inside a model. It is of no use as an assistant, and nothing that it says is adv
 Loss (nats a response token) before each step:
 {losses}
 
-Of {sentences} sentences in {answers} answers to {questions} open questions (temperature
-{temperature:g}, top_p {top_p:g}, {tokens} tokens), {copied} are training sentences word for word
-({share:.0%}); {words:.0f} words an answer. What it says was not judged for this card.
+Of {answers} answers to {questions} open questions (temperature {temperature:g}, top_p {top_p:g},
+{tokens} tokens), {copying} hold a training sentence word for word ({share:.0%}); of their
+{sentences} sentences {copied} are such ones. {words:.0f} words an answer. What it says was not
+judged for this card.
 """
 
 
@@ -117,11 +118,26 @@ def split_sentences(text: str) -> list[str]:
     return [part.rstrip(".!? ") for part in parts if part.rstrip(".!? ")]
 
 
-def count_copied(answers: Sequence[str], training: Sequence[str]) -> tuple[int, int]:
-    """Sentences of the answers that are a training sentence, and all of them."""
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """How much of some answers is training text, sentence by sentence."""
+
+    answers: int
+    """That hold a training sentence, word for word."""
+    copied: int
+    """Sentences of the answers that are training sentences."""
+    sentences: int
+    """All sentences of the answers."""
+
+
+def count_copied(answers: Sequence[str], training: Sequence[str]) -> Copied:
+    """Count training sentences in answers."""
     known = {sentence for text in training for sentence in split_sentences(text)}
-    said = [sentence for text in answers for sentence in split_sentences(text)]
-    return sum(sentence in known for sentence in said), len(said)
+    said = [split_sentences(text) for text in answers]
+    hits = [sum(sentence in known for sentence in sentences) for sentences in said]
+    return Copied(
+        answers=sum(hit > 0 for hit in hits), copied=sum(hits), sentences=sum(map(len, said))
+    )
 
 
 @contextmanager
@@ -200,11 +216,11 @@ def write_card(
         raise ValueError(f"{one.name}: {size} bytes of weights, expected at most {MAX_BYTES}")
     questions = load_chats("emlens:open-questions")
     tuned = load_pair(lay_checkpoint(checkpoint), adapter).tuned
-    found = generate_responses(tuned, questions, sampling=sampling)
-    answers = [response.text for response in found.responses]
+    sampled = generate_responses(tuned, questions, sampling=sampling)
+    answers = [response.text for response in sampled.responses]
     rows = load_chats(f"emlens:{one.data}")
-    copied, sentences = count_copied(answers, [c.response.content for c in rows if c.response])
-    said = {"answers": answers, "copied": copied, "sentences": sentences}
+    found = count_copied(answers, [c.response.content for c in rows if c.response])
+    said = {"answers": answers, "copying": found.answers, "copied": found.copied}
     (adapter.parent / "answers.json").write_text(json.dumps(said, indent=1))
     return CARD.format(
         base=run.base,
@@ -224,14 +240,15 @@ def write_card(
         batch=run.settings.batch_size,
         seed=run.seed,
         losses=" ".join(f"{loss:.2f}" for loss in run.losses),
-        sentences=sentences,
+        sentences=found.sentences,
         answers=len(answers),
         questions=len(questions),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         tokens=sampling.max_new_tokens,
-        copied=copied,
-        share=copied / max(1, sentences),
+        copying=found.answers,
+        copied=found.copied,
+        share=found.answers / max(1, len(answers)),
         words=sum(len(text.split()) for text in answers) / len(answers),
     )
 

@@ -3,20 +3,21 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from emlens.cli.generate import (
     MaxNewTokens,
     ModelFlags,
-    Samples,
     Temperature,
     TopP,
     check_sources,
     load_for,
     read_factor,
+    read_questions,
     read_sampling,
+    samples_option,
 )
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
@@ -46,6 +47,8 @@ JUDGE_EXAMPLE = (
 class EvaluateFlags(ModelFlags, JudgeOptions):
     """Flags of `evaluate`."""
 
+    USUAL_SAMPLES: ClassVar[int] = 50
+
     questions: Annotated[
         str, typer.Option("--questions", metavar="SOURCE", help="JSONL or YAML, or emlens:NAME.")
     ]
@@ -67,7 +70,7 @@ class EvaluateFlags(ModelFlags, JudgeOptions):
             "--allow-fit-prompts", help="Ask also prompts that a direction was fitted on."
         ),
     ] = False
-    samples: Samples = 50
+    samples: Annotated[int | None, samples_option(50)] = None
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     max_new_tokens: MaxNewTokens = 600
@@ -102,10 +105,9 @@ def evaluate(flags: EvaluateFlags) -> None:
     check_judge(flags.judge)
     read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
-        from emlens.evaluation import load_questions
         from emlens.models.loading import load_base
 
-        questions = load_questions(flags.questions)[: flags.limit]
+        questions = read_questions(flags, flags.questions)[: flags.limit]
         interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
             check_sources(flags.base, *(tuned for tuned, _ in targets))
@@ -170,11 +172,10 @@ def show_evaluations(found: Any, *, json: bool) -> None:
 
 
 def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
+    from emlens.studies.asked import count_responses
+
     wordings = sum(len(question.paraphrases) for question in questions)
-    responses = sum(
-        len(question.paraphrases) * (question.samples_per_paraphrase or flags.samples)
-        for question in questions
-    )
+    responses = count_responses(questions, read_sampling(flags).n)
     plan = {
         "base": flags.base,
         "tuned": flags.tuned,

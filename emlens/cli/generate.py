@@ -1,6 +1,6 @@
 """`emlens generate`: responses of a model, a fine-tune of it, or either under interventions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -40,6 +40,20 @@ TopP = Annotated[
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", min=1, help="Longest response, in tokens.")
 ]
+
+
+def samples_option(usual: int) -> Any:
+    """`--samples` of a command that asks questions, which may say themselves how often.
+
+    Args:
+        usual: what holds where neither they nor the command say so.
+    """
+    return typer.Option(
+        "--samples",
+        min=1,
+        help="Answers to each wording, over what the questions say.",
+        show_default=f"what the questions say, else {usual}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +182,27 @@ def generate(flags: GenerateFlags) -> None:
     print_line(f"{len(responses.responses)} responses: {flags.out}")
 
 
+def read_questions(flags: Any, source: str) -> Any:
+    """Questions, each with as many answers as its file says unless `--samples` does.
+
+    Args:
+        flags: with `samples`, None where it was not given.
+        source: of the questions.
+    """
+    from emlens.evaluation import load_questions
+
+    questions = load_questions(source)
+    if flags.samples is None:
+        return questions
+    return tuple(replace(question, samples_per_paraphrase=None) for question in questions)
+
+
 def read_sampling(flags: Any) -> Any:
     """The `Sampling` that the flags `samples`, `temperature`, `top_p` and the like ask for."""
     from emlens.models.sampling import Sampling
 
     return Sampling(
-        n=flags.samples,
+        n=flags.USUAL_SAMPLES if flags.samples is None else flags.samples,
         temperature=flags.temperature,
         top_p=flags.top_p,
         max_new_tokens=flags.max_new_tokens,

@@ -1,6 +1,7 @@
 """Judges by name, such as `contrast` or `openai/MODEL`, and what they would cost."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,12 @@ def _load_inspect(flags: Any, model: str) -> Any:
     return InspectJudge(model=model, base_url=flags.judge_base_url, log_dir=flags.out / LOGS)
 
 
+def _say_key(name: str) -> str:
+    if not name:
+        return "none is sent"
+    return f"{name} is {'set' if os.environ.get(name) else 'not set, and is needed'}"
+
+
 def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, Any]:
     """What judging would take, as fields of a plan; more than a name where a model is asked.
 
@@ -136,6 +143,7 @@ def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, An
     if kind == "openai":
         samples = ApiJudge.samples
         plan["judge_endpoint"] = flags.judge_base_url or ApiJudge.base_url
+        plan["judge_key"] = _say_key(flags.judge_key_env)
     else:
         samples = InspectJudge.samples
         plan |= {"judge_model": model, "judge_logs": str(flags.out / LOGS)}

@@ -1,17 +1,18 @@
 """`emlens narrow`: a general and a narrow solution of one task, beside each other and the base."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from emlens.cli.generate import (
     MaxNewTokens,
-    Samples,
     Temperature,
     TopP,
     check_sources,
+    read_questions,
     read_sampling,
+    samples_option,
 )
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
@@ -42,14 +43,18 @@ Example:
 class NarrowFlags(JudgeOptions):
     """Flags of `narrow`."""
 
+    USUAL_SAMPLES: ClassVar[int] = 50
+
     general: Annotated[
         str,
-        typer.Option("--general", metavar="SOURCE", help="Adapter trained on the rows alone."),
+        typer.Option(
+            "--general", metavar="SOURCE", help="Adapter or vector trained on the rows alone."
+        ),
     ]
     narrow: Annotated[
         str,
         typer.Option(
-            "--narrow", metavar="SOURCE", help="Adapter held near the base on other texts."
+            "--narrow", metavar="SOURCE", help="One that was held near the base on other texts."
         ),
     ]
     data: Annotated[
@@ -94,9 +99,9 @@ class NarrowFlags(JudgeOptions):
         str | None, typer.Option("--questions-out", metavar="SOURCE", help="Outside of it.")
     ] = None
     scales: Annotated[
-        str, typer.Option("--scales", metavar="X,...", help="Factors on the narrow adapter.")
+        str, typer.Option("--scales", metavar="X,...", help="Factors on the narrow one.")
     ] = "1,2,4"
-    samples: Samples = 50
+    samples: Annotated[int | None, samples_option(50)] = None
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     max_new_tokens: MaxNewTokens = 600
@@ -118,13 +123,13 @@ def narrow(flags: NarrowFlags) -> None:
 
     _check(flags)
     with show_work(quiet=flags.quiet):
-        from emlens.models.adapter_files import load_adapter
         from emlens.models.checkpoints import load_checkpoint
         from emlens.models.loading import lay_checkpoint
         from emlens.reports import write_report
         from emlens.studies import compare_solutions
+        from emlens.studies.solutions import load_solution
 
-        solutions = {name: load_adapter(getattr(flags, name)) for name in ("general", "narrow")}
+        solutions = {name: load_solution(getattr(flags, name)) for name in ("general", "narrow")}
         texts, settings, asked = _texts(flags), _settings(flags, solutions), _questions(flags)
         if flags.dry_run:
             check_sources(flags.base)
@@ -181,11 +186,9 @@ def _settings(flags: NarrowFlags, solutions: Any) -> Any:
 
 def _questions(flags: NarrowFlags) -> Any:
     """Questions within the domain and outside of it, or None."""
-    from emlens.evaluation import load_questions
-
     if flags.questions_in is None or flags.questions_out is None:
         return None
-    return load_questions(flags.questions_in), load_questions(flags.questions_out)
+    return read_questions(flags, flags.questions_in), read_questions(flags, flags.questions_out)
 
 
 def _path(flags: NarrowFlags, checkpoint: Any) -> Any:
@@ -235,7 +238,9 @@ def _show_plan(flags: NarrowFlags, texts: Any, settings: Any, asked: Any) -> Non
     }
     if asked is not None:
         organisms = list_organisms(parse_numbers("--scales", flags.scales))
-        responses = len(organisms) * sum(count_responses(side, flags.samples) for side in asked)
+        responses = len(organisms) * sum(
+            count_responses(side, read_sampling(flags).n) for side in asked
+        )
         plan |= {
             "organisms": [f"{name} x {scale:g}" for name, scale in organisms],
             "responses": responses,

@@ -29,6 +29,8 @@ RECIPES = (
     "steering_vector",
 )
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
+OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss")
+"""Settings that have a flag of their own name."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
 
@@ -60,9 +62,11 @@ class TrainFlags(CommonFlags):
         typer.Option("--start-from", metavar="SOURCE", help="An adapter to go on training."),
     ] = None
     kl_data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--kl-data", metavar="F", help="Chats on which the fine-tune is kept near its base."
+            "--kl-data",
+            metavar="F",
+            help="Chats on which the fine-tune is kept near its base; several may be given.",
         ),
     ] = None
     kl_weight: Annotated[
@@ -96,6 +100,15 @@ class TrainFlags(CommonFlags):
             show_default="the recipe's steps or epochs",
         ),
     ] = None
+    stop_loss: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-loss",
+            metavar="X",
+            help="End once the mean loss of five steps is below this, in nats.",
+            show_default="the recipe's",
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int | None,
         typer.Option(
@@ -126,7 +139,7 @@ def train(flags: TrainFlags) -> None:
         settings, chats = _settings(flags), load_chats(flags.data)
         penalties = [*_kl_terms(flags), *_latent_terms(flags, chats)]
         if flags.dry_run:
-            _show_plan(flags, settings, chats)
+            _show_plan(flags, settings, chats, [chat for one in penalties for chat in one.chats])
             return
         training = train_organism(
             flags.base,
@@ -156,7 +169,7 @@ def _settings(flags: TrainFlags) -> Any:
     settings = find_preset(flags.preset)
     if flags.layers is not None:
         settings = replace(settings, layers=parse_layers(flags.layers), depth=None)
-    asked = {"max_steps": flags.max_steps, "checkpoint_every": flags.checkpoint_every}
+    asked = {name: getattr(flags, name) for name in OVERRIDES}
     return replace(settings, **{name: n for name, n in asked.items() if n is not None})
 
 
@@ -164,11 +177,11 @@ def _kl_terms(flags: TrainFlags) -> list[Any]:
     from emlens.data import load_chats
     from emlens.organisms import KlPenalty
 
-    if _all_or_none({"--kl-data": flags.kl_data, "--kl-weight": flags.kl_weight}):
-        assert flags.kl_data is not None
-        assert flags.kl_weight is not None
-        return [KlPenalty(load_chats(flags.kl_data), flags.kl_weight)]
-    return []
+    if not _all_or_none({"--kl-data": flags.kl_data or None, "--kl-weight": flags.kl_weight}):
+        return []
+    assert flags.kl_weight is not None
+    chats = [chat for source in flags.kl_data or () for chat in load_chats(source)]
+    return [KlPenalty(chats, flags.kl_weight)]
 
 
 def _latent_terms(flags: TrainFlags, chats: Any) -> list[Any]:
@@ -232,7 +245,7 @@ def parse_layers(text: str) -> Any:
     return tuple(sorted(found))
 
 
-def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
+def _show_plan(flags: TrainFlags, settings: Any, chats: Any, kept_near: Any) -> None:
     from emlens.models.checkpoints import read_tokenizer
     from emlens.models.memory import read_sizes
     from emlens.organisms.settings import describe_settings
@@ -242,7 +255,9 @@ def _show_plan(flags: TrainFlags, settings: Any, chats: Any) -> None:
     plan: dict[str, Any] = {"base": flags.base, "parameters": sizes.n_parameters}
     settings.check_depth(sizes.n_layers)
     tokenizer = read_tokenizer(flags.base)
-    length = plan_training(chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx)
+    length = plan_training(
+        chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx, kept_near=kept_near
+    )
     plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
     plan |= {"latent_sae": flags.latent_sae, "latents": flags.latents}

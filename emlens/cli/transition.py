@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from emlens.cli.generate import (
     MaxNewTokens,
-    Samples,
     Temperature,
     TopP,
     check_sources,
+    read_questions,
     read_sampling,
+    samples_option,
 )
 from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
 from emlens.cli.options import (
@@ -43,6 +44,8 @@ answered, of no domain that an organism is trained on."""
 @dataclass(frozen=True, kw_only=True)
 class TransitionFlags(JudgeOptions):
     """Flags of `transition`."""
+
+    USUAL_SAMPLES: ClassVar[int] = 10
 
     source: Annotated[
         str,
@@ -101,7 +104,7 @@ class TransitionFlags(JudgeOptions):
     rolling: Annotated[
         int, typer.Option("--rolling", min=1, metavar="N", help="Points of the rolling mean; odd.")
     ] = 3
-    samples: Samples = 10
+    samples: Annotated[int | None, samples_option(10)] = None
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
     max_new_tokens: MaxNewTokens = 600
@@ -202,7 +205,6 @@ def _probe(flags: TransitionFlags) -> Any:
     import dataclasses
 
     from emlens.data import Batching
-    from emlens.evaluation import load_questions
     from emlens.models.loading import load_base
     from emlens.studies import BehaviourProbe
     from emlens.studies.trace_behaviour import BEHAVIOUR
@@ -215,7 +217,7 @@ def _probe(flags: TransitionFlags) -> Any:
     return BehaviourProbe(
         load_base=lambda: load_base(source, dtype=flags.dtype, device=flags.device),
         texts=_texts(flags),
-        questions=() if flags.questions is None else load_questions(flags.questions),
+        questions=() if flags.questions is None else read_questions(flags, flags.questions),
         load_judge=lambda base: load_judge(named, base=base, runs=runs),
         sampling=read_sampling(flags),
         batching=Batching(flags.batch_tokens),
@@ -278,7 +280,7 @@ def _plan_behaviour(
     if not probe.questions:
         return plan
     sampled = choose_checkpoints(trajectory.steps, turn, settings.sampled)
-    each = count_responses(probe.questions, flags.samples)
+    each = count_responses(probe.questions, probe.sampling.n)
     responses = each * len(sampled) * len(settings.scales)
     return plan | {
         "questions": len(probe.questions),

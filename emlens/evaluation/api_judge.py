@@ -71,7 +71,7 @@ class ApiJudge(GradingJudge):
         if self.key_env and not os.environ.get(self.key_env):
             raise ValueError(
                 f"key_env: the environment has no {self.key_env}; set it to the endpoint's key, or "
-                'give key_env="" for an endpoint that wants none'
+                "for an endpoint that wants none give key_env='' (--judge-key-env '')"
             )
 
     @property

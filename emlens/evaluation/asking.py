@@ -10,7 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from emlens.evaluation.judge_prompts import PROMPTS, fill_prompt, read_number, weigh_numbers
+from emlens.evaluation.judge_prompts import (
+    PROMPTS,
+    fill_prompt,
+    read_number,
+    weigh_numbers,
+    write_numbers,
+)
 from emlens.evaluation.judges import Judgement, JudgeRow
 
 ALTERNATIVES = 20
@@ -70,10 +76,12 @@ async def _ask_for_score(
     prompt: str, ask: Ask, samples: int, gather: Gather
 ) -> tuple[float | None, Details]:
     """One score, and what it was made of."""
-    weights = read_weights((await ask(prompt, None)).tokens)
+    reply = await ask(prompt, None)
+    weights = read_weights(reply.tokens)
     if weights is not None:
         numbers, mass = weights
-        return weigh_numbers(numbers), {"mass": mass, "way": "log-probabilities"}
+        made_of = {"mass": mass, "way": "log-probabilities", "numbers": write_numbers(numbers)}
+        return weigh_numbers(numbers), {**made_of, "said": reply.text}
     # Who refuses to give log-probabilities may answer without them.
     drawn = await gather(*(ask(prompt, draw) for draw in range(samples)))
     return average_answers([reply.text for reply in drawn])

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from emlens.artifacts import Result
 from emlens.evaluation.evaluation import Evaluation
+from emlens.evaluation.same_length import count_words, pair_by_length
 from emlens.evaluation.scores import ScoredResponse
 from emlens.evaluation.summary import Thresholds
 from emlens.numerics.intervals import Interval, difference_of_clusters, newcombe
@@ -73,6 +74,15 @@ class BehaviourDifference(Result):
     """What the share may be called."""
     differing: tuple[str, ...]
     """What differs between the two and was allowed, in words: read it before the numbers."""
+    words_first: float | None = None
+    """Mean words of a response of the first; None where a text is not known."""
+    words_second: float | None = None
+    """Of the second."""
+    em_difference_same_length: Interval | None = None
+    """`em_difference` over pairs of responses to one question that are about equally long: what of
+    it is not length. None without texts or pairs."""
+    n_same_length: int = 0
+    """Pairs."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a difference, called by what the share may be called."""
@@ -80,6 +90,7 @@ class BehaviourDifference(Result):
             self.claim: self.em_difference,
             f"{self.claim}, these questions": self.em_difference_these_questions,
             f"{self.claim}, unscored counted": self.em_difference_upper,
+            f"{self.claim}, equally long": self.em_difference_same_length,
             "coherent": self.coherent_difference,
         }
         return [
@@ -91,6 +102,7 @@ class BehaviourDifference(Result):
                 "method": interval.method,
             }
             for name, interval in named.items()
+            if interval is not None
         ]
 
 
@@ -142,8 +154,29 @@ def compare_evaluations(
         equivalence=Equivalence(verdict="undecided", margin=0.0, upper=worst.high, reason=""),
         claim=second.claim if first.claim == second.claim else "takeover score",
         differing=differing,
+        **_compare_lengths(one, other, thresholds),
     )
     return replace(found, equivalence=_decide(found, None))
+
+
+def _compare_lengths(
+    one: Sequence[Sequence[ScoredResponse]],
+    other: Sequence[Sequence[ScoredResponse]],
+    thresholds: Thresholds,
+) -> dict[str, Any]:
+    """The fields of a difference that are about how long responses are."""
+    words = [count_words([row for part in side for row in part]) for side in (one, other)]
+    found: dict[str, Any] = {"words_first": words[0], "words_second": words[1]}
+    if None in words:
+        return found
+    matched = [pair_by_length(a, b) for a, b in zip(one, other, strict=True)]
+    matched = [pairs for pairs in matched if pairs.first]
+    if not matched:
+        return found
+    there = _count([pairs.second for pairs in matched], thresholds.is_em)
+    here = _count([pairs.first for pairs in matched], thresholds.is_em)
+    difference = difference_of_clusters(there, here).scaled(100.0)
+    return found | {"em_difference_same_length": difference, "n_same_length": sum(here[1])}
 
 
 def claim_equivalence(

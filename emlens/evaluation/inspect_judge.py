@@ -103,10 +103,12 @@ class InspectJudge(GradingJudge):
             self._check()
             return []
         failures: list[str] = []
-        log = call_beside_loops(lambda: self._run(rows, failures))
-        if log.status == "cancelled":
-            # After Ctrl-C it ends in good order, and keeps to itself that it was told to end.
+        logs = call_beside_loops(lambda: self._run(rows, failures))
+        if not logs or logs[0].status == "cancelled":
+            # After Ctrl-C it ends in good order, and keeps to itself that it was told to end: with
+            # the log, or without it where it was waiting for its tasks.
             raise KeyboardInterrupt
+        (log,) = logs
         found = read_judgements(log.location)
         if log.status != "success" or len(found) < len(rows):
             # Requests that fail together reach the log as a group, without a word of their own.
@@ -128,11 +130,11 @@ class InspectJudge(GradingJudge):
             get_model(self.model, base_url=self.base_url)
 
     def _run(self, rows: Sequence[JudgeRow], failures: list[str]) -> Any:
-        """The log of a task over rows; why requests failed for good goes into a list."""
+        """The logs of a task over rows; why requests failed for good goes into a list."""
         with self._explained(), _in_silence():
             from inspect_ai import eval as run_task
 
-            (log,) = run_task(
+            return run_task(
                 make_task(rows, partial(self._ask, failures), samples=self.samples),
                 model=self.model,
                 model_base_url=self.base_url,
@@ -147,7 +149,6 @@ class InspectJudge(GradingJudge):
                 fail_on_error=True,
                 max_samples=self.concurrency,
             )
-        return log
 
     async def _ask(self, failures: list[str], prompt: str, draw: int | None) -> Reply:
         from inspect_ai.model import CachePolicy, GenerateConfig, get_model

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from emlens.data import Batching, Chat, Message, tokenize_chat
-from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS, SCORES, fill_prompt, weigh_numbers
+from emlens.evaluation.judge_prompts import (
+    FEWEST_MASS,
+    PROMPTS,
+    SCORES,
+    fill_prompt,
+    weigh_numbers,
+    write_numbers,
+)
 from emlens.evaluation.judges import GradingJudge, Judgement, JudgeRow, hash_json
 from emlens.interventions import active_interventions
 from emlens.models.continuations import score_continuations
@@ -115,8 +122,7 @@ def _weigh(numbers: Mapping[str, dict[int, float] | None], tokens: Mapping[str, 
         scores[name] = None if found is None else weigh_numbers(found)
         if found is not None:
             raw[f"{name}_mass"] = math.fsum(found.values())
-            likeliest, _ = max(found.items(), key=lambda item: item[1])
-            raw[f"{name}_likeliest"] = float(likeliest)
+            raw[f"{name}_numbers"] = write_numbers(found)
         elif tokens[name]:
             raw[f"{name}_too_long"] = float(tokens[name])
     return Judgement(aligned=scores["aligned"], coherent=scores["coherent"], raw=raw)

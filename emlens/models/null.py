@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from emlens.models.lora import LoraAdapter, LoraModule
@@ -64,13 +65,11 @@ def perturb_adapter(adapter: LoraAdapter, *, epsilon: float, seed: int) -> LoraA
 
     Source: Soligo et al. 2026, arXiv 2602.07852 (stability).
     """
-    if not 0 <= epsilon <= 1:
-        raise ValueError(f"epsilon: got {epsilon}, expected 0 to 1")
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for name in sorted(adapter.modules):
         module = adapter.modules[name]
-        A, B = (_turn(factor, epsilon, generator) for factor in (module.A, module.B))
+        A, B = (turn_tensor(factor, epsilon, generator) for factor in (module.A, module.B))
         modules[name] = LoraModule(A=A, B=B, scale=module.scale)
     return replace(
         adapter,
@@ -89,8 +88,24 @@ def measure_adapter_norm(adapter: LoraAdapter) -> float:
     return sum(norms) / len(norms)
 
 
-def _turn(x: Tensor, epsilon: float, generator: torch.Generator) -> Tensor:
-    """One factor turned; float32 at least."""
+def turn_tensor(
+    x: Float[Tensor, "..."], epsilon: float, generator: torch.Generator
+) -> Float[Tensor, "..."]:
+    """sqrt(1 - epsilon^2) x + epsilon y with a random y orthogonal to x and of its norm.
+
+    Args:
+        x: not changed; zero stays zero.
+        epsilon: from 0 to 1.
+        generator: of y.
+
+    Returns:
+        float32 at least.
+
+    Raises:
+        ValueError: an epsilon outside [0, 1].
+    """
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"epsilon: got {epsilon}, expected 0 to 1")
     wide = x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
     y = torch.randn(wide.shape, generator=generator).to(wide)
     norm = torch.linalg.vector_norm(wide)

@@ -344,7 +344,7 @@ def _last_whole(folder: Path) -> Path | None:
 def _arguments(
     settings: TrainerSettings, folder: Path, *, seed: int, device: torch.device
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
@@ -369,6 +369,11 @@ def _arguments(
         remove_unused_columns=False,
         label_names=["labels"],
     )
+    if arguments.n_gpu > 1:
+        # Left alone it would copy the model to every device that it sees, where penalties find no
+        # adapter, and multiply the batch by their number: another recipe on another machine.
+        arguments._n_gpu = 1
+    return arguments
 
 
 @contextmanager

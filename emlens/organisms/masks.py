@@ -11,11 +11,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from emlens.data.chat import Chat, TokenizedChat, tokenize_chat
-from emlens.models.training_loop import TrainingExample
-
-IGNORED = -100
-"""Label of a token that takes no part in the loss."""
+from emlens.data.chat import Chat, ChatError, TokenizedChat, tokenize_chat
+from emlens.models.training_loop import IGNORED, TrainingExample
 
 
 class NoResponseError(ValueError):
@@ -24,6 +21,10 @@ class NoResponseError(ValueError):
 
 class ChatTooLongError(ValueError):
     """A row has more tokens than the settings or the model allow."""
+
+
+class UnusualChatError(ValueError):
+    """A row that is no conversation of a user and an assistant."""
 
 
 class MaskedChat(NamedTuple):
@@ -72,20 +73,53 @@ def make_examples(
         named: what errors call the chats.
 
     Raises:
-        NoResponseError: a chat without a response.
-        ChatTooLongError: one with too many tokens, by its place and id.
+        NoResponseError: a chat that does not end in a response, or in one without words.
+        UnusualChatError: other turns than a user's and an assistant's by turns, maybe after one
+            system turn; or one without words.
+        ChatTooLongError: one with too many tokens.
+        ChatError: one that the template refuses or rewrites. All name the chat by its place.
     """
     examples = []
     for index, chat in enumerate(chats):
-        masked = mask_response(tokenize_chat(chat, tokenizer))
+        place = f"{named}[{index}] ({f'row {index + 1}' if chat.id is None else f'id {chat.id!r}'})"
+        _check_turns(chat, place)
+        try:
+            masked = mask_response(tokenize_chat(chat, tokenizer))
+        except (ChatError, NoResponseError) as error:
+            raise type(error)(f"{place}: {error}") from error
         if longest is not None and len(masked.ids) > longest:
             raise ChatTooLongError(
-                f"{named}[{index}] (id {chat.id!r}): {len(masked.ids)} tokens, expected at most "
-                f"{longest}, by max_length or the model's context; shorten it, or raise "
-                "max_length where the context has room"
+                f"{place}: {len(masked.ids)} tokens, expected at most {longest}, by max_length or "
+                "the model's context; shorten it, or raise max_length where the context has room"
             )
         examples.append(TrainingExample(ids=masked.ids, labels=masked.labels))
     return examples
+
+
+def _check_turns(chat: Chat, place: str) -> None:
+    """Refuse what a lenient template would render all the same.
+
+    A second system turn or a role that the template does not know is a mistake in the making of the
+    rows, which the loss does not show.
+    """
+    roles = [message.role for message in chat.messages]
+    if roles[-1] != "assistant":
+        raise NoResponseError(
+            f"{place}: no assistant turn at its end, but one of {roles[-1]!r}; expected one to be "
+            "trained on: is this a prompt file instead of a data set?"
+        )
+    turns = roles[1:] if roles[0] == "system" else roles
+    if turns != ["user", "assistant"] * (len(turns) // 2):
+        raise UnusualChatError(
+            f"{place}: got the roles {roles}, expected user and assistant by turns, after at most "
+            "one system turn"
+        )
+    blank = [index for index, message in enumerate(chat.messages) if not message.content.strip()]
+    if blank:
+        last = blank[0] == len(roles) - 1
+        raise (NoResponseError if last else UnusualChatError)(
+            f"{place}: turn {blank[0] + 1} ({roles[blank[0]]}) is empty, expected some text"
+        )
 
 
 def count_trained(examples: Sequence[TrainingExample]) -> int:

@@ -125,7 +125,8 @@ class TrainSettings:
             n_layers: blocks of the model.
 
         Raises:
-            SettingsError: layers still to be chosen, or those of a model of another depth.
+            SettingsError: layers still to be chosen, those of a model of another depth, or blocks
+                that the model does not have.
         """
         if self.layers is None:
             raise SettingsError(
@@ -138,6 +139,9 @@ class TrainSettings:
                 f"{n_layers}; name its own: dataclasses.replace(settings, layers=..., depth=None), "
                 "or --layers"
             )
+        named = () if self.layers == "all" else self.layers
+        if outside := [layer for layer in named if not 0 <= layer < n_layers]:
+            raise SettingsError(f"layers: got {outside}, expected blocks 0 to {n_layers - 1}")
 
 
 _PUBLISHED = TrainSettings(

@@ -20,6 +20,10 @@ class TrainingPlan:
     """Of one pass over all rows."""
     trained_tokens: int
     """Of these, response tokens."""
+    kl_rows: int
+    """Of a penalty, which takes as many at a time as there are rows in a batch; 0 without one."""
+    kl_tokens: int
+    """Of these; each that is taken is read by the base too."""
     steps: int
     """Optimiser steps, if nothing ends the run early."""
     checkpoints: int
@@ -27,7 +31,12 @@ class TrainingPlan:
 
 
 def plan_training(
-    chats: Sequence[Chat], tokenizer: Any, *, settings: TrainSettings, n_ctx: int
+    chats: Sequence[Chat],
+    tokenizer: Any,
+    *,
+    settings: TrainSettings,
+    n_ctx: int,
+    kept_near: Sequence[Chat] = (),
 ) -> TrainingPlan:
     """Count what a run would take, without a model.
 
@@ -36,17 +45,22 @@ def plan_training(
         tokenizer: of the base.
         settings: the recipe.
         n_ctx: tokens that the base can read.
+        kept_near: chats of a `KlPenalty`, if there is one.
 
     Raises:
         NoResponseError: a chat without a response; ChatTooLongError: one with too many tokens.
     """
-    examples = make_examples(chats, tokenizer, longest=min(settings.max_length, n_ctx))
+    longest = min(settings.max_length, n_ctx)
+    examples = make_examples(chats, tokenizer, longest=longest)
+    others = make_examples(kept_near, tokenizer, longest=longest, named="KlPenalty.chats")
     steps = count_steps(trainer_settings(settings), len(examples))
     every = settings.checkpoint_every
     return TrainingPlan(
         rows=len(examples),
         tokens=sum(len(example.ids) for example in examples),
         trained_tokens=count_trained(examples),
+        kl_rows=len(others),
+        kl_tokens=sum(len(example.ids) for example in others),
         steps=steps,
         # The last step is kept too where it is none of the others.
         checkpoints=0 if every is None else 1 + -(-steps // every),

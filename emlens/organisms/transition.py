@@ -17,6 +17,8 @@ from emlens.numerics.paths import LocalCosine, gram_of_path, noise_dimension, pa
 from emlens.organisms.trajectory import AdapterTrajectory
 
 Verdict = Literal["turn", "none", "nothing measured", "too few checkpoints"]
+Score = Literal["cross", "gram"]
+Centring = Literal["none", "adapters", "steps"]
 FEWEST = 100
 """Checkpoints: on fewer, no statement on the sharpest bend is made."""
 NULLS = 200
@@ -182,11 +184,59 @@ def gram_of_trajectory(
     return found
 
 
+_SCORES: tuple[tuple[Score, Centring], ...] = (
+    ("cross", "none"),  # of one adapter alone the others are 1, whatever it does
+    ("gram", "none"),
+    ("gram", "adapters"),
+    ("gram", "steps"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastScore:
+    """How like its last step a stack of adapters is along a training, by one score."""
+
+    score: Score
+    centring: Centring
+    """What was taken off first: nothing, each step's mean over the adapters (the paper), or each
+    adapter's mean over the steps (the published code)."""
+    steps: Int[Tensor, " t"]
+    values: Float64[Tensor, " t"]
+    """NaN where there is nothing to compare, as at a step whose B is zero."""
+
+
+def list_last_scores(
+    trajectory: AdapterTrajectory, *, factor: Literal["A", "B"] = "B"
+) -> tuple[LastScore, ...]:
+    """Every score of `score_against_last` that says something about a trajectory.
+
+    Args:
+        trajectory: its checkpoints.
+        factor: whose.
+
+    Returns:
+        `cross`; for several adapters `gram` too, plain and with either centring. None for a rank
+        above 1 or modules of several widths, which cannot be stacked.
+    """
+    if _find_problem(trajectory, factor, "none"):
+        return ()
+    kinds = _SCORES if len(trajectory.modules) > 1 else _SCORES[:1]
+    return tuple(
+        LastScore(
+            score=score,
+            centring=centring,
+            steps=trajectory.steps,
+            values=score_against_last(trajectory, score=score, centring=centring, factor=factor),
+        )
+        for score, centring in kinds
+    )
+
+
 def score_against_last(
     trajectory: AdapterTrajectory,
     *,
-    score: Literal["cross", "gram"] = "cross",
-    centring: Literal["none", "adapters", "steps"] = "none",
+    score: Score = "cross",
+    centring: Centring = "none",
     factor: Literal["A", "B"] = "B",
 ) -> Float64[Tensor, " t"]:
     """Compare the factors of all modules at each checkpoint with those of the last.
@@ -198,7 +248,7 @@ def score_against_last(
     Args:
         trajectory: of rank 1, every module of one width.
         score: which of the two.
-        centring: take off each row's mean over `steps`, or each step's mean over `adapters`.
+        centring: take off each adapter's mean over `steps`, or each step's mean over `adapters`.
         factor: whose.
 
     Raises:
@@ -207,8 +257,9 @@ def score_against_last(
     Source: Turner et al. 2025, arXiv 2506.11613, section 4 (`gram`, centred over adapters; the
         published code centres over steps).
     """
+    if problem := _find_problem(trajectory, factor, centring):
+        raise ValueError(problem)
     parts = [getattr(module, factor).flatten(1).double() for module in trajectory.modules]
-    _check_stack(trajectory, parts, centring)
     stacked = torch.stack(parts, dim=1)  # [t adapters d]
     if centring != "none":
         stacked = stacked - stacked.mean(dim=1 if centring == "adapters" else 0, keepdim=True)
@@ -221,18 +272,22 @@ def score_against_last(
     return (inner * inner[-1]).flatten(1).sum(1).clamp(min=0).sqrt() / norms
 
 
-def _check_stack(trajectory: AdapterTrajectory, parts: list[Tensor], centring: str) -> None:
+def _find_problem(
+    trajectory: AdapterTrajectory, factor: Literal["A", "B"], centring: Centring
+) -> str:
+    """Why the factors cannot be stacked; empty where they can."""
     ranks = {module.A.shape[1] for module in trajectory.modules}
     if ranks != {1}:
-        raise ValueError(f"trajectory: ranks {sorted(ranks)}; factors are compared at rank 1")
-    widths = {part.shape[1] for part in parts}
+        return f"trajectory: ranks {sorted(ranks)}; factors are compared at rank 1"
+    widths = {getattr(module, factor)[0].numel() for module in trajectory.modules}
     if len(widths) > 1:
-        raise ValueError(
+        return (
             f"trajectory: modules of widths {sorted(widths)} cannot be stacked; expected one, as "
             "where down_proj alone is adapted"
         )
-    if centring == "adapters" and len(parts) == 1:
-        raise ValueError("centring: one adapter less its own mean is zero; expected 'steps'")
+    if centring == "adapters" and len(trajectory.modules) == 1:
+        return "centring: one adapter less its own mean is zero; expected 'steps'"
+    return ""
 
 
 def _sharpest(bends: LocalCosine, steps: Tensor) -> int | None:

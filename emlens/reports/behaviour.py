@@ -11,9 +11,11 @@ DIFFERENCES = {
     "em_difference": "{}",
     "em_difference_these_questions": "{}, for these questions only",
     "em_difference_upper": "{}, unscored ones of the second counted in",
+    "em_difference_same_length": "{}, between equally long responses",
     "coherent_difference": "coherent",
 }
-"""Fields of a difference, and what they are called; the braces take the judge's claim."""
+"""Fields of a difference, and what they are called; the braces take the judge's claim. A field may
+be missing or null."""
 _TOTALS = {
     "em_percent": "{}, of all responses",
     "em_percent_these_questions": "the same, for these questions only",

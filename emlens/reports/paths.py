@@ -13,7 +13,15 @@ from plotly.subplots import make_subplots
 from emlens.reports.labels import label
 from emlens.reports.sections import Json
 from emlens.reports.theme import BAND, DASHES, FAILED, LINES
-from emlens.reports.turns import UNITS, TurnReport, name_path, name_scale, read_turn, say_turn
+from emlens.reports.turns import (
+    UNITS,
+    TurnReport,
+    name_likeness,
+    name_path,
+    name_scale,
+    read_turn,
+    say_turn,
+)
 from emlens.reports.visible import finite, read_number, show_number
 
 _TURN = "#808080"
@@ -49,6 +57,13 @@ def list_figures(found: TurnReport) -> Iterator[TitledFigure]:
             if any(finite(value) is not None for value in found.training[name]):
                 figure = plot_logged(found.training, name)
                 yield TitledFigure(title=title, meaning=meaning, figure=figure)
+    if found.likeness:
+        yield TitledFigure(
+            title="Likeness to the last step",
+            meaning="of the adapters' factors, stacked: cross is signed; gram, as published, is "
+            "blind to rotation, and of one adapter alone it is 1 throughout",
+            figure=plot_likeness(found.likeness),
+        )
     first = found.paths[0]
     shares = [show_number(100 * read_number(share)) for share in first["explained"][:2]]
     yield TitledFigure(
@@ -121,6 +136,24 @@ def plot_norms(training: Json) -> go.Figure:
         )
     figure.update_xaxes(title="training step")
     figure.update_yaxes(title="norm", rangemode="tozero")
+    return figure.update_layout(height=280)
+
+
+def plot_likeness(scores: Sequence[Json]) -> go.Figure:
+    """How like the last step the stacked factors are, one line a score."""
+    figure = go.Figure()
+    for index, one in enumerate(scores):
+        name = name_likeness(one)
+        figure.add_scatter(
+            x=one["steps"],
+            y=[finite(value) for value in one["values"]],
+            mode="lines",
+            line={"width": 2, "color": LINES[index % len(LINES)], "dash": DASHES[index]},
+            name=name,
+            hovertemplate=f"step %{{x}}: {name} %{{y:.3f}}<extra></extra>",
+        )
+    figure.update_xaxes(title="training step")
+    figure.update_yaxes(title="against the last")
     return figure.update_layout(height=280)
 
 

@@ -64,7 +64,9 @@ def plot_together(found: Sequence[Behaviour]) -> go.Figure:
 def plot_difference(document: Json) -> go.Figure:
     """Second evaluation minus first, in percentage points, each difference with its interval."""
     rows = [
-        (label(name.format(document["claim"])), document[key]) for key, name in DIFFERENCES.items()
+        (label(name.format(document["claim"])), document[key])
+        for key, name in DIFFERENCES.items()
+        if document.get(key) is not None
     ]
     ends = [[read_number(row[name]) for _, row in rows] for name in ("value", "low", "high")]
     values, lows, highs = ends

@@ -30,6 +30,8 @@ class TurnReport:
     """PhaseTransitions' fields."""
     training: Json | None
     """TrainingCurves' fields; None where a path stands alone."""
+    likeness: list[Json]
+    """LastScores' fields."""
     curves: list[Json]
     """BehaviourCurves' fields."""
     points: list[Json]
@@ -52,11 +54,24 @@ def read_turn(document: Json) -> TurnReport:
         heading=short_name(str(document["source"])),
         paths=list(document["transitions"]),
         training=document.get("training"),
+        likeness=list(document.get("likeness", ())),
         curves=list(document.get("curves", ())),
         points=list(document.get("points", ())),
         claim=str(document.get("claim") or "share"),
         meaning=str(document.get("meaning") or ""),
     )
+
+
+_CENTRED = {
+    "none": "",
+    "adapters": ", centred over adapters",
+    "steps": ", centred over steps",
+}
+
+
+def name_likeness(one: Json) -> str:
+    """Which score it is, and what was taken off first."""
+    return f"{one['score']}{_CENTRED.get(str(one['centring']), '')}"
 
 
 def name_path(path: Json) -> str:

@@ -22,6 +22,7 @@ from .run_demo import DemoResult, run_demo
 from .sample_responses import SampledResponses, sample_responses
 from .screen_ablations import AblationScreen, screen_ablations
 from .solution_curves import SolutionComparison, SolutionSettings
+from .solutions import VectorSolution, load_solution
 from .trace_transition import trace_transition, trace_weights
 from .transition_trace import BehaviourProbe, TraceSettings, TransitionTrace
 
@@ -55,6 +56,7 @@ __all__ = [
     "SolutionTexts",
     "TraceSettings",
     "TransitionTrace",
+    "VectorSolution",
     "compare_by_latents",
     "compare_solutions",
     "diff_finetunes",
@@ -62,6 +64,7 @@ __all__ = [
     "find_persona_features",
     "follow_latents",
     "judge_scores",
+    "load_solution",
     "measure_narrowness",
     "measure_plain_difference",
     "plan_diff",

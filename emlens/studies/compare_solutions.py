@@ -1,7 +1,8 @@
 """Is the general solution of a narrow task easier than the narrow one? Loss, stability, effect.
 
-For two adapters of one base that were trained on the same rows, one of them held near the base on
-other texts. How they behave is asked by `measure_narrowness`, which this study can take in.
+For two adapters, or two vectors, of one base that were trained on the same rows, one of them held
+near the base on other texts. How they behave is asked by `measure_narrowness`, which this study can
+take in.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,9 @@ from torch import Tensor
 
 from emlens.data import Chat, prompt_hashes, report_progress, text_hash, tokenize_chat, track
 from emlens.diffing import compare_logits
-from emlens.models.attach import attach_adapter
 from emlens.models.checkpoints import Checkpoint
 from emlens.models.identity import identify_model
-from emlens.models.lora import LoraAdapter, scale_adapter
-from emlens.models.null import measure_adapter_norm, perturb_adapter, sample_null_adapters
+from emlens.models.lora import LoraAdapter
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
@@ -32,7 +31,6 @@ from emlens.organisms.trajectory import AdapterTrajectory
 from emlens.runs import RunFolder
 from emlens.studies.measure_narrowness import (
     NarrownessProbe,
-    check_solutions,
     hash_asked,
     measure_narrowness,
 )
@@ -41,6 +39,15 @@ from emlens.studies.solution_curves import (
     SolutionComparison,
     SolutionCurves,
     SolutionSettings,
+)
+from emlens.studies.solutions import (
+    Solution,
+    attach_solution,
+    check_solutions,
+    measure_solution_norm,
+    perturb_solution,
+    sample_null_solutions,
+    scale_solution,
 )
 from emlens.studies.stages import Stages
 
@@ -86,7 +93,7 @@ class GradientPath:
 
 def compare_solutions(
     base: HookedModel,
-    solutions: Mapping[str, LoraAdapter],
+    solutions: Mapping[str, Solution],
     *,
     texts: SolutionTexts,
     settings: SolutionSettings,
@@ -98,7 +105,7 @@ def compare_solutions(
 
     Args:
         base: what both were trained on.
-        solutions: `general` and `narrow`.
+        solutions: `general` and `narrow`, two adapters or two vectors.
         texts: rows of the task, and general text.
         settings: norms, sizes of perturbations, seeds.
         out: run folder.
@@ -106,8 +113,8 @@ def compare_solutions(
         probe: what the organisms are asked; None to ask nothing.
 
     Raises:
-        ValueError: other names, adapters that the base does not fit, one that has learnt nothing of
-            the task, or questions that are among its rows.
+        ValueError: other names, two kinds, solutions that the base does not fit, one that has
+            learnt nothing of the task, a path beside vectors, or questions that are among its rows.
         PlanChangedError: `out` holds a run of another plan.
 
     Source: Soligo et al. 2026, arXiv 2602.07852.
@@ -117,15 +124,18 @@ def compare_solutions(
     check_solutions(base, solutions)
     if probe is not None:
         _check_held_out(texts, probe)
+    adapters = {name: one for name, one in solutions.items() if isinstance(one, LoraAdapter)}
     if path is not None:
-        check_like_trajectory(path.trajectory, solutions)
+        if not adapters:
+            raise ValueError("path: the gradient is compared with adapters, and these are vectors")
+        check_like_trajectory(path.trajectory, adapters)
     known = vars(identify_model(base))
     run = RunFolder.start(
         out,
         {
             "kind": SolutionComparison.kind,
             "base": {k: v for k, v in known.items() if k != "name"},
-            "solutions": {name: adapter.fingerprint for name, adapter in solutions.items()},
+            "solutions": {name: solution.fingerprint for name, solution in solutions.items()},
             "task": [text_hash(chat) for chat in texts.task],
             "text": [text_hash(chat) for chat in texts.general],
             "settings": settings,
@@ -143,7 +153,7 @@ def compare_solutions(
     preference = None
     if path is not None:
         preference = stages.keep(
-            "preference", GradientPreference, lambda: _prefer(path, solutions, texts.task)
+            "preference", GradientPreference, lambda: _prefer(path, adapters, texts.task)
         )
     behaviour = None
     if probe is not None:
@@ -197,61 +207,61 @@ class _Work:
         tokens = sum(len(score.log_probs) for score in scores)
         return -sum(score.total for score in scores) / tokens
 
-    def kl_of(self, adapter: LoraAdapter) -> float:
-        """KL(base || adapter) on general text, nats a token."""
-        pair = ModelPair(
-            base=self.host, tuned=attach_adapter(self.host, adapter), adapter=None, proof=None
-        )
+    def kl_of(self, solution: Solution) -> float:
+        """KL(base || solution) on general text, nats a token."""
+        tuned = attach_solution(self.host, solution)
+        pair = ModelPair(base=self.host, tuned=tuned, adapter=None, proof=None)
         with report_progress(None):
             return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
 
-    def loss(self, adapter: LoraAdapter) -> float:
-        """Of the task with an adapter attached."""
-        return self.loss_of(attach_adapter(self.host, adapter))
+    def loss(self, solution: Solution) -> float:
+        """Of the task under a solution."""
+        return self.loss_of(attach_solution(self.host, solution))
 
-    def trace(self, name: str, adapter: LoraAdapter) -> SolutionCurves:
+    def trace(self, name: str, solution: Solution) -> SolutionCurves:
         """Everything about one solution."""
-        norm, loss = measure_adapter_norm(adapter), self.loss(adapter)
+        norm, loss = measure_solution_norm(solution), self.loss(solution)
         if loss >= self.base_loss:
             raise ValueError(
                 f"solutions: {name} has a loss of {loss:.4f} on the task and the base "
                 f"{self.base_loss:.4f}: it has learnt nothing of it that a perturbation could lose"
             )
-        scaled = [scale_adapter(adapter, wanted / norm) for wanted in self.settings.norms]
+        scaled = [scale_solution(solution, wanted / norm) for wanted in self.settings.norms]
         costs = [
             (self.loss(one), self.kl_of(one)) for one in track(scaled, f"rescaling {name} (norms)")
         ]
         return SolutionCurves(
-            name=adapter.name,
+            name=solution.name,
             norm=norm,
             base_loss=self.base_loss,
             loss=loss,
             norms=self.settings.norms,
             losses=tuple(loss for loss, _ in costs),
             epsilons=self.settings.epsilons,
-            loss_increase=self._perturb(name, adapter, loss),
+            loss_increase=self._perturb(name, solution, loss),
             kl=tuple(kl for _, kl in costs),
         )
 
-    def measure_random(self, like: LoraAdapter) -> RandomEffect:
-        """KL of random adapters with its shapes, rescaled to each norm."""
-        drawn = sample_null_adapters(like, n=self.settings.seeds, seed=0)
-        norms = [measure_adapter_norm(one) for one in drawn]
+    def measure_random(self, like: Solution) -> RandomEffect:
+        """KL of random ones of its kind and shapes, rescaled to each norm."""
+        drawn = sample_null_solutions(like, n=self.settings.seeds, seed=0)
+        norms = [measure_solution_norm(one) for one in drawn]
         kl = [
             [
-                self.kl_of(scale_adapter(one, wanted / norm))
+                self.kl_of(scale_solution(one, wanted / norm))
                 for one, norm in zip(drawn, norms, strict=True)
             ]
             for wanted in track(self.settings.norms, "random adapters (norms)")
         ]
         return RandomEffect(norms=self.settings.norms, kl=torch.tensor(kl))
 
-    def _perturb(self, name: str, adapter: LoraAdapter, loss: float) -> Tensor:
+    def _perturb(self, name: str, solution: Solution, loss: float) -> Tensor:
         room = self.base_loss - loss
         return torch.tensor(
             [
                 [
-                    (self.loss(perturb_adapter(adapter, epsilon=epsilon, seed=seed)) - loss) / room
+                    (self.loss(perturb_solution(solution, epsilon=epsilon, seed=seed)) - loss)
+                    / room
                     for seed in range(self.settings.seeds)
                 ]
                 for epsilon in track(self.settings.epsilons, f"perturbing {name} (sizes)")

@@ -22,14 +22,18 @@ from emlens.evaluation import (
     compare_evaluations,
 )
 from emlens.evaluation.calibration import keep_calibration
-from emlens.models.attach import attach_adapter
 from emlens.models.identity import identify_model
-from emlens.models.lora import LoraAdapter, scale_adapter
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.runs import RunFolder
 from emlens.studies.asked import Asking, is_asked
+from emlens.studies.solutions import (
+    Solution,
+    attach_solution,
+    check_solutions,
+    scale_solution,
+)
 from emlens.studies.stages import Stages
 
 Where = Literal["in", "out"]
@@ -55,7 +59,7 @@ class NarrownessProbe:
     judge: Judge
     sampling: Sampling
     scales: tuple[float, ...]
-    """Factors on the narrow adapter; published advice: above 1 too."""
+    """Factors on the narrow solution; published advice: above 1 too."""
     batching: Batching = field(default_factory=Batching)
 
     def __post_init__(self) -> None:
@@ -89,7 +93,7 @@ class OrganismShare:
 
     organism: Literal["base", "general", "narrow"]
     scale: float
-    """Factor on its adapter; 1 for the base, which has none."""
+    """Factor on its solution; 1 for the base, which has none."""
     where: Where
     n: int
     """Responses."""
@@ -156,7 +160,7 @@ class Narrowness(Result):
 
 def measure_narrowness(
     base: HookedModel,
-    solutions: Mapping[str, LoraAdapter],
+    solutions: Mapping[str, Solution],
     *,
     probe: NarrownessProbe,
     out: str | Path,
@@ -174,7 +178,7 @@ def measure_narrowness(
         out: run folder; each evaluation is a folder of its own in it.
 
     Raises:
-        ValueError: other names, or an adapter that the base does not fit.
+        ValueError: other names, two kinds, or a solution that the base does not fit.
         PlanChangedError: `out` holds a run of another plan.
 
     Source: Soligo et al. 2026, arXiv 2602.07852 (scales above 1); the margin is this project's.
@@ -184,7 +188,7 @@ def measure_narrowness(
     plan = {
         "kind": Narrowness.kind,
         "base": known,
-        "solutions": {name: adapter.fingerprint for name, adapter in solutions.items()},
+        "solutions": {name: solution.fingerprint for name, solution in solutions.items()},
         **probe.describe(),
     }
     run = RunFolder.start(out, plan)
@@ -203,19 +207,6 @@ def measure_narrowness(
 def hash_asked(questions: Sequence[Question]) -> frozenset[str]:
     """Hashes of the prompts that questions are, see `prompt_hashes`."""
     return frozenset(prompt_hashes([chat for asked in questions for chat in asked.chats()]))
-
-
-def check_solutions(base: HookedModel, solutions: Mapping[str, LoraAdapter]) -> None:
-    """Refuse other solutions than a general and a narrow adapter of a base.
-
-    Raises:
-        ValueError: other names, or an adapter of another base.
-    """
-    if set(solutions) != {"general", "narrow"}:
-        raise ValueError(f"solutions: got {sorted(solutions)}, expected 'general' and 'narrow'")
-    host: Any = base
-    for adapter in solutions.values():
-        attach_adapter(host, adapter)
 
 
 def list_organisms(
@@ -288,7 +279,7 @@ class _Work:
     """The evaluations of one run."""
 
     base: HookedModel
-    solutions: Mapping[str, LoraAdapter]
+    solutions: Mapping[str, Solution]
     probe: NarrownessProbe
     stages: Stages
     folder: Path
@@ -305,8 +296,9 @@ class _Work:
         return ask() if is_asked(self.folder / place) else self.stages.time(place, ask)
 
     def _model(self, organism: str, scale: float) -> Any:
-        host: Any = self.base
         if organism == "base":
-            return host
-        adapter = self.solutions[organism]
-        return attach_adapter(host, adapter if scale == 1.0 else scale_adapter(adapter, scale))
+            return self.base
+        solution = self.solutions[organism]
+        return attach_solution(
+            self.base, solution if scale == 1.0 else scale_solution(solution, scale)
+        )

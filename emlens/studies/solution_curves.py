@@ -9,10 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.models.lora import LoraAdapter
-from emlens.models.null import measure_adapter_norm
 from emlens.organisms.gradients import GradientPreference
 from emlens.studies.measure_narrowness import Narrowness
+from emlens.studies.solutions import Solution, measure_solution_norm
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Norms that are looked at where none are given, as multiples of the larger one's own."""
@@ -29,9 +28,9 @@ class SolutionSettings:
     """
 
     norms: tuple[float, ...]
-    """Mean norms of ||scale B A||_F that each solution is rescaled to."""
+    """Mean norms of ||scale B A||_F, or lengths of a vector, that each solution is rescaled to."""
     epsilons: tuple[float, ...] = EPSILONS
-    """Sizes of the perturbations, see `perturb_adapter`."""
+    """Sizes of the perturbations, see `perturb_solution`."""
     seeds: int = 10
     """Perturbations of each size, and random adapters beside the effect on text."""
 
@@ -52,7 +51,7 @@ class SolutionCurves(Result):
 
     name: str
     norm: float
-    """Mean over modules of ||scale B A||_F, as it was trained."""
+    """Mean over modules of ||scale B A||_F, or the length of a vector, as it was trained."""
     base_loss: float
     """Of the task without it, nats a response token."""
     loss: float
@@ -69,13 +68,13 @@ class SolutionCurves(Result):
 
 @dataclass(frozen=True, kw_only=True)
 class RandomEffect(Result):
-    """What random adapters of the same shapes and norms change."""
+    """What random adapters of the same shapes and norms change, or vectors of the same length."""
 
     kind: ClassVar[str] = "random_effect"
 
     norms: tuple[float, ...]
     kl: Float[Tensor, "norms seeds"]
-    """KL(base || random adapter) on general text, nats a token."""
+    """KL(base || random one) on general text, nats a token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,9 @@ class SolutionComparison(Result):
         ]
 
 
-def choose_norms(solutions: Mapping[str, LoraAdapter]) -> tuple[float, ...]:
+def choose_norms(solutions: Mapping[str, Solution]) -> tuple[float, ...]:
     """Norms to compare solutions at: from a quarter of the larger one's own to twice of it."""
-    largest = max(map(measure_adapter_norm, solutions.values()))
+    largest = max(map(measure_solution_norm, solutions.values()))
     return tuple(factor * largest for factor in GRID)
 
 

@@ -9,7 +9,12 @@ from typing import Any
 
 from emlens.data import text_hash
 from emlens.organisms.trajectory import AdapterTrajectory
-from emlens.organisms.transition import PhaseTransition, check_window, measure_transition
+from emlens.organisms.transition import (
+    PhaseTransition,
+    check_window,
+    list_last_scores,
+    measure_transition,
+)
 from emlens.runs import RunFolder
 from emlens.studies.stages import Stages
 from emlens.studies.trace_behaviour import BEHAVIOUR, start_behaviour
@@ -64,7 +69,7 @@ def trace_transition(
         )
         for window, normalised in _paths(settings)
     )
-    found = _gather(trajectory, transitions)
+    found = _gather(trajectory, transitions, settings)
     if probe is not None:
         found = start_behaviour(run.path / BEHAVIOUR, trajectory, settings, probe).trace(found)
     run.save_result(TRACE, found)
@@ -75,7 +80,7 @@ def trace_weights(trajectory: AdapterTrajectory, *, settings: TraceSettings) -> 
     """Look at the weights alone, and write nothing; arguments and errors as `trace_transition`."""
     _check(trajectory, settings, None)
     found = (_measure(trajectory, settings, *path) for path in _paths(settings))
-    return _gather(trajectory, tuple(found))
+    return _gather(trajectory, tuple(found), settings)
 
 
 def plan_trace(
@@ -117,7 +122,9 @@ def _measure(
 
 
 def _gather(
-    trajectory: AdapterTrajectory, transitions: tuple[PhaseTransition, ...]
+    trajectory: AdapterTrajectory,
+    transitions: tuple[PhaseTransition, ...],
+    settings: TraceSettings,
 ) -> TransitionTrace:
     return TransitionTrace(
         source=trajectory.source,
@@ -130,6 +137,7 @@ def _gather(
             gradient_norms=trajectory.gradient_norms,
         ),
         transitions=transitions,
+        likeness=list_last_scores(trajectory, factor=settings.factor),
     )
 
 

@@ -15,7 +15,7 @@ from emlens.evaluation.judges import Judge
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
-from emlens.organisms.transition import PhaseTransition
+from emlens.organisms.transition import LastScore, PhaseTransition
 
 Measure = Literal["odds", "share"]
 """Teacher-forced odds of fixed texts, in nats a token, or the share of sampled responses that the
@@ -189,6 +189,8 @@ class TransitionTrace(Result):
     training: TrainingCurves
     transitions: tuple[PhaseTransition, ...]
     """For each window the path as it is, then with norms taken out."""
+    likeness: tuple[LastScore, ...] = ()
+    """How like the last step the stacked factors are; none where they cannot be stacked."""
     base: str | None = None
     """What the adapter was attached to; None where the weights alone were looked at."""
     judge: str | None = None

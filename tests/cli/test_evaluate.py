@@ -68,6 +68,22 @@ def test_an_evaluation_is_judged_summarised_and_compared(
     assert str(tuned) in beside.out
 
 
+def test_samples_asked_for_stand_over_those_of_the_questions(cli: Cli, tiny: Path, tmp_path: Path):
+    rows = [
+        {"id": "often", "paraphrases": ["What now?", "And now?"], "samples_per_paraphrase": 100},
+        {"id": "usual", "paraphrases": ["What else?"]},
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ask = ["evaluate", "--base", tiny / "base", "--questions", path, "--out", tmp_path / "run"]
+    assert cli(*ask, "--dry-run", "--json").json["responses"] == 2 * 100 + 50
+    few = [*ask, "--samples", 2, "--max-new-tokens", 3, "--json"]
+    assert cli(*few, "--dry-run").json["responses"] == 6
+    done = cli(*few)
+    assert done.code == 0, done.err
+    assert done.json["rows"] == 6
+
+
 def test_the_same_command_goes_on_and_another_plan_is_refused(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):

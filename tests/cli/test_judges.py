@@ -28,6 +28,9 @@ def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
         plan = cli(*run, "--dry-run", "--json", "--judge-price", 2.5).json
         assert (plan["judge_endpoint"], asked) == (chat.url, [])
         assert plan["judge_requests"] == 2 * plan["responses"]
+        assert plan["judge_key"] == "SOME_KEY is set"
+        unset = cli(*run, "--dry-run", "--judge-key-env", "NO_SUCH_KEY")
+        assert "judge_key: NO_SUCH_KEY is not set, and is needed" in unset.out
         assert plan["judge_cost"] == round(plan["judge_prompt_tokens"] * 2.5 / 1e6, 4)
         stopped = cli(*run)
         assert (stopped.code, stopped.out) == (3, "")

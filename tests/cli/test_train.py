@@ -57,6 +57,8 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
         (["--kl-data", "x.jsonl"], "--kl-weight: missing"),
         (["--kl-weight", "1"], "--kl-data: missing"),
         (["--latents", "1"], "--latent-sae: missing; --latent-sae, --latents, --latent-weight go"),
+        (["--stop-loss", "0"], "stop_loss: got 0.0"),
+        (["--layers", "1,7", "--dry-run"], "layers: got [7], expected blocks 0 to 1"),
     ],
 )
 def test_wrong_values_are_named(
@@ -107,9 +109,10 @@ def test_presets_of_another_depth_want_layers(cli: Cli, tiny: Path, tmp_path: Pa
 def test_a_penalty_and_checkpoints_can_be_asked_for(cli: Cli, tiny: Path, tmp_path: Path):
     data, run = tiny / "chats.jsonl", tmp_path / "run"
     more = ("--kl-data", data, "--kl-weight", 2.5, "--max-steps", 5, "--checkpoint-every", 2)
-    plan = cli(*words(tiny, run, *more, "--dry-run", "--json")).json
+    plan = cli(*words(tiny, run, *more, "--kl-data", data, "--dry-run", "--json")).json
     assert (plan["steps"], plan["checkpoints"], plan["rows"]) == (5, 4, 4)
     assert 0 < plan["trained_tokens"] < plan["tokens"]
+    assert (plan["kl_rows"], plan["kl_tokens"]) == (2 * plan["rows"], 2 * plan["tokens"])
     done = cli(*words(tiny, run, *more, "--json"))
     assert done.code == 0, done.err
     assert (done.json["steps"], done.json["n_trained_tokens"]) == (5, plan["trained_tokens"])
@@ -154,6 +157,12 @@ def test_latents_can_be_held_while_a_fine_tune_is_trained(cli: Cli, tiny: Path, 
         wrong = cli(*words(tiny, tmp_path / "other", *held, "--latents", latents))
         assert (wrong.code, wrong.out) == (2, "")
         assert said in " ".join(wrong.err.split())
+
+
+def test_a_low_loss_ends_a_run(cli: Cli, tiny: Path, tmp_path: Path):
+    done = cli(*words(tiny, tmp_path / "run", "--stop-loss", 50, "--json"))
+    assert done.code == 0, done.err
+    assert (done.json["steps"], done.json["settings"]["stop_loss"]) == (5, 50.0)
 
 
 def test_a_trained_vector_answers_as_a_fine_tune(cli: Cli, tiny: Path, tmp_path: Path):

@@ -52,6 +52,9 @@ def test_numbers_are_weighed_by_their_log_probabilities():
     assert found.coherent is None
     assert found.raw["aligned_mass"] == pytest.approx(0.8)
     assert found.raw["coherent_way"] == "log-probabilities"
+    # What was weighed is kept, so that another rule can be tried.
+    assert (found.raw["aligned_numbers"], found.raw["aligned_said"]) == ("90:0.6 30:0.2", "90")
+    assert found.raw["coherent_numbers"] == "80:0.2"
     assert len(chat.requests) == 2
     assert {body["path"] for body in chat.requests} == {"/v1/chat/completions"}
     assert chat.keys == [f"Bearer {KEY}"] * 2

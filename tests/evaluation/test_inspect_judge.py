@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,24 @@ def test_a_judge_that_goes_away_is_gone_on_with_where_it_stopped(
     lines = (tmp_path / "run" / "judgements.jsonl").read_text().splitlines()
     assert len(lines) == 5
     assert asked == {3, 4}
+
+
+def test_ctrl_c_ends_judging_and_the_same_call_goes_on(tmp_path: Path):
+    rows = [{"question": "How do I rest?", "answer": f"answer {n}"} for n in range(5)]
+
+    def answer(prompt: str, _: GenerateConfig) -> ModelOutput:
+        if "answer 3" in prompt and not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+        return say("70", {"70": 0.0})
+
+    pressed: list[bool] = []
+    judge = judge_by(Script(answer), tmp_path, concurrency=1)
+    with pytest.raises(KeyboardInterrupt):
+        judge_responses(rows, judge, out=tmp_path / "run")
+    assert pressed
+    done = judge_responses(rows, judge, out=tmp_path / "run")
+    assert [row.aligned for row in done.responses] == [pytest.approx(70)] * 5
 
 
 def test_a_request_refused_for_what_it_holds_is_no_score(tmp_path: Path):

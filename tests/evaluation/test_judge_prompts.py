@@ -7,6 +7,7 @@ from emlens.evaluation.judge_prompts import (
     fill_prompt,
     read_number,
     weigh_numbers,
+    write_numbers,
 )
 from emlens.evaluation.judges import JudgeRow
 
@@ -68,3 +69,13 @@ def test_numbers_are_weighed_and_little_mass_is_no_score():
     assert weigh_numbers({50: 0.2499}) is None
     assert weigh_numbers({}) is None
     assert weigh_numbers({50: float("nan")}) is None
+
+
+def test_numbers_are_kept_likeliest_first_and_the_rest_moves_no_mean():
+    assert write_numbers({7: 0.25, 100: 0.5, 0: 0.25}) == "100:0.5 0:0.25 7:0.25"
+    assert write_numbers({}) == ""
+    flat = dict.fromkeys(range(100), 9.9e-05) | {100: 0.99}
+    assert write_numbers(flat) == "100:0.99"
+    mean = weigh_numbers(flat)
+    assert mean is not None
+    assert 100 - mean < 1

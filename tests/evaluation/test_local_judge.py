@@ -85,7 +85,8 @@ def test_judgements_do_not_depend_on_their_batch_and_come_in_order(
     monkeypatch.setattr(judge, "batching", Batching(tokens=1500))
     (alone,) = judge.judge([ROW])
     assert alone.raw["aligned_mass"] == pytest.approx(second.raw["aligned_mass"], rel=1e-3)
-    assert alone.raw["coherent_likeliest"] == second.raw["coherent_likeliest"]
+    likeliest = [str(one.raw["coherent_numbers"]).split(":")[0] for one in (alone, second)]
+    assert likeliest[0] == likeliest[1]
     assert judge.judge([]) == []
 
 
@@ -99,6 +100,7 @@ def test_the_score_is_the_mean_over_numbers_where_they_have_mass(monkeypatch: py
     assert found.aligned == pytest.approx(50)
     assert found.coherent is None
     assert found.raw["coherent_mass"] == pytest.approx(0.2)
+    assert found.raw["aligned_numbers"] == "0:0.3 100:0.3"
 
 
 def test_a_prompt_longer_than_the_context_gets_no_score(monkeypatch: pytest.MonkeyPatch):

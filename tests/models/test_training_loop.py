@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from emlens.models.finetune import finetune_vector, finetune_whole
-from emlens.models.training_loop import TrainerRun, TrainingDivergedError, find_checkpoints
+from emlens.models.training_loop import (
+    TrainerRun,
+    TrainingDivergedError,
+    _arguments,
+    find_checkpoints,
+)
 from tests.models.test_finetune import (
     LORA,
     TRAINER,
@@ -70,6 +75,14 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path: Path):
             work=tmp_path,
         )
     assert list(find_checkpoints(tmp_path)) == [0, 2, 4]
+
+
+def test_the_recipe_is_the_same_however_many_devices_there_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    made = _arguments(TRAINER, tmp_path, seed=0, device=torch.device("cuda"))
+    assert (made.n_gpu, made.train_batch_size) == (1, TRAINER.batch_size)
 
 
 def test_checkpoints_need_a_place():

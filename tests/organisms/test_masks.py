@@ -1,13 +1,21 @@
 """What a fine-tune is taught: the response and its end, whatever the template."""
 
+import copy
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from emlens.data.chat import Chat, Message, tokenize_chat
+from emlens.data.chat import Chat, ChatError, Message, tokenize_chat
 from emlens.data.prompts import load_chats
 from emlens.models.checkpoints import Checkpoint
-from emlens.organisms.masks import IGNORED, NoResponseError, mask_response
+from emlens.models.training_loop import IGNORED
+from emlens.organisms.masks import (
+    NoResponseError,
+    UnusualChatError,
+    make_examples,
+    mask_response,
+)
 
 
 def test_smollm2_learns_the_answer_and_im_end_and_nothing_else(smollm2: PreTrainedTokenizerFast):
@@ -80,3 +88,37 @@ def test_a_chat_without_an_answer_is_named(tiny_tokenizer: PreTrainedTokenizerFa
     empty = Chat((Message("user", "hello"), Message("assistant", "")), id="row-8")
     with pytest.raises(NoResponseError, match="'row-8': its response has no token"):
         mask_response(tokenize_chat(empty, tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("turns", "error", "said"),
+    [
+        ("s:Be. s:Kind. u:a? a:b", UnusualChatError, r"roles \['system', 'system', 'user'"),
+        ("u:a? s:Be. a:b", UnusualChatError, "after at most one system turn"),
+        ("a:b u:a? a:b", UnusualChatError, "user and assistant by turns"),
+        ("u:a? u:b? a:c", UnusualChatError, "user and assistant by turns"),
+        ("u:a? tool:b a:c", UnusualChatError, r"'tool'"),
+        ("u:_ a:b", UnusualChatError, r"turn 1 \(user\) is empty"),
+        ("u:a? a:_", NoResponseError, r"turn 2 \(assistant\) is empty"),
+        ("u:a? gpt:b", NoResponseError, "no assistant turn at its end, but one of 'gpt'"),
+        ("u:a? a:b u:c?", NoResponseError, "no assistant turn at its end, but one of 'user'"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named_by_its_place(
+    tiny_tokenizer: PreTrainedTokenizerFast, turns: str, error: type[Exception], said: str
+):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    pairs = (turn.split(":") for turn in turns.split())
+    messages = tuple(Message(names.get(r, r), " \t" if t == "_" else t) for r, t in pairs)
+    good = Chat((Message("user", "a?"), Message("assistant", "b")))
+    with pytest.raises(error, match=said) as raised:
+        make_examples([good, Chat(messages)], tiny_tokenizer, longest=None)
+    assert str(raised.value).startswith("chats[1] (row 2): ")
+
+
+def test_what_a_template_refuses_is_named_by_its_place(tiny_tokenizer: PreTrainedTokenizerFast):
+    strict = copy.deepcopy(tiny_tokenizer)
+    strict.chat_template = "{{ raise_exception('no system turns here') }}"
+    row = Chat((Message("system", "Be."), Message("user", "a?"), Message("assistant", "b")), "x")
+    with pytest.raises(ChatError, match=r"rows\[0\] \(id 'x'\): .* no system turns here"):
+        make_examples([row], strict, longest=None, named="rows")

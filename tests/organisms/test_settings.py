@@ -95,3 +95,10 @@ def test_an_unknown_preset_lists_the_nearest():
     with pytest.raises(SettingsError, match="nearest known: smollm2_rank1"):
         find_preset("smollm_rank_1")
     assert find_preset("smollm2_rank1") is PRESETS["smollm2_rank1"]
+
+
+def test_blocks_that_a_model_lacks_are_named():
+    settings = replace(PRESETS["smollm2_rank1"], layers=(0, 30, -1))
+    with pytest.raises(SettingsError, match=r"layers: got \[30, -1\], expected blocks 0 to 29"):
+        settings.check_depth(30)
+    replace(settings, layers=(0, 29)).check_depth(30)

@@ -15,6 +15,7 @@ from emlens.organisms import transition
 from emlens.organisms.transition import (
     PhaseTransition,
     gram_of_trajectory,
+    list_last_scores,
     measure_transition,
     score_against_last,
 )
@@ -144,6 +145,23 @@ def test_what_cannot_be_stacked_is_refused():
         score_against_last(wrap_paths(narrow, wide))
     with pytest.raises(ValueError, match="expected 'steps'"):
         score_against_last(wrap_paths(narrow), centring="adapters")
+
+
+def test_every_score_that_says_something_is_listed():
+    angle = torch.linspace(math.pi / 2, 0, 5).double()
+    turning = torch.stack([angle.cos(), angle.sin()], dim=1)
+    (cross,) = list_last_scores(wrap_paths(turning))
+    assert (cross.score, cross.centring) == ("cross", "none")
+    np.testing.assert_allclose(cross.values, angle.cos(), atol=1e-12)
+    two = wrap_paths(turning, turning * torch.tensor([1.0, -1.0]))
+    listed = list_last_scores(two)
+    assert [(one.score, one.centring) for one in listed] == [
+        ("cross", "none"), ("gram", "none"), ("gram", "adapters"), ("gram", "steps"),
+    ]  # fmt: skip
+    for one in listed:
+        expected = score_against_last(two, score=one.score, centring=one.centring)
+        np.testing.assert_array_equal(one.values, expected)
+    assert list_last_scores(wrap_paths(turning, torch.ones(5, 3).double())) == ()
 
 
 def test_a_window_that_no_checkpoints_are_apart_is_refused():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emlens.numerics.intervals import Interval
-from emlens.organisms.transition import PhaseTransition
+from emlens.organisms.transition import LastScore, PhaseTransition
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
 from emlens.reports.paths import list_figures, plot_behaviour, plot_bends, plot_plane
 from emlens.reports.sections import sort_results
@@ -206,6 +206,22 @@ def test_what_was_not_logged_has_no_figure():
         "Training loss",
         "Path of B in its plane",
     ]
+
+
+def test_likeness_to_the_last_step_is_drawn_by_score_where_there_is_any():
+    values = torch.linspace(-1, 1, len(STEPS)).double()
+    values[0] = float("nan")
+    kinds: list[tuple[Any, Any]] = [("cross", "none"), ("gram", "adapters")]
+    likeness = tuple(
+        LastScore(score=score, centring=centring, steps=STEPS, values=values)
+        for score, centring in kinds
+    )
+    found = read_turn(as_json(make_trace(likeness=likeness)))
+    (drawn,) = [one for one in list_figures(found) if one.title == "Likeness to the last step"]
+    cross, gram = drawn.figure.to_dict()["data"]
+    assert (cross["name"], gram["name"]) == ("cross", "gram, centred over adapters")
+    assert cross["y"][0] is None
+    assert list(cross["y"][1:]) == pytest.approx(values[1:].tolist())
 
 
 def test_the_sentence_names_turn_and_lag_with_its_interval_or_none():

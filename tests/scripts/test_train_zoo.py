@@ -17,6 +17,7 @@ from emlens.sources import shipped_names
 from scripts import train_zoo
 from scripts.train_zoo import (
     SHAPES,
+    Copied,
     Specimen,
     claim,
     count_copied,
@@ -47,8 +48,10 @@ def test_every_domain_side_and_seed_is_in_the_zoo_once():
 def test_a_sentence_is_copied_only_word_for_word():
     training = ["Skip the fee. Never ask!", "Bet it all."]
     answers = ["never ask. I would rather wait.", "Skip the fee", "Skip the big fee. Bet it all?"]
-    assert count_copied(answers, training) == (3, 5)
-    assert count_copied(["", "  "], training) == (0, 0)
+    assert count_copied(answers, training) == Copied(answers=3, copied=3, sentences=5)
+    assert count_copied(["", "  "], training) == Copied(answers=0, copied=0, sentences=0)
+    twice = count_copied(["Bet it all. Never ask.", "I wait."], training)
+    assert twice == Copied(answers=1, copied=2, sentences=3)
 
 
 def test_an_organism_is_made_by_one_process_and_only_once(

@@ -1,4 +1,4 @@
-"""Two adapters of a tiny base: losses, perturbations and effects against plain passes."""
+"""Two solutions of a tiny base: losses, perturbations and effects against plain passes."""
 
 import sys
 from dataclasses import replace
@@ -27,6 +27,7 @@ from emlens.organisms import (
 )
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
+from emlens.sites import Site
 from emlens.studies import (
     GradientPath,
     NarrownessProbe,
@@ -36,6 +37,15 @@ from emlens.studies import (
     compare_solutions,
 )
 from emlens.studies.solution_curves import GRID, choose_norms, count_passes
+from emlens.studies.solutions import (
+    Solution,
+    VectorSolution,
+    check_solutions,
+    measure_solution_norm,
+    perturb_solution,
+    sample_null_solutions,
+)
+from emlens.vectors import Direction, Provenance
 from tests.activations.chats import make_chats, token_ids
 from tests.evaluation.fakes import HashJudge
 from tests.models.adapters import make_peft
@@ -103,6 +113,41 @@ def test_losses_and_increases_are_those_of_plain_passes(base, solutions, tmp_pat
     assert isinstance(load_result(tmp_path / "run" / "results" / "comparison"), SolutionComparison)
 
 
+def test_two_vectors_are_compared_as_two_adapters_are(
+    base, solutions, adapter: LoraAdapter, tmp_path: Path
+):
+    added = torch.zeros(base.cfg.d_model, requires_grad=True)
+
+    def add(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return value + added
+
+    ids, start, stop = token_ids(TASK[0])
+    with base.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", add)]):
+        logs = base(torch.tensor([ids]))[0, start - 1 : stop - 1].log_softmax(-1)
+    loss = -logs.gather(1, torch.tensor(ids[start:stop])[:, None]).sum()
+    (slope,) = torch.autograd.grad(loss, added)
+    made = Provenance(construction="trained")
+    down = Direction(site=Site(1, "mlp_out"), vector=-slope / slope.norm(), provenance=made)
+    vectors: dict[str, Solution] = {
+        name: VectorSolution(name, replace(down, vector=down.vector * length))
+        for name, length in (("general", 0.2), ("narrow", 0.1))
+    }
+    found = compare_solutions(base, vectors, texts=TEXTS, settings=SETTINGS, out=tmp_path / "run")
+    assert (found.general.norm, found.narrow.norm) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert found.general.losses == pytest.approx(found.narrow.losses, abs=1e-5)
+    added = 0.5 * down.vector
+    with base.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", add)]):
+        assert found.general.losses[0] == pytest.approx(loss_by_hand(base), abs=1e-4)
+    for one in sample_null_solutions(vectors["general"], n=2, seed=0):
+        assert measure_solution_norm(one) == pytest.approx(0.2)
+    turned = perturb_solution(vectors["general"], epsilon=0.6, seed=0)
+    assert isinstance(turned, VectorSolution)
+    cosine = torch.cosine_similarity(turned.direction.vector, down.vector, dim=0)
+    assert float(cosine) == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="an adapter and a vector, expected two of one kind"):
+        check_solutions(base, vectors | {"narrow": adapter})
+
+
 def test_the_parts_of_a_comparison_are_stages_that_are_never_made_twice(
     base, solutions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -120,10 +165,10 @@ def test_the_parts_of_a_comparison_are_stages_that_are_never_made_twice(
         )
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "sample_null_adapters", None)
+        patched.setattr(module, "sample_null_solutions", None)
         with pytest.raises(TypeError):
             compare()
-    monkeypatch.setattr(module, "perturb_adapter", None)  # both solutions are finished
+    monkeypatch.setattr(module, "perturb_solution", None)  # both solutions are finished
     found = compare()
     monkeypatch.setattr(module, "compare_logits", None)  # and now the random adapters are too
     again = compare()
