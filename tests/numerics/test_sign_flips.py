@@ -98,7 +98,7 @@ def test_the_tail_is_near_the_exact_p_where_that_can_be_computed(target: float):
         sums = enumerate_sums(d)
         wanted = np.sort(sums)[-max(1, round(target * len(sums)))]
         bits = int(np.flatnonzero(np.isclose(sums, wanted, rtol=0, atol=1e-12))[0])
-        # `enumerate_sums` appends the sums that subtract, so that the last value has the highest bit.
+        # The sums that subtract come last, so that the last value has the highest bit.
         signs = [1, *[1 - 2 * (bits >> k & 1) for k in range(19)]]
         columns.append(d * np.array(signs))
         exact.append(float(np.mean(sums >= abs(columns[-1].sum()) - 1e-9)))
