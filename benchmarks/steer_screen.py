@@ -113,9 +113,10 @@ def _compare(timings: Timings, dtype: str, settings: Settings) -> list[Figure]:
 def make_bench(dtype: str, settings: Settings) -> Bench:
     """Load a model, lay out its chats in one batch, draw vectors of a tenth of its stream."""
     hf = load_hugging_face(dtype, settings)
-    model = lay_views(hf, load_tokenizer(settings))
+    tokenizer: Any = load_tokenizer(settings)
+    model = lay_views(hf, tokenizer)
     chats = tuple(
-        tokenize_chat(chat, model.tokenizer) for chat in make_chats(settings, *CHATS[settings.size])
+        tokenize_chat(chat, tokenizer) for chat in make_chats(settings, *CHATS[settings.size])
     )
     ids, _ = pad_texts([chat.ids[: count_read(chat)] for chat in chats], side="right")
     site = Site(model.cfg.n_layers // 2 - 1, "resid_post")

@@ -1,8 +1,9 @@
 """Latent scaling: whether a crosscoder's latent is of both models or of one alone.
 
 A decoder norm near zero does not say so by itself: a crosscoder can leave a latent out of a model
-that has it. One trained with an L1 penalty does that often: of 3,176 latents that it called
-tuned-only, 134 were (Minder et al. 2025). So each model is asked how much of the latent it holds.
+that has it. One trained with an L1 penalty does that often: it had 3,176 tuned-only latents by
+their norms where BatchTopK had 134 (Minder et al. 2025). So each model is asked how much of the
+latent it holds.
 """
 
 from collections.abc import Iterable

@@ -46,7 +46,7 @@ def cap_latent(
         CodecError: a latent that the codec does not have.
         ValueError: a threshold below 0 or none, or an unknown side.
 
-    Source: Templeton et al. 2024, Scaling Monosemanticity, section "Feature clamping".
+    Source: Templeton et al. 2024, Scaling Monosemanticity (features clamped to a value).
     Differs: a limit instead of one value.
     """
     (own,) = check_latents(codec, [latent])

@@ -57,8 +57,8 @@ class FeatureCard:
     """Windows from all strengths, the weakest first: a latent means what these have in common, not
     only what its peaks do."""
     lens: LogitLens | None
-    """Tokens that it promotes and suppresses; None where it does not write to the residual
-    stream."""
+    """Tokens that it promotes and suppresses, by the base's output; None where it does not write to
+    the residual stream."""
     directions: tuple[VectorCosine, ...]
     """Of W_dec with the directions given."""
     writes: tuple[VectorCosine, ...]

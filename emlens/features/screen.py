@@ -22,7 +22,10 @@ from emlens.features.screen_work import ScreenWork
 from emlens.features.steering import check_latents, decoder_directions, draw_directions
 from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
+from emlens.runs import RunFolder
 from emlens.sites import check_sites
+
+RESULT_NAME = "screen"
 
 
 def screen_features(
@@ -52,8 +55,9 @@ def screen_features(
         texts: answered chats, misaligned (positive) and aligned; at best to the same prompts.
         scores: `sampled` and `coherence` are asked; the texts stand for `teacher_forced`.
         settings: strengths, prompts, numbers of controls.
-        out: a folder that keeps every part as it is finished; the same call on it goes on. It knows
-            models, codec, texts and settings, and no judge: give each judge a folder of its own.
+        out: a run folder that keeps every part as it is finished, and the result; the same call on
+            it goes on. It knows models, codec, texts and settings, and no judge: give each judge a
+            folder of its own.
 
     Raises:
         CodecError: a latent that the codec does not have, or another width than that of its site.
@@ -84,7 +88,10 @@ def screen_features(
             journal=journal,
             unit=unit,
         )
-        return work.sample(work.force(fixed, texts))
+        screen = work.sample(work.force(fixed, texts))
+    if out is not None:
+        RunFolder.open(out).save_result(RESULT_NAME, screen)
+    return screen
 
 
 def _plan(

@@ -37,8 +37,8 @@ class LatentPenalty:
             have, a weight that is not positive, or a crosscoder.
 
     Source: BLOCK-EM 2026, arXiv 2602.00767 (its two sets of latents are called K+ and K-).
-    Differs: a mean over response tokens instead of a sum over a batch, and on texts of its own: the
-        rows that are trained on, where these are given as `chats`.
+    Differs: the mean over response tokens, on texts of its own: the rows that are trained on, where
+        these are given as `chats`.
     """
 
     chats: Sequence[Chat]

@@ -1,5 +1,7 @@
 """Checkpoints: nested states come back bit for bit, and half a file is never taken for one."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,10 +23,16 @@ STATE = {
 }
 
 
+def read(folder) -> dict[str, Any]:
+    found = read_checkpoint(folder)
+    assert found is not None
+    return found
+
+
 def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert read_checkpoint(tmp_path) is None
     write_checkpoint(tmp_path, STATE)
-    found = read_checkpoint(tmp_path)
+    found = read(tmp_path)
     assert {name: found[name] for name in ("step", "points", "none")} == {
         name: STATE[name] for name in ("step", "points", "none")
     }
@@ -45,7 +53,7 @@ def test_a_write_that_fails_leaves_the_state_before(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         write_checkpoint(tmp_path, STATE | {"step": 4})
-    assert read_checkpoint(tmp_path)["step"] == 3
+    assert read(tmp_path)["step"] == 3
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: b"{}", lambda data: b""])
@@ -71,7 +79,7 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped(tmp_path):
             write_checkpoint(tmp_path, {"w": whole.detach(), "adam": optimizer_state(adam)})
         step(whole, adam, number)
     resumed, again = make()
-    kept = read_checkpoint(tmp_path)
+    kept = read(tmp_path)
     with torch.no_grad():
         resumed.copy_(kept["w"])
     restore_optimizer(again, kept["adam"])

@@ -1,10 +1,12 @@
 """Settings of codec training: what no codec can be trained with is refused by name."""
 
+from typing import Any
+
 import pytest
 
 from emlens.codecs.settings import CodecSettingsError, CrosscoderSettings, SaeSettings
 
-SIZES = {"d_sae": 64, "k": 4, "steps": 100}
+SIZES: dict[str, Any] = {"d_sae": 64, "k": 4, "steps": 100}
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ SETTINGS = SaeSettings(
 
 def number_rows(sizes, *, start=0):
     """Tensors of so many rows that say their own numbers."""
-    ends = torch.tensor([0, *sizes]).cumsum(0) + start
+    ends = (torch.tensor([0, *sizes]).cumsum(0) + start).tolist()
     return [torch.arange(a, b).double()[:, None] for a, b in pairwise(ends)]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -170,7 +171,8 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path):
     whole = train(corpus(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(CutShort(corpus(), before=6), tmp_path / "cut")
-    assert read_checkpoint(tmp_path / "cut")["step"] == 30
+    found: Any = read_checkpoint(tmp_path / "cut")
+    assert found["step"] == 30
     with pytest.raises(ArtifactError, match="result"):
         read_training(tmp_path / "cut")
     resumed = train(corpus(), tmp_path / "cut")
@@ -190,7 +192,8 @@ def test_a_run_goes_on_over_the_end_of_a_pass(tmp_path):
     cut = CutShort(few, before=15, number=3)
     with pytest.raises(KeyboardInterrupt):
         train(cut, tmp_path / "cut", settings=settings)
-    assert read_checkpoint(tmp_path / "cut")["step"] == 20
+    found: Any = read_checkpoint(tmp_path / "cut")
+    assert found["step"] == 20
     resumed = train(few, tmp_path / "cut", settings=settings)
     assert resumed.fingerprint == whole.fingerprint
 
@@ -216,7 +219,8 @@ def test_nan_ends_the_run_with_the_last_checkpoint_kept(tmp_path):
     parts[7][5, 3] = torch.nan
     with pytest.raises(CodecDivergedError, match=r"batch of step 37 holds NaN.*after 30 steps"):
         train(parts, tmp_path / "run")
-    assert read_checkpoint(tmp_path / "run")["step"] == 30
+    found: Any = read_checkpoint(tmp_path / "run")
+    assert found["step"] == 30
     repaired = train(corpus(), tmp_path / "run")
     assert repaired.fingerprint == train(corpus(), tmp_path / "whole").fingerprint
 

@@ -1,6 +1,7 @@
 """Training of crosscoders: latents of one model alone are found, and no others are called so."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def test_latents_of_one_model_alone_are_found_and_no_others_called_so(trained):
     crosscoder, _ = trained
     fresh = Planted(DICTIONARY, l0=L0, scales=SCALES, seed=4).draw(4000)
     scaling = measure_latent_scaling(crosscoder, [fresh])
-    for kind, planted, model in (("tuned_only", TUNED_ONLY, 1), ("base_only", BASE_ONLY, 0)):
+    kinds: Any = (("tuned_only", TUNED_ONLY, 1), ("base_only", BASE_ONLY, 0))
+    for kind, planted, model in kinds:
         found = find_planted(crosscoder.W_dec[model], scaling.latents(kind))
         precision = sum(number in planted for number in found) / len(found)
         recall = len(set(found) & set(planted)) / len(planted)
@@ -140,7 +142,8 @@ def test_an_interrupted_training_ends_as_one_that_was_not(tmp_path):
     whole = train(corpus(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         train(CutShort(corpus(), before=3), tmp_path / "cut")
-    assert read_checkpoint(tmp_path / "cut")["step"] == 20
+    found: Any = read_checkpoint(tmp_path / "cut")
+    assert found["step"] == 20
     resumed = train(corpus(), tmp_path / "cut")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
         assert torch.equal(getattr(resumed, name), getattr(whole, name))
@@ -161,7 +164,8 @@ def test_dead_latents_are_revived(tmp_path):
             trainer.weights_now["b_enc"][:18] = -8.0
         for _ in range(249):
             trainer.step(planted.draw(256), recording=False)
-        share[coefficient] = trainer.step(planted.draw(256), recording=True).dead_share
+        last: Any = trainer.step(planted.draw(256), recording=True)
+        share[coefficient] = last.dead_share
     assert share[0.0] >= 0.4
     assert share[1 / 32] < 0.25
 

@@ -13,13 +13,16 @@ from emlens.features import FeatureDiff, SaeHealth, check_sae, compare_features,
 from emlens.features.compare import measure_changes
 from emlens.features.latents import read_latents
 from emlens.features.reading import accumulate_codes, group_by_prompt, plan_codes
-from emlens.models import load_pair
+from emlens.models import load_adapter, load_pair
 from emlens.models.pair import ModelPair
+from emlens.models.views import lay_views
 from emlens.numerics.sign_flips import METHODS
 from emlens.results import load_result
 from tests.activations.chats import make_chats, token_ids
 from tests.codecs.builders import make_sae
 from tests.features.planted import PLANTED, SITE, make_codec, make_pair
+from tests.models.adapters import make_peft
+from tests.models.tiny import make_tiny, make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +263,20 @@ def test_results_survive_saving(pair, placed, tmp_path):
     health = load_result(found.health.save(tmp_path / "health"))
     assert isinstance(health, SaeHealth)
     assert health.rows() == found.health.rows()
+
+
+def test_an_adapter_attached_or_merged_gives_the_same_changes(placed):
+    peft_model, chats = make_peft("llama"), make_chats(13)
+    base = lay_views(make_tiny("llama"), make_tokenizer())
+    found = [
+        compare_features(load_pair(base, load_adapter(peft_model), form=form), placed, chats=chats)
+        for form in ("attached", "merged")
+    ]
+    assert found[0].adapter_fingerprint == found[1].adapter_fingerprint is not None
+    assert float(found[0].delta.abs().max()) > 0.1
+    assert torch.allclose(found[0].delta, found[1].delta, atol=1e-4)
+    # The first block that an adapter touches comes after its own input.
+    early = replace(placed, site=replace(SITE, stream="resid_pre", layer=0))
+    same = compare_features(load_pair(base, load_adapter(peft_model)), early, chats=chats)
+    assert not same.delta.any()
+    assert float(same.mean_base.abs().max()) > 0

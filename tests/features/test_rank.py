@@ -1,5 +1,7 @@
 """Orders of latents, contrasts of fine-tunes with their twins; planted, exact, refused."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -89,8 +91,8 @@ def test_a_latent_that_harm_alone_moves_is_found_among_many_that_any_fine_tune_d
     assert int((found.q_value < 0.05).sum()) == 1
     assert rank_features(harmful, by="abs_delta").top(1) != [7]
     gaps = [h.delta - c.delta for h, c in zip(harmful, careful, strict=True)]
-    statistic, _ = stats.ttest_1samp(torch.stack(gaps).numpy(), 0)
-    np.testing.assert_allclose(found.t, statistic)
+    test: Any = stats.ttest_1samp(torch.stack(gaps).numpy(), 0)
+    np.testing.assert_allclose(found.t, test.statistic)
     assert int(found.pairs_agreeing[7]) == 12
 
 

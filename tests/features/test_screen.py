@@ -26,7 +26,7 @@ from emlens.models import Sampling
 from emlens.models.pair import ModelPair
 from emlens.numerics.intervals import Interval
 from emlens.results import load_result
-from emlens.runs import PlanChangedError
+from emlens.runs import PlanChangedError, RunFolder
 from emlens.studies.effects import measure_odds
 from tests.features.planted import PLANTED, SITE, favoured_words, make_codec, make_pair, make_texts
 
@@ -225,6 +225,8 @@ def test_a_screen_that_was_killed_goes_on_where_it_was(pair, screen, tmp_path, m
     again = run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")
     assert again.to_dict() == screen.to_dict()
     assert len(asked) == 1 + 2 * (1 + 18 * 2)
+    kept = RunFolder.open(tmp_path / "run").read_result("screen", FeatureScreen)
+    assert kept.to_dict() == screen.to_dict()
     with pytest.raises(PlanChangedError, match=r"settings.seed was 0, now 1"):
         run(pair, replace(SETTINGS, seed=1), out=tmp_path / "run")
     with pytest.raises(PlanChangedError, match="latents"):
