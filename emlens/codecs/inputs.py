@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from emlens.codecs.codec import CodecError, Codes, SparseCodes
+from emlens.codecs.frozen import is_finite
 
 
 def check_activations(name: str, x: Tensor, codec: Any) -> None:
@@ -29,7 +30,7 @@ def check_activations(name: str, x: Tensor, codec: Any) -> None:
             f"{name} is on {x.device} and {codec.name} on {codec.W_enc.device}: move the codec "
             f"with codec.to({str(x.device)!r})"
         )
-    if not bool(x.isfinite().all()):
+    if not is_finite(x):
         raise CodecError(
             f"{name} holds NaN or infinity: look for padding that was not left out, or for a model "
             "that overflows in float16"

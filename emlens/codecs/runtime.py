@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
+from urllib.parse import quote
 
 import torch
 from jaxtyping import Float
@@ -185,7 +186,9 @@ class Sae(Result):
     def link(self, latent: int) -> str | None:
         """Where others describe a latent, if there is such a place."""
         check_latents([latent], self.d_sae)
-        return self.neuronpedia_id and f"{NEURONPEDIA}/{self.neuronpedia_id}/{latent}"
+        if self.neuronpedia_id is None:
+            return None
+        return f"{NEURONPEDIA}/{quote(self.neuronpedia_id)}/{latent}"
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -28,6 +28,11 @@ _OLD_NAMES = {
     "hook_point_head_index": "hook_head_index",
     "activation_fn_str": "activation_fn",
 }
+# What files since 6.0 keep apart from what decides codes.
+_METADATA = (
+    *("hook_name", "hook_layer", "hook_head_index", "hook_name_out", "seqpos_slice"),
+    *("model_name", "model_from_pretrained_kwargs", "neuronpedia_id"),
+)
 LARGEST_SIZE = 1 << 24
 """Latents or width from which on a number in a file is taken for a mistake, or for malice."""
 
@@ -72,7 +77,7 @@ def read_sae_lens_config(config: Mapping[str, Any]) -> SaeLensConfig:
     metadata = fields.get("metadata") or {}
     if not isinstance(metadata, Mapping):
         raise CodecError(f"metadata is {metadata!r}, expected an object")
-    fields = {**fields, **{_OLD_NAMES.get(name, name): v for name, v in metadata.items()}}
+    fields |= {name: metadata[name] for name in _METADATA if name in metadata}
     architecture, k = _read_architecture(fields)
     normalization = _read_normalization(fields.get("normalize_activations"))
     _refuse_unsupported(fields)

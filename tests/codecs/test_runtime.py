@@ -94,6 +94,8 @@ def test_gradients_reach_activations_and_nothing_else(architecture: str):
         lambda x: sae.decode(sae.encode_sparse(x, k=4)),
     ):
         assert torch.autograd.gradcheck(function, (x,), atol=1e-6)
+    # With gradients codes are made another way than in place.
+    assert torch.allclose(sae.encode(x).values, sae.encode(x.detach()).values, rtol=1e-12)
     assert sae.W_enc.grad is None
 
 
