@@ -15,6 +15,7 @@ from emlens.data import Batching, ContrastTexts, TokenizedChat, tokenize_chat
 from emlens.features.screen_journal import ScreenJournal
 from emlens.features.steering import spread_strengths
 from emlens.models.suffix import score_steered
+from emlens.numerics.validation import NonFiniteError
 from emlens.sites import Site
 
 KEPT_TOGETHER = 32
@@ -105,6 +106,13 @@ class ForcedStage:
         return torch.cat(found, dim=1)
 
     def _score(self, vectors: Tensor) -> list[list[float]]:
-        return score_steered(
+        totals = score_steered(
             self.model, self.texts.chats, site=self.site, vectors=vectors, batching=self.batching
-        ).tolist()
+        )
+        if not bool(totals.isfinite().all()):
+            longest = float(vectors.norm(dim=1).max())
+            raise NonFiniteError(
+                f"strengths: under vectors of up to {longest:.3g} activation units the {self.side} "
+                "model's log-probabilities are no numbers; steer less, or load it in float32"
+            )
+        return totals.tolist()

@@ -63,6 +63,7 @@ def screen_features(
         CodecError: a latent that the codec does not have, or another width than that of its site.
         ValueError: a class without texts, or two models that do not differ, in units of their
             difference.
+        NonFiniteError: strengths under which log-probabilities are no numbers.
         PlanChangedError: `out` holds a screen of another plan.
 
     Source: Wang et al. 2025, arXiv 2506.19823, section 3 (steering with each latent, the strength

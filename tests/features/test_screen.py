@@ -25,6 +25,7 @@ from emlens.interventions import Add, Intervention
 from emlens.models import Sampling
 from emlens.models.pair import ModelPair
 from emlens.numerics.intervals import Interval
+from emlens.numerics.validation import NonFiniteError
 from emlens.results import load_result
 from emlens.runs import PlanChangedError, RunFolder
 from emlens.studies.effects import measure_odds
@@ -303,6 +304,8 @@ def test_wrong_input_is_named(pair):
         screen_features(
             pair, silent, latents=(1,), texts=texts, scores=make_scores(pair), settings=SETTINGS
         )
+    with pytest.raises(NonFiniteError, match=r"strengths: under vectors of up to .* steer less"):
+        run(pair, replace(SETTINGS, strengths=(1e39,), sampled_strengths=None, n_sampled=0))
     short = replace(make_scores(pair), coherence=lambda _: [1.0])
     with pytest.raises(ValueError, match="coherence gave 1 values for 8 responses"):
         run(pair, scores=short)

@@ -206,7 +206,7 @@ def test_what_a_whole_model_cannot_have_is_refused(base: Checkpoint, tmp_path: P
     def train(**changed: Any) -> TrainingRun:
         return train_organism(base, CHATS, settings=FULL, out=tmp_path / "run", seed=0, **changed)
 
-    with pytest.raises(SettingsError, match="a full fine-tune has none in itself"):
+    with pytest.raises(SettingsError, match="KlPenalty compares with the base"):
         train(penalties=[KlPenalty(CHATS, weight=1.0)])
     assert not (tmp_path / "run").exists()
     with pytest.raises(SettingsError, match="no adapter to go on with"):
