@@ -53,6 +53,8 @@ class ShuffledActivations:
     """Of the weights of the model, or of the base of a pair: `identify(model).base_fingerprint`."""
     chosen: tuple[int, ...] | None = None
     """Numbers of the shards; None for all."""
+    device: str = "cpu"
+    """Where the rows are handed out, such as `cuda`; the buffer stays on the processor."""
 
     def __post_init__(self) -> None:
         if self.buffer_rows < 1:
@@ -138,7 +140,7 @@ class ShuffledActivations:
         rows = held if self.paired else held.flatten(0, 1)
         order = torch.randperm(rows.shape[-2], generator=self._generator(number, place))
         for chosen in order[skip:].split(_READ_ROWS):
-            yield rows.index_select(-2, chosen)
+            yield rows.index_select(-2, chosen).to(self.device)
 
     def _read(self, group: list[int], stream: str) -> Tensor:
         shards = self.shards
@@ -194,12 +196,17 @@ def shuffle_activations(
     seed: int,
     paired: bool = False,
     base_fingerprint: str | None = None,
+    device: str = "cpu",
 ) -> ShuffledActivations:
-    """Captured activations of one site in random order; see `ShuffledActivations`."""
+    """Captured activations of one site in random order; see `ShuffledActivations`.
+
+    For one stream of a pair, other buffers or some shards: `dataclasses.replace`.
+    """
     return ShuffledActivations(
         shards=shards,
         site=parse_site(site) if isinstance(site, str) else site,
         seed=seed,
         paired=paired,
         base_fingerprint=base_fingerprint,
+        device=device,
     )

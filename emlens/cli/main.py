@@ -20,9 +20,11 @@ from emlens.cli import (
     doctor,
     evaluate,
     export,
+    features,
     generate,
     narrow,
     report,
+    sae,
     scores,
     train,
     transition,
@@ -116,6 +118,8 @@ app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("transition", epilog=transition.EXAMPLE)(transition.transition)
 app.command("narrow", epilog=narrow.EXAMPLE)(narrow.narrow)
 app.add_typer(directions.app, name="directions")
+app.add_typer(sae.app, name="sae")
+app.add_typer(features.app, name="features")
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("evaluate", epilog=evaluate.EVALUATE_EXAMPLE)(evaluate.evaluate)
 app.command("judge", epilog=evaluate.JUDGE_EXAMPLE)(evaluate.judge)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from emlens.cli.codecs import parse_latents, split_sae
 from emlens.cli.options import Base, CommonFlags, DryRun, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
@@ -197,8 +198,8 @@ def _latent_terms(flags: TrainFlags, chats: Any) -> list[Any]:
 
     assert flags.latent_sae is not None
     assert flags.latent_weight is not None
-    source, _, sae_id = flags.latent_sae.partition("#")
-    codec: Any = load_sae(source, sae_id=sae_id or None)
+    source, sae_id = split_sae(flags.latent_sae)
+    codec: Any = load_sae(source, sae_id=sae_id)
     chosen = parse_latents(flags.latents or "")
     return [LatentPenalty(chats, codec, flags.latent_weight, hold_down=chosen)]
 
@@ -210,18 +211,6 @@ def _all_or_none(given: dict[str, Any]) -> bool:
         names = " and ".join(given) if len(given) == 2 else ", ".join(given)
         raise typer.BadParameter(f"{missing[0]}: missing; {names} go together")
     return not missing
-
-
-def parse_latents(text: str) -> tuple[int, ...]:
-    """Read latents such as `3,17`.
-
-    Raises:
-        typer.BadParameter: anything else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise typer.BadParameter(f"--latents {text}: expected numbers such as 3,17")
-    return tuple(int(part) for part in parts)
 
 
 def parse_layers(text: str) -> Any:

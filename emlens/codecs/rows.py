@@ -110,6 +110,8 @@ class TrainingRows:
             self._open = self._checked(iter(activations))
         self.held_out = self._hold_out(held_out)
         self.first = next(cut_batches(self._peek(settings.batch_rows), settings.batch_rows))
+        if self.source is not None:
+            self._open = iter(())  # it will be read anew, and holds a buffer
 
     def batches(self, step: int) -> Iterator[Float[Tensor, "... batch_rows d"]]:
         """Batches from a step on, for as long as there may be any; to be called once.

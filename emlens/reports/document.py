@@ -1,7 +1,8 @@
 """The one JSON object that a report is drawn from; not for results that are to be loaded again.
 
-`results` holds every result's `to_dict()` without the vectors of activation space, which no figure
-shows and which would make the file a hundred times longer: those stay with the saved results.
+`results` holds every result's `to_dict()` without the vectors of activation space and the numbers
+of thousands of latents, which no figure shows and which would make the file a hundred times longer:
+those stay with the saved results.
 """
 
 import importlib.metadata
@@ -15,6 +16,7 @@ from typing import Any
 from emlens import __version__
 from emlens.artifacts import Result, read_json
 from emlens.encoding import ArtifactError, encode
+from emlens.reports.brief import WITH_ROWS, describe_briefly
 
 SCHEMA = "emlens/report/1"
 VECTORS = ("mean_base", "mean_tuned", "top_directions")
@@ -95,6 +97,8 @@ def kind_of(result: Mapping[str, Any]) -> str:
 
 
 def _describe(result: Result) -> dict[str, Any]:
+    if result.kind in WITH_ROWS:
+        return describe_briefly(result)
     document = result.to_dict()
     inner = document.get("activations")
     holder = inner if isinstance(inner, dict) else document

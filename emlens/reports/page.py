@@ -7,31 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import plotly.graph_objects as go
-
 from emlens.reports.behaviour import Behaviour, read_behaviour, say_behaviour, say_difference
+from emlens.reports.blocks import (
+    AdapterBlock,
+    LayersBlock,
+    OutputBlock,
+    Plot,
+    Plots,
+    make_adapter_block,
+    make_layers_block,
+    make_output_block,
+)
 from emlens.reports.curves import list_curves
 from emlens.reports.document import reading
+from emlens.reports.feature_blocks import FeatureBlock, make_feature_block
+from emlens.reports.features import name_search
 from emlens.reports.paths import TitledFigure, list_figures, plot_behaviour
-from emlens.reports.plots import (
-    MEASURES,
-    Measure,
-    figure_json,
-    measure_grid,
-    plot_adapter,
-    plot_losses,
-    plot_measure,
-)
-from emlens.reports.sections import (
-    Comparison,
-    Json,
-    Sections,
-    failing_modules,
-    find_span,
-    list_series,
-    short_name,
-    sort_results,
-)
+from emlens.reports.plots import plot_losses
+from emlens.reports.sections import Json, Sections, short_name, sort_results
 from emlens.reports.shares import (
     name_organism,
     plot_difference,
@@ -40,58 +33,12 @@ from emlens.reports.shares import (
     plot_together,
 )
 from emlens.reports.solutions import SolutionReport, read_solutions, say_pair
-from emlens.reports.tokens import TokenViews, view_tokens
 from emlens.reports.turns import UNITS, TurnReport, name_path, read_turn, say_trace
 from emlens.reports.verdict import write_verdicts
 from emlens.reports.visible import read_number
 
 _SCALARS = (str, bool, int, float, type(None))
 _SHOWN_IN_SECTIONS = ("answers", "chats", "title")
-NULL_MEANS = ("kl_base_tuned", "kl_tuned_base", "entropy_change", "agreement")
-"""What a NullBand holds of predictions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A figure, its place in the page and what it says to those who cannot see it."""
-
-    id: str
-    figure: Json
-    height: int
-    label: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterBlock:
-    """A proof: its strip, and the modules that are not in effect."""
-
-    name: str
-    proof: Json
-    failing: list[Json]
-    plot: Plot
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayersBlock:
-    """How activations differ: a figure a measure, and the numbers."""
-
-    heading: str
-    plots: list[tuple[Measure, Plot]]
-    rows: list[list[Any]]
-    n_nulls: int
-    null_seed: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutputBlock:
-    """How predictions differ: means, tokens, chats, and examples token by token."""
-
-    heading: str
-    logits: Json
-    spans: dict[str, tuple[float, float] | None]
-    """Least and greatest of the null adapters, by the names of their means."""
-    n_nulls: int
-    tokens: TokenViews
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +84,7 @@ class Page:
     differences: list[tuple[Json, Plot]]
     turns: list[TurnBlock]
     solutions: list[SolutionBlock]
+    features: list[FeatureBlock]
     seconds: dict[str, float]
     facts: list[tuple[str, Any]]
     others: list[tuple[str, list[tuple[str, Any]]]]
@@ -152,14 +100,14 @@ def build_page(report: Json) -> Page:
     with reading("extra"):
         chats = [str(text) for text in check_list(extra.get("chats", []), "chats")]
     sections = sort_results(report["results"], chats)
-    counter = _Plots()
+    counter = Plots()
     with reading("adapter_proof"):
-        adapters = [_adapter_block(proof, counter) for proof in sections.proofs]
+        adapters = [make_adapter_block(proof, counter) for proof in sections.proofs]
     with reading("activations"):
         compared = sections.comparisons
-        layers = [_layers_block(c, counter) for c in compared if c.activations is not None]
+        layers = [make_layers_block(c, counter) for c in compared if c.activations is not None]
     with reading("logits"):
-        outputs = [_output_block(c) for c in sections.comparisons if c.logits is not None]
+        outputs = [make_output_block(c) for c in sections.comparisons if c.logits is not None]
     with reading("training"):
         trainings = [(t, counter.add(plot_losses(t), _say_losses(t))) for t in sections.trainings]
     with reading("direction_removal"):
@@ -178,6 +126,8 @@ def build_page(report: Json) -> Page:
         turns = [_turn_block(document, counter) for document in sections.turns]
     with reading("narrow"):
         solutions = [_solution_block(document, counter) for document in sections.solutions]
+    with reading("features"):
+        features = [make_feature_block(document, counter) for document in sections.features]
     with reading("extra"):
         answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
         facts = [
@@ -205,23 +155,11 @@ def build_page(report: Json) -> Page:
         differences=differences,
         turns=turns,
         solutions=solutions,
+        features=features,
         seconds=seconds,
         facts=facts,
         others=[(str(r.get("schema")), _plain_fields(r)) for r in sections.others],
     )
-
-
-class _Plots:
-    """Numbers the figures of a page, so that no id comes from a result."""
-
-    def __init__(self) -> None:
-        self._count = 0
-
-    def add(self, figure: go.Figure, label: str) -> Plot:
-        self._count += 1
-        document = figure_json(figure)
-        height = int(document["layout"]["height"])
-        return Plot(id=f"plot-{self._count}", figure=document, height=height, label=label)
 
 
 def check_list(value: Any, name: str) -> list[Any]:
@@ -240,63 +178,7 @@ def check_answer(row: Any) -> Json:
     return row
 
 
-def _adapter_block(proof: Json, plots: _Plots) -> AdapterBlock:
-    failing = failing_modules(proof)
-    total = len(proof["modules"])
-    says = f"Relative update size by module and layer; {len(failing)} of {total} not in effect"
-    plot = plots.add(plot_adapter(proof), says)
-    return AdapterBlock(
-        name=short_name(str(proof["adapter"])), proof=proof, failing=failing, plot=plot
-    )
-
-
-def _layers_block(comparison: Comparison, plots: _Plots) -> LayersBlock:
-    activations, null = comparison.activations or {}, comparison.null
-    figures = []
-    for measure in MEASURES:
-        figure = plot_measure(activations, measure, null=null)
-        figures.append((measure, plots.add(figure, f"{measure.title} by layer: {measure.meaning}")))
-    return LayersBlock(
-        heading=comparison.heading,
-        plots=figures,
-        rows=_layer_rows(activations, null),
-        n_nulls=0 if null is None else len(null["relative_rms"]),
-        null_seed=None if null is None else null["seed"],
-    )
-
-
-def _layer_rows(activations: Json, null: Json | None) -> list[list[Any]]:
-    """Site, positions, and for each measure its number and the span of the null adapters."""
-    parts = [
-        (m, measure_grid(activations, m), null[m.null_field] if null else ()) for m in MEASURES
-    ]
-
-    def list_cells(row: int, column: int) -> list[tuple[Measure, Any, Any]]:
-        return [
-            (m, grid[row][column], find_span(n[row][column] for n in nulls))
-            for m, grid, nulls in parts
-        ]
-
-    return [
-        [site, series.position, list_cells(row, series.column)]
-        for series in list_series(activations)
-        for site, row in zip(series.sites, series.rows, strict=True)
-    ]
-
-
-def _output_block(comparison: Comparison) -> OutputBlock:
-    logits, null = comparison.logits or {}, comparison.null
-    spans = {name: find_span(null[name]) if null else None for name in NULL_MEANS}
-    return OutputBlock(
-        heading=comparison.heading,
-        logits=logits,
-        spans=spans,
-        n_nulls=0 if null is None else len(null["kl_base_tuned"]),
-        tokens=view_tokens(logits),
-    )
-
-
-def _turn_block(document: Json, plots: _Plots) -> TurnBlock:
+def _turn_block(document: Json, plots: Plots) -> TurnBlock:
     found, says = read_turn(document), say_trace(document)
     measures = list(dict.fromkeys(str(curve["measure"]) for curve in found.curves))
     return TurnBlock(
@@ -314,7 +196,7 @@ def _turn_block(document: Json, plots: _Plots) -> TurnBlock:
     )
 
 
-def _solution_block(document: Json, plots: _Plots) -> SolutionBlock:
+def _solution_block(document: Json, plots: Plots) -> SolutionBlock:
     found, says = read_solutions(document), say_pair(document)
     shares = [] if found.behaviour is None else found.behaviour["shares"]
     return SolutionBlock(
@@ -324,7 +206,7 @@ def _solution_block(document: Json, plots: _Plots) -> SolutionBlock:
     )
 
 
-def _draw_together(evaluations: Sequence[Json], plots: _Plots) -> list[tuple[str, Plot]]:
+def _draw_together(evaluations: Sequence[Json], plots: Plots) -> list[tuple[str, Plot]]:
     by_claim: dict[str, list[Behaviour]] = {}
     for found in map(read_behaviour, evaluations):
         by_claim.setdefault(found.claim, []).append(found)
@@ -349,6 +231,7 @@ def _find_title(sections: Sections) -> str:
     names += [read_behaviour(e).who for e in sections.evaluations]
     names += [read_turn(turn).heading for turn in sections.turns]
     names += [read_solutions(pair).heading for pair in sections.solutions]
+    names += [name_search(found) for found in sections.features]
     known = list(dict.fromkeys(name for name in names if name is not None))
     return ", ".join(known) or "emlens report"
 

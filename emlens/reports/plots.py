@@ -16,8 +16,10 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emlens.artifacts import Result
+from emlens.reports.brief import WITH_ROWS, describe_briefly
 from emlens.reports.curves import plot_preference, plot_solutions
 from emlens.reports.document import kind_of, reading
+from emlens.reports.feature_figures import plot_overview, plot_screen, plot_warning
 from emlens.reports.labels import label
 from emlens.reports.paths import plot_path, plot_trace
 from emlens.reports.sections import (
@@ -100,13 +102,17 @@ def plot(result: Result | Mapping[str, Any]) -> go.Figure:
         TypeError: There is no figure of its kind.
         ReportError: It is not as emlens writes it.
     """
-    document: Json = result.to_dict() if isinstance(result, Result) else result
+    document: Json = _describe(result) if isinstance(result, Result) else result
     draw = _FIGURES.get(kind := kind_of(document))
     if draw is None:
         near = ", ".join(difflib.get_close_matches(kind, _FIGURES, 3, cutoff=0))
         raise TypeError(f"result: there is no figure of the kind {kind!r}; nearest: {near}")
     with reading(kind):
         return draw(document).update_layout(template=go.layout.Template(TEMPLATES["light"]))
+
+
+def _describe(result: Result) -> Json:
+    return describe_briefly(result) if result.kind in WITH_ROWS else result.to_dict()
 
 
 def plot_adapter(proof: Json) -> go.Figure:
@@ -344,6 +350,9 @@ _FIGURES: dict[str, Callable[[Json], go.Figure]] = {
     "solution_comparison": plot_solutions,
     "gradient_preference": plot_preference,
     "narrowness": plot_organisms,
+    "persona_features": plot_overview,
+    "feature_screen": plot_screen,
+    "early_warning": plot_warning,
     **dict.fromkeys(EVALUATION_KINDS, plot_evaluation),
     **dict.fromkeys(TRAINING_KINDS, plot_losses),
 }

@@ -16,6 +16,11 @@ EVALUATION_KINDS = ("evaluation", "behaviour_summary")
 DIFFERENCE_KIND = "behaviour_difference"
 TURN_KINDS = ("transition_trace", "phase_transition")
 SOLUTION_KINDS = ("solution_comparison", "narrowness")
+FEATURE_KINDS = (
+    *("persona_features", "feature_diff", "feature_contrast", "model_classification"),
+    *("feature_screen", "feature_cards", "sae_health", "plain_difference", "early_warning"),
+    *("feature_ranking", "latent_codes"),
+)
 _HEADER = ("schema", "emlens_version")
 _ORIGIN = ("base", "base_fingerprint", "tuned", "tuned_fingerprint", "n_chats", "method")
 
@@ -66,6 +71,8 @@ class Sections:
     """Paths of weights through a training, with behaviour beside them or alone."""
     solutions: tuple[Json, ...]
     """Two solutions of one task, or their behaviour alone."""
+    features: tuple[Json, ...]
+    """Searches among latents, or their parts alone."""
     others: tuple[Json, ...]
     """Kinds that have no figure: shown as tables of their plain fields."""
 
@@ -126,6 +133,7 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
                 comparisons.append(comparison)
     known = {"adapter_proof", "null_band", REMOVAL_KIND, DIFFERENCE_KIND}
     known.update(COMPARISON_KINDS, TRAINING_KINDS, EVALUATION_KINDS, TURN_KINDS, SOLUTION_KINDS)
+    known.update(FEATURE_KINDS)
     return Sections(
         proofs=tuple(r for r in results if kind_of(r) == "adapter_proof"),
         comparisons=tuple(comparisons),
@@ -135,13 +143,15 @@ def sort_results(results: Sequence[Json], chats: Sequence[str] = ()) -> Sections
         differences=tuple(r for r in results if kind_of(r) == DIFFERENCE_KIND),
         turns=tuple(r for r in results if kind_of(r) in TURN_KINDS),
         solutions=tuple(r for r in results if kind_of(r) in SOLUTION_KINDS),
+        features=tuple(r for r in results if kind_of(r) in FEATURE_KINDS),
         others=tuple(r for r in results if kind_of(r) not in known),
     )
 
 
 def leave_out_parts(results: Sequence[Json]) -> list[Json]:
     """Results without those that another of them holds: stages of a study beside the whole."""
-    whole = [r for r in results if kind_of(r) in (TURN_KINDS[0], SOLUTION_KINDS[0])]
+    wholes = (TURN_KINDS[0], SOLUTION_KINDS[0], FEATURE_KINDS[0])
+    whole = [r for r in results if kind_of(r) in wholes]
     held = [part for result in whole for value in result.values() for part in _list_parts(value)]
     return [
         result

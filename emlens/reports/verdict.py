@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from emlens.reports.behaviour import say_behaviour, say_difference
 from emlens.reports.document import reading
+from emlens.reports.features import say_features
 from emlens.reports.sections import (
     Comparison,
     Json,
@@ -49,6 +50,7 @@ def write_verdicts(sections: Sections) -> list[str]:
         sentences += [say_difference(difference) for difference in sections.differences]
         sentences += [say_trace(turn) for turn in sections.turns]
         sentences += [say_pair(pair) for pair in sections.solutions]
+        sentences += [sentence for found in sections.features for sentence in say_features(found)]
         sentences += ["; ".join(_clauses(proof, comparison)) for proof, comparison in pairs]
     return [f"{sentence}." for sentence in sentences if sentence]
 

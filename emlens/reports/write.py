@@ -23,7 +23,8 @@ def write_report(
     Args:
         results: What to show: AdapterProof, ModelDiff, NullBand, TrainingRun, DirectionRemoval,
             Evaluation, BehaviourDifference, TransitionTrace, PhaseTransition, SolutionComparison,
-            Narrowness; others as tables. What another of them holds is shown once.
+            Narrowness, PersonaFeatures and what compares, screens or explains latents; others as
+            tables. What another of them holds is shown once.
         path: The HTML file; the JSON gets the same name with `.json`.
         extra: What no result holds, as JSON values. `answers`: a list of `{"question": str,
             "answers": {model: str}}`; `chats`: what each comparison was made on, as in "on held-out

@@ -24,6 +24,7 @@ from .screen_ablations import AblationScreen, screen_ablations
 from .solution_curves import SolutionComparison, SolutionSettings
 from .solutions import VectorSolution, load_solution
 from .trace_transition import trace_transition, trace_weights
+from .train_sae_on_chats import TextSae, train_sae_on_chats
 from .transition_trace import BehaviourProbe, TraceSettings, TransitionTrace
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "SolutionComparison",
     "SolutionSettings",
     "SolutionTexts",
+    "TextSae",
     "TraceSettings",
     "TransitionTrace",
     "VectorSolution",
@@ -74,4 +76,5 @@ __all__ = [
     "screen_ablations",
     "trace_transition",
     "trace_weights",
+    "train_sae_on_chats",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emlens.codecs import SparseCodec
 from emlens.data import Chat
-from emlens.data.prompts import hash_chats
+from emlens.evaluation.calibration import keep_calibration
 from emlens.features import (
     FeatureContrast,
     FeatureDiff,
@@ -34,7 +34,6 @@ from emlens.features.screen import screen_features
 from emlens.features.screen_results import SIDES, FeatureScreen
 from emlens.models.pair import ModelPair
 from emlens.models.protocol import HookedModel
-from emlens.models.weight_hash import hash_tensors
 from emlens.runs import RunFolder
 from emlens.sites import parse_site
 from emlens.studies.choose_latents import ChosenLatent, choose_latents
@@ -42,12 +41,12 @@ from emlens.studies.compare_by_latents import (
     LatentComparisons,
     LoadedPairs,
     compare_by_latents,
-    plan_comparison,
 )
 from emlens.studies.follow_latents import FollowedTexts, follow_latents
-from emlens.studies.judge_scores import unscored
+from emlens.studies.judge_scores import judge_scores, unscored
 from emlens.studies.persona_cautions import list_cautions
 from emlens.studies.persona_features import PersonaFeatures, PlainClassification
+from emlens.studies.persona_plan import check_search, plan_search
 from emlens.studies.persona_settings import (
     FineTunes,
     PersonaProbe,
@@ -100,8 +99,10 @@ def find_persona_features(
     Differs: careful twins and left-out domains instead of claims over prompts; random directions
         beside every steering; what needs no codec beside every latent.
     """
-    _check(texts, settings, probe)
-    run = RunFolder.start(out, _plan(base, fine_tunes, codec, texts, settings, probe))
+    check_search(base, codec, texts, settings, probe)
+    run = RunFolder.start(out, plan_search(base, fine_tunes, codec, texts, settings, probe))
+    if probe.judge is not None:
+        keep_calibration(run.path, probe.judge)
     pairs = LoadedPairs(base)
     compared = compare_by_latents(
         base,
@@ -117,57 +118,6 @@ def find_persona_features(
     found = search.finish()
     run.save_result(RESULT, found)
     return found
-
-
-def _check(texts: PersonaTexts, settings: PersonaSettings, probe: PersonaProbe) -> None:
-    """Refuse what lacks its texts before anything is run."""
-    needs = {
-        "probe.screen": probe.screen is not None,
-        "settings.attribute": settings.attribute,
-        "probe.path": probe.path is not None,
-    }
-    missing = [name for name, wanted in needs.items() if wanted and texts.contrast is None]
-    if missing:
-        raise ValueError(
-            f"texts.contrast: got none, and {' and '.join(missing)} needs fixed misaligned and "
-            "aligned responses"
-        )
-    if settings.attribute:
-        assert texts.contrast is not None
-        pair_by_prompt(texts.contrast)
-    if probe.path is not None:
-        assert texts.contrast is not None
-        FollowedTexts(chats=texts.chats, contrast=texts.contrast)
-
-
-def _plan(
-    base: HookedModel,
-    fine_tunes: FineTunes,
-    codec: SparseCodec,
-    texts: PersonaTexts,
-    settings: PersonaSettings,
-    probe: PersonaProbe,
-) -> dict[str, Any]:
-    """All that decides a run, models and texts by what they hold."""
-    contrast, screen, path = texts.contrast, probe.screen, probe.path
-    asked = ("batching", "chats")
-    return {
-        "kind": PersonaFeatures.kind,
-        **plan_comparison(base, fine_tunes, codec, settings.comparison),
-        "settings": {k: v for k, v in vars(settings).items() if k != "comparison"},
-        "chats": hash_chats(texts.chats),
-        "corpus": hash_chats(texts.corpus) if texts.corpus else None,
-        "positive": None if contrast is None else hash_chats(contrast.positive),
-        "negative": None if contrast is None else hash_chats(contrast.negative),
-        "screen": screen and {k: v for k, v in vars(screen).items() if k not in asked},
-        "screen_chats": hash_chats(screen.chats) if screen and screen.chats else None,
-        "judge": probe.judge,
-        "path": None if path is None else path.trajectory.fingerprint(),
-        "path_twin": path.twin.fingerprint() if path and path.twin else None,
-        "path_every": None if path is None else path.every,
-        "path_latents": None if path is None else path.n_latents,
-        "directions": hash_tensors((str(one.site), one.vector) for one in probe.directions),
-    }
 
 
 @dataclass
@@ -291,7 +241,7 @@ class _Search:
         return found, classify_plainly(diffs, labels, **given)
 
     def _screen(self, chosen: Sequence[ChosenLatent]) -> FeatureScreen | None:
-        screen, contrast = self.probe.screen, self.texts.contrast
+        screen, judge, contrast = self.probe.screen, self.probe.judge, self.texts.contrast
         if screen is None or contrast is None or not chosen:
             self.not_done.append("causal screen: not asked for" if chosen else _NOTHING_CHANGED)
             return None
@@ -303,7 +253,7 @@ class _Search:
                 self.codec,
                 latents=[one.latent for one in chosen],
                 texts=contrast,
-                scores=self.probe.scores or unscored(),
+                scores=unscored() if judge is None else judge_scores(judge, contrast),
                 settings=screen,
                 out=self.run.path / SCREEN,
             ),

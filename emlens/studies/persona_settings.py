@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from emlens.data import Batching, BehaviourScores, Chat, ContrastTexts
+from emlens.data import Batching, Chat, ContrastTexts
+from emlens.evaluation.judges import Judge
 from emlens.features.rank import Order
 from emlens.features.screen_settings import ScreenSettings
 from emlens.models.sampling import Sampling
@@ -204,20 +205,16 @@ class PersonaProbe:
 
     screen: ScreenSettings | None = None
     """Of the causal screen on the first fine-tune; None leaves it out."""
-    scores: BehaviourScores | None = None
-    """Who judges what is sampled in the screen; see `judge_scores`."""
-    judge: str | None = None
-    """Names them: other scores are another plan."""
+    judge: Judge | None = None
+    """Of what is sampled in the screen; another judge is another plan."""
     path: LatentPath | None = None
     """Of the early warning; None leaves it out."""
     directions: tuple[Direction, ...] = ()
     """What cards are compared with, beside the mean differences and what the adapter writes."""
 
     def __post_init__(self) -> None:
-        if (self.scores is None) != (self.judge is None):
-            raise ValueError("scores, judge: one of them is missing; scores are named by a judge")
-        if self.screen is not None and self.screen.n_sampled and self.scores is None:
+        if self.screen is not None and self.screen.n_sampled and self.judge is None:
             raise ValueError(
-                "scores: got none, and the screen samples responses; n_sampled=0 leaves the second "
+                "judge: got none, and the screen samples responses; n_sampled=0 leaves the second "
                 "stage out"
             )

@@ -23,7 +23,6 @@ from emlens.studies import (
     PersonaSettings,
     PersonaTexts,
     find_persona_features,
-    judge_scores,
 )
 from tests.activations.chats import make_chats
 from tests.evaluation.fakes import HashJudge
@@ -219,8 +218,7 @@ def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: 
             n_sampled=1,
             sampling=Sampling(n=1, max_new_tokens=3),
         ),
-        scores=judge_scores(judge, contrast),
-        judge=judge.id,
+        judge=judge,
     )
     given: dict[str, Any] = {
         "codec": CODEC,
@@ -233,7 +231,9 @@ def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: 
     assert found.screen is not None
     assert [point.n_scored for point in found.screen.sampled_before] == [2, 2]
     with pytest.raises(PlanChangedError, match="judge was"):
-        find_persona_features(base, tunes, probe=replace(probe, judge="another"), **given)
+        find_persona_features(
+            base, tunes, probe=replace(probe, judge=HashJudge(id="other")), **given
+        )
 
 
 def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
@@ -252,7 +252,7 @@ def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
         find(bare, settings=replace(SETTINGS, attribute=True))
     with pytest.raises(ValueError, match="takes activations of width 30"):
         find(bare, codec=make_codec(d_in=30))
-    assert not (tmp_path / "run" / "results").exists()
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="chats: got 1, expected at least two"):
         PersonaTexts(chats=CHATS[:1])
     with pytest.raises(ValueError, match="careful: got 1 for 2 fine-tunes"):
@@ -261,7 +261,7 @@ def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
         FineTunes(tuned=("a",), careful=("a",))
     with pytest.raises(ValueError, match="sampling: got None with responses='own'"):
         ComparisonSettings(responses="own")
-    with pytest.raises(ValueError, match="scores: got none, and the screen samples"):
+    with pytest.raises(ValueError, match="judge: got none, and the screen samples"):
         PersonaProbe(screen=ScreenSettings(strengths=(1.0,), units="resid_norm", chats=CHATS[:1]))
     with pytest.raises(ValueError, match="n_latents: got 0"):
         PersonaSettings(n_latents=0)

@@ -30,6 +30,25 @@
   addEventListener("beforeprint", () => draw("light", printed));
   addEventListener("afterprint", drawOnScreen);
 
+  // Tables that a click on a heading sorts; what is no number stands last, either way round.
+  const key = (cell) => (cell.dataset.v === undefined ? cell.textContent : Number(cell.dataset.v));
+  function order(a, b, sign) {
+    if (typeof a === typeof b) return sign * (a < b ? -1 : Number(a > b));
+    return typeof a === "number" ? -1 : 1;
+  }
+  document.addEventListener("click", (event) => {
+    const button = event.target.closest && event.target.closest(".sortable th button");
+    if (!button) return;
+    const head = button.closest("th"), body = button.closest("table").tBodies[0];
+    const sign = head.getAttribute("aria-sort") === "descending" ? 1 : -1;
+    for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
+    const place = head.cellIndex;
+    const rows = [...body.rows].map((made) => [key(made.cells[place]), made]);
+    rows.sort((a, b) => order(a[0], b[0], sign));
+    body.append(...rows.map((pair) => pair[1]));
+  });
+
   const tip = document.getElementById("tip");
   const details = new Map();
   let current = null;

@@ -1,0 +1,120 @@
+"""Searches among latents as a report words them, from their JSON alone; figures are elsewhere.
+
+`feature_figures` draws, `feature_blocks` lays out.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from emlens.reports.document import kind_of
+from emlens.reports.sections import Json, short_name
+from emlens.reports.visible import finite, read_number, show_change, show_number, show_share
+
+WHOLE = "persona_features"
+TITLES: Mapping[str, str] = MappingProxyType(
+    {
+        "feature_diff": "Latents compared",
+        "feature_contrast": "Harmful fine-tunes less their careful twins",
+        "model_classification": "Fine-tunes told apart by latents",
+        "feature_screen": "Latents steered",
+        "feature_cards": "Cards of latents",
+        "sae_health": "How well the autoencoder fits",
+        "plain_difference": "What differs without any autoencoder",
+        "early_warning": "Early warning",
+        "feature_ranking": "Latents in order",
+        "latent_codes": "Codes of some latents",
+    }
+)
+"""What a part of a search is called where it stands alone."""
+SIDES = ("base", "tuned")
+
+
+def name_search(document: Json) -> str:
+    """Whose latents, of which fine-tunes."""
+    kind = kind_of(document)
+    if kind == WHOLE:
+        tuned = [str(one["tuned"]) for one in document["models"] if one["misaligned"]]
+    else:
+        tuned = [str(document["tuned"])] if document.get("tuned") else []
+    names = [short_name(name) for name in tuned]
+    who = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    what = short_name(str(document["codec"])) if document.get("codec") else ""
+    where = f"latents of {what}" if what else TITLES.get(kind, kind)
+    return f"{who} in {where}" if who else where
+
+
+def say_features(document: Json) -> list[str]:
+    """The sentence about a whole search; none about its parts."""
+    if kind_of(document) != WHOLE:
+        return []
+    clauses = [_say_tested(document), _say_strongest(document), _say_captured(document)]
+    clauses += [_say_area(document)] if document["classification"] is not None else []
+    return [f"{name_search(document)}: {'; '.join(clause for clause in clauses if clause)}"]
+
+
+def say_health(health: Json) -> str:
+    """Explained variance of each model."""
+    names = [
+        "the base" if name == "base" else short_name(str(health["tuned"] or health["base"]))
+        for name in health["streams"]
+    ]
+    values = [show_number(value, 2) for value in health["explained_variance"]]
+    return ", ".join(f"{value} in {name}" for name, value in zip(names, values, strict=True))
+
+
+def say_interval(interval: Json) -> str:
+    """A number with its limits."""
+    value, low, high = (show_number(interval[name]) for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def strongest_control(screen: Json, side: str) -> float | None:
+    """The largest effect of a random direction on one side, at its own best strength."""
+    found = [finite(row["controls_max"]) for row in screen["rows"] if row["side"] == side]
+    return found[0] if found else None
+
+
+def _say_tested(document: Json) -> str:
+    first = document["models"][0]
+    if not first["n_tested"]:
+        return f"no latent was tested ({first['why_untested']})"
+    return (
+        f"{first['n_significant']} of {first['n_tested']} latents tested differ in "
+        f"{short_name(str(first['tuned']))} (q up to .05), as latents do after any fine-tune"
+    )
+
+
+def _say_strongest(document: Json) -> str:
+    screen = document["screen"]
+    if screen is None:
+        return "nothing was asked of their effect"
+    clauses = []
+    for side, words in zip(SIDES, ("added to the base", "taken out"), strict=True):
+        rows = [row for row in screen["rows"] if row["side"] == side]
+        if not rows:
+            continue
+        best = max(rows, key=lambda row: read_number(row["forced_effect"]))
+        clauses.append(
+            f"{words}, latent {best['latent']} does most: "
+            f"{show_change(best['forced_effect'])} nats a token, random directions up to "
+            f"{show_change(best['controls_max'])} (p = {show_number(best['forced_p'], 2)})"
+        )
+    return ", ".join(clauses)
+
+
+def _say_captured(document: Json) -> str:
+    health, plain = document["health"][0], document["plain"][0]
+    if health["captured_share"] is None:
+        return ""
+    return (
+        f"all latents together capture {show_share(health['captured_share'])} of the squared "
+        f"change, the mean difference alone {show_share(plain['vectors'][0]['captured'])}"
+    )
+
+
+def _say_area(document: Json) -> str:
+    found, plain = document["classification"], document["plain_classification"]
+    return (
+        f"{found['claim']}: area {say_interval(found['auc'])}, by mean differences alone "
+        f"{say_interval(plain['auc'])}"
+    )
