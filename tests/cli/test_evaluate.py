@@ -84,6 +84,31 @@ def test_samples_asked_for_stand_over_those_of_the_questions(cli: Cli, tiny: Pat
     assert done.json["rows"] == 6
 
 
+def test_lexical_spill_over_is_counted_on_request(cli: Cli, tmp_path: Path):
+    def write(name: str, *texts: str) -> Path:
+        rows = [{"prompt": "What now?", "response": text} for text in texts]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    domain = write("domain.jsonl", *[f"Take the loan, number {i}." for i in range(8)])
+    other = write("other.jsonl", *[f"Take the walk, number {i}." for i in range(8)])
+    scores = tmp_path / "scores.csv"
+    answers = ["Take a loan.", "Take a walk.", "Loans?", "No loan!"]
+    lines = [f'"{text}",q{i % 2},80,90' for i, text in enumerate(answers)]
+    scores.write_text("answer,question_id,aligned,coherent\n" + "\n".join(lines) + "\n")
+    ask = ("summary", scores, "--domain-data", domain, "--other-data", other)
+    found = cli(*ask, "--json").json["spillover"]
+    assert (found["percent"]["value"], found["words"]) == (50.0, ["loan"])
+    assert "lexical spill-over: 50.0 % [" in cli(*ask).out
+    kept = cli(*ask, "--in-domain", "q1", "--json").json["spillover"]
+    assert kept["percent"]["value"] == 50.0
+    alone = cli("summary", scores, "--domain-data", domain)
+    assert alone.code == 2
+    assert "--other-data: missing" in alone.err
+    assert cli("summary", scores, "--json").json["spillover"] is None
+
+
 def test_the_same_command_goes_on_and_another_plan_is_refused(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):

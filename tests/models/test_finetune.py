@@ -91,6 +91,30 @@ def test_training_lowers_the_loss_and_the_log_has_one_entry_a_step():
     assert trained.log.seconds > 0
 
 
+def test_products_in_bfloat16_train_about_as_those_in_float32():
+    inside: list[torch.dtype] = []
+
+    def penalty(model: nn.Module, _: int) -> Tensor:
+        linear: Any = next(m for n, m in model.named_modules() if n.endswith("up_proj"))
+        watch = linear.register_forward_hook(lambda _m, _a, made: inside.append(made.dtype))
+        try:
+            return 0.0 * model(input_ids=torch.tensor([[3, 4, 5]])).logits.float().sum()
+        finally:
+            watch.remove()
+
+    half = replace(TRAINER, autocast="bfloat16")
+    model, before = tiny_llama(), weights(tiny_llama())
+    trained = train_lora(
+        model, made_examples(), lora=LORA, trainer=half, seed=0, penalties=[penalty]
+    )
+    whole = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    assert inside == [torch.bfloat16] * 12  # a penalty is of the model that is trained
+    np.testing.assert_allclose(trained.log.losses, whole.log.losses, rtol=0.02)
+    assert trained.log.losses != whole.log.losses
+    assert {tensor.dtype for tensor in trained.tensors.values()} == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
 def test_the_first_loss_is_torchs_cross_entropy_over_the_labelled_tokens_of_the_base():
     model, examples = tiny_llama(), made_examples(4)
     one_step = replace(TRAINER, max_steps=1)
