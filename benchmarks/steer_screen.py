@@ -27,9 +27,10 @@ from emlens.sites import Site
 
 AIM = 0.9
 """Of the bound's speed."""
-CHATS = {"toy": (4, 24), "full": (8, 98)}
+CHATS = {"toy": (4, 24), "full": (4, 98)}
 """Chats and words in each; a chat of SmolLM2 has 30 tokens of header and system prompt more."""
-VECTORS = {"toy": 4, "full": 8}
+VECTORS = {"toy": 4, "full": 16}
+"""A real screen tries hundreds: what lies below the site is then nothing."""
 TOGETHER = 2
 """Vectors of one pass."""
 SIDES = ("emlens", "above the site", "whole passes")
