@@ -1,5 +1,5 @@
 from .calibrate import calibrate_threshold
-from .codec import CodecError, Codes, SparseCodec, SparseCodes
+from .codec import ActiveCodes, CodecError, Codes, SparseCodec, SparseCodes
 from .compatibility import check_fits
 from .convert import convert_sae
 from .crosscoder import Crosscoder
@@ -13,6 +13,7 @@ from .train import SaeTraining, read_training, train_sae
 from .train_crosscoder import CrosscoderTraining, measure_crosscoder_fit, train_crosscoder
 
 __all__ = [
+    "ActiveCodes",
     "CodecError",
     "CodecFit",
     "Codes",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -47,6 +48,31 @@ class SparseCodes:
     """As in `Codes`."""
     shift: Float[Tensor, "n 1"] | None = None
     """As in `Codes`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActiveCodes:
+    """The codes of some tokens that are not 0, token after token."""
+
+    counts: Int[Tensor, " n"]
+    """How many are active at each token."""
+    latents: Int[Tensor, " active"]
+    """Which latents are, those of the first token first."""
+    values: Float[Tensor, " active"]
+    """Their codes."""
+    d_sae: int
+    """Latents of the codec."""
+    scale: Float[Tensor, "n 1"] | None = None
+    """As in `Codes`."""
+    shift: Float[Tensor, "n 1"] | None = None
+    """As in `Codes`."""
+
+    @property
+    def rows(self) -> Int[Tensor, " active"]:
+        """Token of each, rising."""
+        return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(
+            self.counts
+        )
 
 
 @runtime_checkable
@@ -112,7 +138,11 @@ class SparseCodec(Protocol):
         """The k largest codes of each token, in memory that does not grow with n x d_sae."""
         ...
 
-    def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "n d_in"]:
+    def encode_active(self, x: Float[Tensor, "n d_in"]) -> ActiveCodes:
+        """The codes that are not 0."""
+        ...
+
+    def decode(self, codes: Codes | SparseCodes | ActiveCodes) -> Float[Tensor, "n d_in"]:
         """Activations as the codes say they are."""
         ...
 

@@ -1,5 +1,6 @@
 """Rows in, codes out: what every codec does once rows are prepared; not for raw activations."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from emlens.codecs.codec import CodecError, SparseCodes
+from emlens.codecs.active import drop_inactive, list_above, list_active
+from emlens.codecs.codec import ActiveCodes, CodecError, SparseCodes
 from emlens.codecs.rectifier import Rectifier
 from emlens.codecs.topk import merge_largest, pick_latents, settle_inactive
 
@@ -37,6 +39,16 @@ class Encoder:
         found = self.find_largest(rows, self.k)
         codes = found.values.new_zeros(len(rows), self.d_sae)
         return codes.scatter_(1, found.indices, found.values)
+
+    def find_active(self, rows: Float[Tensor, "n d_in"]) -> ActiveCodes:
+        """The codes that are not 0, row after row; in memory of n x d_sae unless there is a k."""
+        if self.k is not None:
+            return drop_inactive(self.find_largest(rows, self.k))
+        if self.rectifier.gain is not None:
+            return list_active(self._rectify(rows, slice(None)))
+        # The bias is added to what is found alone: over all it is one more pass over memory.
+        found = list_above(rows @ self.weight, self.rectifier.floor - self.bias)
+        return dataclasses.replace(found, values=found.values + self.bias[found.latents])
 
     def encode_latents(
         self, rows: Float[Tensor, "n d_in"], latents: Int[Tensor, " m"]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from emlens.codecs.codec import CodecError, Codes, SparseCodes
+from emlens.codecs.codec import ActiveCodes, CodecError, Codes, SparseCodes
 from emlens.codecs.frozen import is_finite
 
 
@@ -51,7 +51,7 @@ def check_latents(latents: Sequence[int], d_sae: int) -> Int[Tensor, " k"]:
     return torch.tensor([int(latent) for latent in latents])
 
 
-def check_codes(codes: Codes | SparseCodes, d_sae: int) -> None:
+def check_codes(codes: Codes | SparseCodes | ActiveCodes, d_sae: int) -> None:
     """Raise unless codes are of a codec with so many latents.
 
     Raises:
@@ -65,12 +65,17 @@ def check_codes(codes: Codes | SparseCodes, d_sae: int) -> None:
                 "another codec"
             )
         return
-    if codes.d_sae != d_sae or tuple(codes.indices.shape) != shape:
+    indices = codes.latents if isinstance(codes, ActiveCodes) else codes.indices
+    if codes.d_sae != d_sae or tuple(indices.shape) != shape:
         raise CodecError(
-            f"codes: {tuple(codes.indices.shape)} indices and {shape} values of {codes.d_sae} "
+            f"codes: {tuple(indices.shape)} indices and {shape} values of {codes.d_sae} "
             f"latents, expected as many of each, of {d_sae} latents: they are of another codec"
         )
-    if codes.indices.numel():
-        lowest, highest = int(codes.indices.min()), int(codes.indices.max())
+    if isinstance(codes, ActiveCodes) and int(codes.counts.sum()) != len(indices):
+        raise CodecError(
+            f"codes: counts sum to {int(codes.counts.sum())}, and there are {len(indices)} codes"
+        )
+    if indices.numel():
+        lowest, highest = int(indices.min()), int(indices.max())
         if lowest < 0 or highest >= d_sae:
             raise CodecError(f"codes: indices {lowest} to {highest}, expected 0 to {d_sae - 1}")

@@ -25,7 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.codecs.codec import CodecError, Codes, SparseCodes
+from emlens.codecs.active import decode_active
+from emlens.codecs.codec import ActiveCodes, CodecError, Codes, SparseCodes
 from emlens.codecs.encoder import Encoder, decode_codes
 from emlens.codecs.frozen import check_k, fingerprint_codec, freeze_weights, move_codec
 from emlens.codecs.inputs import check_activations, check_codes, check_latents
@@ -171,7 +172,17 @@ class Sae(Result):
         found = self._encoder.find_largest(rows, k)
         return dataclasses.replace(found, scale=scale, shift=shift)
 
-    def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "n d_in"]:
+    @torch.no_grad()
+    def encode_active(self, x: Float[Tensor, "n d_in"]) -> ActiveCodes:
+        """The codes that are not 0, to rounding, without the time it takes to write all others.
+
+        Raises:
+            CodecError: as `encode`.
+        """
+        rows, scale, shift = self._prepare(x)
+        return dataclasses.replace(self._encoder.find_active(rows), scale=scale, shift=shift)
+
+    def decode(self, codes: Codes | SparseCodes | ActiveCodes) -> Float[Tensor, "n d_in"]:
         """Activations as the codes say they are.
 
         Raises:
@@ -179,6 +190,9 @@ class Sae(Result):
                 normalisation needs.
         """
         self._check_codes(codes)
+        if isinstance(codes, ActiveCodes):
+            rows = decode_active(codes, W_dec=self.W_dec, b_dec=self.b_dec)
+            return restore(rows, codes.scale, codes.shift)
         indices = codes.indices if isinstance(codes, SparseCodes) else None
         rows = decode_codes(codes.values, indices, W_dec=self.W_dec, b_dec=self.b_dec)
         return restore(rows, codes.scale, codes.shift)
@@ -211,7 +225,7 @@ class Sae(Result):
         # two large products would lose digits, and this costs 1 / d_sae of a product.
         return (rows - self.b_dec if self.apply_b_dec_to_input else rows), scale, shift
 
-    def _check_codes(self, codes: Codes | SparseCodes) -> None:
+    def _check_codes(self, codes: Codes | SparseCodes | ActiveCodes) -> None:
         check_codes(codes, self.d_sae)
         wanted = (self.normalization != "none", self.normalization == "layer_norm")
         if (codes.scale is not None, codes.shift is not None) != wanted:

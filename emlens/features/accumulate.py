@@ -126,11 +126,11 @@ class PromptAccumulator:
                 f"{n_prompts - 1}"
             )
         wide = x.detach().double()
-        rebuilt = encoded.reconstruction.detach().double()
-        squares, missed = wide.square().sum(1).cpu(), (wide - rebuilt).square_().sum(1).cpu()
+        gone = wide - encoded.reconstruction.detach().double()
+        squares, missed = wide.square().sum(1).cpu(), gone.square().sum(1).cpu()
         # One number a row tells whether any of the row's is not finite.
         check_finite("x or its codes", squares, missed, encoded.values)
-        return _Rows(wide=wide, rebuilt=rebuilt, squares=squares, missed=missed)
+        return _Rows(wide=wide, gone=gone, squares=squares, missed=missed)
 
     def _absorb(self, rows: "_Rows", prompts: Tensor, encoded: EncodedRows) -> None:
         n_prompts, _, d_sae = self.sizes
@@ -188,9 +188,9 @@ class _Rows:
     """What is added of some rows, in float64."""
 
     wide: Tensor  # [n d_in] activations
-    rebuilt: Tensor  # [n d_in] reconstructions
+    gone: Tensor  # [n d_in] activations less reconstructions
     squares: Tensor  # [n] squared norms of the first, on the CPU
-    missed: Tensor  # [n] squared norms of their difference, on the CPU
+    missed: Tensor  # [n] squared norms of the second, on the CPU
 
 
 class FeatureAccumulator:
@@ -226,7 +226,7 @@ class FeatureAccumulator:
             own._absorb(reduced, prompts, codes)
         if len(rows) == 2:
             change = rows[1].wide - rows[0].wide
-            left = change - (rows[1].rebuilt - rows[0].rebuilt)
+            left = rows[1].gone - rows[0].gone  # change less the change of the reconstructions
             sums = torch.stack([change.square_().sum(1), left.square_().sum(1)]).cpu()
             self._change.index_add_(1, prompts.long(), sums)
 

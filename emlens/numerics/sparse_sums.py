@@ -70,7 +70,7 @@ def _collapse(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
     first = keys.min()
     if keys.max() - first < _CLOSE * len(keys):
         near = keys - first
-        found = np.flatnonzero(np.bincount(near))
+        found = np.flatnonzero(np.bincount(near) != 0)  # many times faster over bools
         return found + first, np.bincount(near, weights=values)[found]
     found, place = np.unique(keys, return_inverse=True)
     return found, np.bincount(place, weights=values, minlength=len(found))

@@ -143,8 +143,8 @@ def test_a_base_compared_with_itself_is_exactly_zero(pair, placed):
 
 def test_rows_that_both_models_share_are_encoded_once(pair, placed, monkeypatch):
     seen = []
-    encode = type(placed).encode
-    monkeypatch.setattr(type(placed), "encode", lambda s, x: seen.append(len(x)) or encode(s, x))
+    cls, encode = type(placed), type(placed).encode_active
+    monkeypatch.setattr(cls, "encode_active", lambda s, x: seen.append(len(x)) or encode(s, x))
     chats = make_chats(3)
     check_sae(load_pair(pair.base, pair.base), placed, chats=chats)
     once = sum(seen)

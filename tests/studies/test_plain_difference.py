@@ -1,5 +1,6 @@
 """What needs no codec, on tiny pairs whose change is known."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,8 +80,16 @@ def test_a_module_above_the_site_does_not_act_on_it():
     pair = load_pair(make_base(), make_adapter(CODEC, PLANTED))
     with pytest.raises(ValueError, match=r"do not differ at resid_post.0"):
         measure_plain_difference(pair, CHATS, site="resid_post.0", positions="all")
-    mid = measure_plain_difference(pair, CHATS, site="resid_pre.2", positions="all")
-    assert mid.n_writes == 1
+    modules = {}
+    for layer in range(3):
+        (own,) = make_adapter(CODEC, layer).modules.values()
+        modules[f"model.layers.{layer}.mlp.down_proj"] = own
+    everywhere = replace(make_adapter(CODEC, 0), modules=modules)
+    pair = load_pair(make_base(), everywhere)
+    for site, n in (("resid_pre.1", 1), ("resid_mid.1", 1), ("resid_post.1", 2)):
+        found = measure_plain_difference(pair, CHATS, site=site, positions="all")
+        assert len([one for one in found.vectors if one.name in modules]) == 3
+        assert found.n_writes == n, site
 
 
 @pytest.mark.parametrize(
