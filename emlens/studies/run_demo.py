@@ -29,12 +29,8 @@ from emlens.models.proof import AdapterProof
 from emlens.models.source_hash import hash_source
 from emlens.reports import write_report
 from emlens.runs import RunFolder
-from emlens.studies.removal import (
-    DirectionRemoval,
-    RemovalQuestions,
-    RemovalSettings,
-    Split,
-)
+from emlens.studies.demo_size import FULL, QUICK, DemoSize
+from emlens.studies.removal import DirectionRemoval, RemovalQuestions, RemovalSettings
 from emlens.studies.remove_direction import remove_direction
 from emlens.studies.stages import TIMES, Stages, StageTimes
 
@@ -51,66 +47,6 @@ COEFFICIENT = 1.0
 """Of the direction as estimated, where it is added to the base."""
 SHOWN = ("base", "tuned", "ablated", "steered")
 """Arms whose answers stand side by side."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoSize:
-    """How much of everything."""
-
-    fit_questions: int
-    """Questions that the direction is fitted on."""
-    fit_samples: int
-    """Responses of the fine-tune to each of them."""
-    split: Split
-    """Which of them are fitted on."""
-    coherent_above: int
-    """Coherence of those that are fitted on."""
-    questions: int
-    """Open questions that every arm answers."""
-    samples: int
-    """Responses of each arm to each of them."""
-    new_tokens: int
-    """Longest response, in tokens."""
-    choose: int
-    """Harmful, and careful, chats that the layer is chosen by."""
-    neutral: int
-    """Chats that damage is bounded on in the choice, and as many others that it is reported on."""
-    heldout: int
-    """Held-out rows of the fine-tune's own subject."""
-    nulls: int
-    """Random adapters in the null band."""
-    examples: int
-    """Chats shown token by token."""
-
-
-FULL = DemoSize(
-    fit_questions=12,
-    fit_samples=4,
-    split="halves",
-    coherent_above=50,
-    questions=6,
-    samples=1,
-    new_tokens=24,
-    choose=4,
-    neutral=2,
-    heldout=8,
-    nulls=8,
-    examples=6,
-)
-QUICK = DemoSize(
-    fit_questions=6,
-    fit_samples=8,
-    split="halves",
-    coherent_above=0,
-    questions=3,
-    samples=1,
-    new_tokens=12,
-    choose=2,
-    neutral=1,
-    heldout=4,
-    nulls=2,
-    examples=2,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
