@@ -51,6 +51,8 @@ class LoadedPairs:
         Raises:
             AdapterNotInEffectError: the adapter is not what the fine-tune computes.
         """
+        if isinstance(one.source, ModelPair):
+            return one.source
         if one.number in self._adapted:
             return self._adapted[one.number]
         if self._full is not None and self._full[0] == one.number:
@@ -112,7 +114,18 @@ def compare_by_latents(
 def plan_comparison(
     base: HookedModel, fine_tunes: FineTunes, codec: SparseCodec, settings: ComparisonSettings
 ) -> dict[str, Any]:
-    """What decides comparisons, models by what they compute; the sizes of batches do not."""
+    """What decides comparisons, models by what they compute; the sizes of batches do not.
+
+    Raises:
+        ValueError: a pair over another base than the one in memory.
+    """
+    for one in fine_tunes:
+        pair = one.source
+        if isinstance(pair, ModelPair) and pair.base is not base:
+            raise ValueError(
+                f"tuned: the pair {pair.tuned_name} lies over another {pair.base_name} than the "
+                "one that fine-tunes are compared with; load both over one base"
+            )
     own = {k: v for k, v in vars(settings).items() if k != "batching"}
     return {
         "base": {k: v for k, v in vars(identify_model(base)).items() if k != "name"},
@@ -132,6 +145,8 @@ def describe_tuned(source: Tuned) -> str:
         if not is_adapter(source):
             return hash_source(source)
         source = load_adapter(source)
+    if isinstance(source, ModelPair):
+        source = source.tuned if source.adapter is None else source.adapter
     if isinstance(source, LoraAdapter):
         return fingerprint_modules(source.modules)
     return hash_weights(source)

@@ -18,7 +18,7 @@ from emlens.sources import Source
 from emlens.vectors import Direction
 
 Tuned = Any
-"""A `Source`, a `LoraAdapter` or a loaded model."""
+"""A `Source`, a `LoraAdapter`, a loaded model, or a `ModelPair` over the same base."""
 Speaker = Literal["given", "base", "own"]
 """Whose responses are read: those of the chats as they are, the base's, or each model's own."""
 
@@ -40,7 +40,9 @@ class FineTune:
         """As the user wrote it."""
         if isinstance(self.source, str | Path | Source):
             return str(self.source)
-        return str(getattr(self.source, "name", f"fine-tune {self.number}"))
+        # A pair's, an adapter's; a model has neither.
+        found = (getattr(self.source, name, None) for name in ("tuned_name", "name"))
+        return str(next(filter(None, found), f"fine-tune {self.number}"))
 
 
 @dataclass(frozen=True, kw_only=True)
