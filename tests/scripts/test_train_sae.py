@@ -13,6 +13,7 @@ from emlens.data import load_chats
 from emlens.models.sampling import Sampling
 from scripts import gather_text, train_sae
 from scripts.train_sae import NAME, STAGES, Work, run_stage
+from tests.assets.cards import check_sae_card, read_fits
 from tests.scripts.test_gather_text import PROSE, write
 from tests.tiny_files import save_tiny_adapter, save_tiny_base
 
@@ -114,5 +115,8 @@ def test_the_card_says_what_was_measured(made):
             f"| `{source}` | {fit.explained_variance:.3f} | {fit.l0:.1f} | {fit.dead_share:.1%} |"
         )
         assert line in card
-    assert str(sae.base_fingerprint) in card
+    assert check_sae_card(folder).fingerprint == load_sae(folder, dtype="auto").fingerprint
+    fits = read_fits(card)
+    assert list(fits) == [work.base, work.tuned]
+    assert fits[work.base][1] == pytest.approx(4, abs=0.2)
     assert not re.search(r"\{[a-z_]", card)
