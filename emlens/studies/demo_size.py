@@ -49,6 +49,8 @@ class DemoSize:
     """Random adapters in the null band."""
     examples: int
     """Chats shown token by token."""
+    features: FeatureSize
+    """The search among latents."""
 
 
 FULL = DemoSize(
@@ -64,7 +66,10 @@ FULL = DemoSize(
     heldout=8,
     nulls=8,
     examples=6,
+    features=FeatureSize(chats=20, latents=5, cards=5, windows=4, odds=3),
 )
+"""Twelve prompts are the least that a latent can be tested on. Each of five latents and of sixteen
+random directions takes two passes, through half of the layers, over six answers."""
 QUICK = DemoSize(
     fit_questions=6,
     fit_samples=8,
@@ -78,8 +83,5 @@ QUICK = DemoSize(
     heldout=4,
     nulls=2,
     examples=2,
+    features=FeatureSize(chats=4, latents=2, cards=1, windows=2, odds=0),
 )
-FULL_FEATURES = FeatureSize(chats=20, latents=5, cards=5, windows=4, odds=3)
-"""Twelve prompts are the least that anything can be tested on. Each of five latents and sixteen random
-directions takes two passes, through half of the layers, over six answers."""
-QUICK_FEATURES = FeatureSize(chats=4, latents=2, cards=1, windows=2, odds=0)

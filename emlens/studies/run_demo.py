@@ -6,7 +6,7 @@ use `remove_direction` and `diff_finetunes`.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -201,7 +201,7 @@ class _Demo:
                 "answers": self.list_answers(),
                 "chats": ["held-out finance rows", "both models' answers to open questions"],
                 "seconds": self.stages.seconds,
-                "settings": {**vars(self._size), **self._sources},
+                "settings": {**asdict(self._size), **self._sources},
             },
         )
 
