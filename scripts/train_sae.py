@@ -55,7 +55,7 @@ HELD_OUT_EVERY = 20
 """One text in so many is not trained on."""
 CHUNK = 128
 """Prompts answered between two writes."""
-BATCHING = Batching(tokens=8192, max_length=1024)
+BATCHING = Batching(tokens=2048, max_length=1024)
 ANSWERING = Batching(tokens=CHUNK * 320, max_length=1024)
 """A chunk in one batch, mostly: 105 s on one core, as four batches 125."""
 STAGES = ("text", "capture", "train", "card")
@@ -152,9 +152,9 @@ def gather_texts(work: Work, folders: Sequence[Path]) -> None:
 
 
 def list_prompts(work: Work, folders: Sequence[Path]) -> list[str]:
-    """Questions that ship, those of the data sets, and first sentences of passages."""
+    """Questions that ship, those of one data set, and first sentences of passages."""
     asked = [chat for name in QUESTIONS for chat in load_chats(f"emlens:{name}-questions")]
-    asked += [chat for name in DOMAINS for chat in load_chats(f"emlens:{name}-careful")]
+    asked += load_chats(f"emlens:{DOMAINS[0]}-careful")  # all of them would leave few passages
     prompts = [chat.messages[-1 if chat.response is None else -2].content for chat in asked]
     for passage in read_passages(folders):
         if len(prompts) >= work.answered:
