@@ -1,7 +1,7 @@
 """Ablation: what does one direction out of every write cost a pass of 8 x 128 tokens?
 
 Bound: nothing (the plain forward pass), which the folded weights should reach.
-Beside it: the usual Python hooks, one function a site with a product, a sum and a difference.
+Beside it: the usual Python hooks, one function a site with two products and a difference.
 """
 
 from collections.abc import Callable, Iterator
@@ -89,7 +89,7 @@ def make_side(side: str, hf: Any, ids: Tensor) -> Callable[[], Tensor]:
     unit = (vector / vector.norm()).to(model.W_E)
 
     def take_out(x: Tensor, hook: Any) -> Tensor:
-        return x - (x * unit).sum(dim=-1, keepdim=True) * unit
+        return x - (x @ unit)[..., None] * unit
 
     hooks: list[Any] = [(site.hook_name, take_out) for site in write_sites(model)]
     return torch.inference_mode()(lambda: model.run_with_hooks(ids, fwd_hooks=hooks))

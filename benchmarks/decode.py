@@ -165,9 +165,10 @@ def _compare(timings: Timings, dtype: str, batch: int, settings: Settings) -> li
 
 
 def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
-    """Load, then decode one row, pausing after each for the memory to be read."""
+    """Load, then decode the most rows that are timed, pausing for the memory to be read."""
     hf = load_hugging_face(dtype, settings)
-    decode = make_side(side, hf)(draw_ids(hf, 1, PROMPT), NEW[settings.size])
+    batch = max(settings.batches(BATCHES[settings.size]))
+    decode = make_side(side, hf)(draw_ids(hf, batch, PROMPT), NEW[settings.size])
     yield {}
     decode()
     yield {}

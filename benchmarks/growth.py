@@ -1,10 +1,10 @@
-"""Growth: how do time and peak memory grow with prompts, layers, adapters, batch and length?
+"""Growth: how do time and peak memory grow with prompts, layers, latents, adapters and batches?
 
 Bound: straight lines. Memory should not grow with prompts at all.
 Beside it: what `emlens doctor --plan` says beforehand, for the comparison of two models.
 
 At full size each point is a process of its own, and
-``python scripts/draw_growth.py SUITE.json OUT.html`` draws them.
+``python scripts/draw_growth.py SUITE.json OUT.svg`` draws them.
 """
 
 import copy
@@ -28,10 +28,12 @@ from benchmarks.models import (
 )
 from benchmarks.records import Figure, Record
 from benchmarks.rows import run_alone
+from benchmarks.sae_diff import count, make_bench
 from benchmarks.settings import Settings
-from benchmarks.timing import exact_ratio
+from benchmarks.timing import single_ratio
 from emlens.activations import stream_activations
 from emlens.data import Batching, Chat, TokenizedChats
+from emlens.data.tokenized import REMEMBERED
 from emlens.diffing.compare import compare_models
 from emlens.models.attach import attach_adapter
 from emlens.models.memory import plan_memory
@@ -41,7 +43,8 @@ from emlens.models.views import lay_views
 WORDS = 32
 """Of each chat; its header comes on top."""
 FLAT = 1.05
-"""Largest peak over the smallest, where memory should not grow."""
+"""Peak with the most over that with the fewest, where memory should not grow. What the texts
+themselves take, in the caller's hands, is left out."""
 PLAN_ERROR = 1.1
 """Planned bytes over measured ones, or the reverse, whichever is above 1."""
 LONG_BATCH = 4096
@@ -63,9 +66,12 @@ class Curve:
 
 
 CURVES = {
-    "prompts": Curve(toy=(8, 32), full=(10, 100, 1000), flat=True),
-    "prompts, two layers": Curve(toy=(8, 64), full=(100, 1000, 10_000, 100_000), flat=True),
+    # From several full batches on: up to one, it is the batch that grows.
+    "prompts": Curve(toy=(8, 32), full=(100, 300, 1000), flat=True),
+    # And from more chats on than are remembered tokenised, which so small a model would show.
+    "prompts, two layers": Curve(toy=(8, 64), full=(2 * REMEMBERED, 30_000, 100_000), flat=True),
     "layers": Curve(toy=(2, 4), full=(4, 8, 16, 32)),
+    "latents": Curve(toy=(256, 1024), full=(4096, 16_384, 65_536)),
     "adapters": Curve(toy=(1, 4), full=(1, 4, 16, 64)),
     "tokens a batch": Curve(toy=(64, 256), full=(512, 2048, 8192)),
     "tokens a chat": Curve(toy=(32, 128), full=(128, 512, 1900)),
@@ -78,7 +84,7 @@ class Point:
 
     x: int
     items: int
-    """Prompts, layers, adapters, or tokens that were run: what time is counted by."""
+    """Prompts, layers, latents, adapters, or tokens run: what time is counted by."""
     seconds: float
     floor: int
     """Bytes in use before anything is loaded."""
@@ -118,8 +124,11 @@ def _compare(name: str, points: list[Point], dtype: str, settings: Settings) -> 
     if not settings.full:
         return figures
     if CURVES[name].flat:
-        ratio = (many.peak - many.floor) / (few.peak - few.floor)
-        figures.append(_figure(f"{name}: bytes over the floor, most / fewest", dtype, ratio, FLAT))
+        grown = (many.peak - many.loaded) - (few.peak - few.loaded)
+        ratio = 1 + grown / (few.peak - few.floor)
+        figures.append(
+            _figure(f"{name}: bytes beyond the texts, most / fewest", dtype, ratio, FLAT)
+        )
     for point in points:
         if point.planned:
             ratio = point.planned / (point.peak - point.floor)
@@ -132,7 +141,7 @@ def _compare(name: str, points: list[Point], dtype: str, settings: Settings) -> 
 
 
 def _figure(name: str, dtype: str, value: float, aim: float | None = None) -> Figure:
-    return Figure(name=name, dtype=dtype, ratio=exact_ratio(value), better="lower", aim=aim)
+    return Figure(name=name, dtype=dtype, ratio=single_ratio(value), better="lower", aim=aim)
 
 
 def _run_point(name: str, x: int, dtype: str, settings: Settings) -> Point:
@@ -215,8 +224,13 @@ def _compare_layers(n: int, _dtype: str, settings: Settings) -> Made:
 def _attach_adapters(n: int, dtype: str, settings: Settings) -> Made:
     hf = load_hugging_face(dtype, settings)
     base = lay_views(hf, load_tokenizer(settings))
-    adapter = Case.all_modules(hf, 1).adapter
-    return Made(run=lambda: [attach_adapter(base, adapter) for _ in range(n)], items=n)
+    adapters = [Case.all_modules(hf, 1).adapter for _ in range(n)]
+    return Made(run=lambda: [attach_adapter(base, adapter) for adapter in adapters], items=n)
+
+
+def _count_latents(n: int, dtype: str, settings: Settings) -> Made:
+    bench = make_bench(dtype, settings, d_sae=n)
+    return Made(run=lambda: count(bench), items=n)
 
 
 def _compare_tokens(n: int, dtype: str, settings: Settings) -> Made:
@@ -249,6 +263,7 @@ _MAKERS: dict[str, Callable[[int, str, Settings], Made]] = {
     "prompts": _stream_prompts,
     "prompts, two layers": _stream_two_layers,
     "layers": _compare_layers,
+    "latents": _count_latents,
     "adapters": _attach_adapters,
     "tokens a batch": _compare_tokens,
     "tokens a chat": _compare_lengths,

@@ -9,7 +9,7 @@ adapter in the caller's hand left out; so what the proof, a hook or a table keep
 the latest forward pass keeps for itself (rotations, masks) is that of one token.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from emlens.models.views import lay_views
 
 AIM = 1.05
 FORMS = ("merged", "attached")
+PEERS = ("transformer_lens", "huggingface")
 SHOWN = ("nine down_proj, rank 1", "every module, rank 1", "every module, rank 32")
 
 
@@ -59,6 +60,7 @@ def measure(settings: Settings) -> Record:
             "vs_huggingface": "second model's bytes / merged: huggingface",
         },
         notes=tuple(dict.fromkeys(notes)),
+        peak_sides=(*FORMS, *PEERS),
     )
 
 
@@ -97,13 +99,12 @@ def _count(base: Any, hf: Any, case: Case, form: Any, settings: Settings) -> Fig
 def _peers(base: Any, hf: Any, settings: Settings, notes: list[str]) -> list[Figure]:
     """Bytes of a second model made the peers' way over those of our merged one."""
     dtype = str(hf.dtype).removeprefix("torch.")
-    nine = next(case for case in make_cases(hf, settings) if case.name == SHOWN[0])
+    nine = _find_nine(hf, settings)
     _, ours = count_new_bytes(lambda: _load_and_settle(base, nine.adapter, "merged"))
-    peers: dict[str, Callable[[], object]] = {
-        "transformer_lens": lambda: load_own_way(hf),
-        "huggingface": lambda: load_hugging_face(dtype, settings),
+    counts: dict[str, Callable[[], int]] = {
+        peer: (lambda peer=peer: count_new_bytes(lambda: _load_peer(peer, hf, settings))[1])
+        for peer in PEERS
     }
-    counts = {peer: (lambda make=make: count_new_bytes(make)[1]) for peer, make in peers.items()}
     return [
         Figure(
             name=f"second model's bytes / merged: {peer}",
@@ -113,6 +114,33 @@ def _peers(base: Any, hf: Any, settings: Settings, notes: list[str]) -> list[Fig
         )
         for peer, owned in find_peers(counts, notes).items()
     ]
+
+
+def _find_nine(hf: Any, settings: Settings) -> Case:
+    return next(case for case in make_cases(hf, settings) if case.name == SHOWN[0])
+
+
+def _load_peer(peer: str, hf: Any, settings: Settings) -> Any:
+    if peer == "transformer_lens":
+        return load_own_way(hf)
+    return load_hugging_face(str(hf.dtype).removeprefix("torch."), settings)
+
+
+def steps(side: str, dtype: str, settings: Settings) -> Iterator[dict[str, int]]:
+    """Load a base and run a token; then load a second model and run a token of it."""
+    hf = load_hugging_face(dtype, settings)
+    base, one = lay_views(hf, load_tokenizer(settings)), draw_ids(hf, 1, 1)
+    with torch.inference_mode():
+        base(one)
+    yield {}
+    if side in FORMS:
+        second = _load_and_settle(base, _find_nine(hf, settings).adapter, side).tuned
+    else:
+        second = _load_peer(side, hf, settings)
+    with torch.inference_mode():
+        second(one)
+    yield {}
+    del second
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.records import Figure, Record
 from benchmarks.reference import Reference
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
-from benchmarks.timing import exact_ratio, time_sides
+from benchmarks.timing import exact_ratio, single_ratio, time_sides
 from emlens.models.loading import load_model
 from emlens.models.views import lay_views
 
@@ -62,6 +62,7 @@ def measure(settings: Settings) -> Record:
         | ({"vs_huggingface": "load time: vs_huggingface"} if timed else {}),
         seconds=seconds,
         peak_bytes=peaks,
+        peak_sides=() if timed else SIDES,  # on a CPU those of `_occupy`
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -149,7 +150,7 @@ def _occupy(dtype: str, settings: Settings, peaks: dict[str, int]) -> list[Figur
             Figure(
                 name=f"extra resident bytes / checkpoint: {side}",
                 dtype=dtype,
-                ratio=exact_ratio((found.after[1] - found.after[0]) / held),
+                ratio=single_ratio((found.after[1] - found.after[0]) / held),
                 better="lower",
                 aim=settings.aim(EXTRA_AIM) if side == "emlens" else None,
             )

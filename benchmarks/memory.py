@@ -1,7 +1,7 @@
 """Bytes: of tensors that a call leaves behind, and of a process that does one thing alone.
 
-``python -m benchmarks.memory ROW SIDE DTYPE SIZE DEVICE THREADS SHAPE`` is the process: it runs the
-row's ``steps`` and prints its resident bytes after each of them, and its peak.
+``python -m benchmarks.memory ROW SIDE DTYPE SIZE DEVICE THREADS SHAPE BATCH`` is the process: it
+runs the row's ``steps`` and prints its resident bytes after each of them, and its peak.
 """
 
 import ctypes
@@ -130,8 +130,8 @@ def peak_bytes() -> int:
 
 def main() -> None:
     """Run one side's steps and print what they occupied."""
-    row, side, dtype, size, device, threads, shape = sys.argv[1:]
-    settings = Settings(size=size, device=device, threads=int(threads), shape=shape)  # pyright: ignore[reportArgumentType]
+    row, side, dtype, *given = sys.argv[1:]
+    settings = Settings.from_arguments(given)
     torch.set_num_threads(settings.threads)
     warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
     module = importlib.import_module(f"benchmarks.{row}")
@@ -140,7 +140,7 @@ def main() -> None:
     reserved = 0
     counted: dict[str, int] = {}
     for found in module.steps(side, dtype, settings):
-        if device == "cpu":
+        if settings.device == "cpu":
             peaks.append(peak_bytes())
             after.append(resident_bytes())
             reset_peak()
@@ -151,7 +151,7 @@ def main() -> None:
             reserved = max(reserved, torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
         counted |= found
-    gpu = {} if device == "cpu" else {"allocated": max(peaks), "reserved": reserved}
+    gpu = {} if settings.device == "cpu" else {"allocated": max(peaks), "reserved": reserved}
     print(json.dumps({"after": after, "peaks": peaks, "counted": counted, "gpu": gpu}))
 
 

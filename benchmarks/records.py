@@ -18,7 +18,10 @@ from benchmarks.timing import Ratio
 from benchmarks.work import Work
 
 SCHEMA = "emlens-benchmarks/2"
-PACKAGES = ("emlens-interp", "torch", "transformers", "transformer-lens", "peft", "nnsight")
+PACKAGES = (
+    *("emlens-interp", "torch", "transformers", "transformer-lens", "peft", "sae-lens"),
+    "nnsight",
+)
 ROOT = Path(__file__).resolve().parents[1]
 Verdict = Literal["met", "missed", "undecided", ""]
 
@@ -212,6 +215,8 @@ def format_line(record: Record) -> str:
 def find_slowdowns(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Name each figure whose new interval lies wholly on the worse side of its old interval.
 
+    One that was measured once has no interval: it is named if it met its aim and misses it now.
+
     Args:
         old: a record as ``to_json`` gave it, in an earlier run.
         new: one of the same row.
@@ -229,13 +234,19 @@ def find_slowdowns(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if was is None:
             continue
         then, now = was["ratio"], figure["ratio"]
-        worse = (
-            now["high"] < then["low"] if figure["better"] == "higher" else now["low"] > then["high"]
-        )
-        if worse:
+        if _is_worse(was, figure):
             found.append(
                 f"{new['row']}: {figure['name']} ({figure['dtype']}) was {then['median']:.3f} "
                 f"[{then['low']:.3f}, {then['high']:.3f}], is {now['median']:.3f} "
                 f"[{now['low']:.3f}, {now['high']:.3f}]"
             )
     return found
+
+
+def _is_worse(was: Mapping[str, Any], figure: Mapping[str, Any]) -> bool:
+    then, now = was["ratio"], figure["ratio"]
+    if not (then["coverage"] and now["coverage"]):
+        return (was["verdict"], figure["verdict"]) == ("met", "missed")
+    if figure["better"] == "higher":
+        return now["high"] < then["low"]
+    return now["low"] > then["high"]

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.memory import measure_residence
+from benchmarks.models import LARGE
 from benchmarks.peers import PeerLeftOutError, find_peers
 from benchmarks.records import Figure, Record
 from benchmarks.rows import run_alone
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import exact_ratio, time_sides
+from benchmarks.timing import single_ratio, time_sides
 from benchmarks.work import Work
 from emlens.codecs import CodecError, Sae
 from emlens.codecs.sae_lens_package import import_sae_lens
@@ -36,6 +37,8 @@ MEMORY_AIM = 1.02
 DOUBLE_AIM = 2.1
 SIZES = {"toy": (64, 1024), "full": (576, 16384)}
 """d_in and d_sae: those of SmolLM2 at full size."""
+D_SAE_GPU = 131_072
+"""On a GPU at full size, as wide as the model of that shape."""
 PROMPTS = {"toy": (4, 16), "full": (16, 64)}
 """Prompts, and tokens of each."""
 L0 = {"toy": 16, "full": 32}
@@ -63,7 +66,7 @@ def measure(settings: Settings) -> Record:
     for dtype in settings.dtypes:
         figures += _measure_memory(dtype, settings)  # before anything lies in the memory
         bench = make_bench(dtype, settings)
-        twice = make_bench(dtype, settings, latents=2)
+        twice = make_bench(dtype, settings, d_sae=2 * size_codec(settings)[1])
         check_sums(count(bench), bench)
         sides: dict[str, Callable[[], object]] = {
             "emlens": lambda b=bench: count(b),
@@ -95,7 +98,7 @@ def measure(settings: Settings) -> Record:
         d_in, d_sae = bench.codec.W_enc.shape
         flops = 2 * bench.x[..., 0].numel() * d_in * d_sae
         work[f"{dtype}: multiply"] = Work(flops=flops, bytes=4 * d_in * d_sae)
-    d_in, d_sae = SIZES[settings.size]
+    d_in, d_sae = size_codec(settings)
     sizes = {"d_in": d_in, "d_sae": d_sae, "l0": L0[settings.size]}
     sizes |= dict(zip(("prompts", "tokens"), PROMPTS[settings.size], strict=True))
     return Record(
@@ -111,14 +114,21 @@ def measure(settings: Settings) -> Record:
     )
 
 
-def make_bench(dtype: str, settings: Settings, *, latents: int = 1) -> Bench:
+def size_codec(settings: Settings) -> tuple[int, int]:
+    """d_in and d_sae of the codec that is timed."""
+    if settings.full and settings.device != "cpu":
+        return LARGE[settings.shape].hidden_size, D_SAE_GPU
+    return SIZES[settings.size]
+
+
+def make_bench(dtype: str, settings: Settings, *, d_sae: int | None = None) -> Bench:
     """Random activations, and a JumpReLU codec of random weights of which so many fire a token.
 
     The codec computes in float32, whatever the model runs in.
     """
     generator = torch.Generator().manual_seed(0)
-    (d_in, d_sae), (n_prompts, n) = SIZES[settings.size], PROMPTS[settings.size]
-    d_sae *= latents
+    (d_in, usual), (n_prompts, n) = size_codec(settings), PROMPTS[settings.size]
+    d_sae = d_sae or usual
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(settings.device)
@@ -243,7 +253,7 @@ def _measure_memory(dtype: str, settings: Settings) -> list[Figure]:
         Figure(
             name="peak bytes, four times the tokens / once",
             dtype=dtype,
-            ratio=exact_ratio(many / few),
+            ratio=single_ratio(many / few),
             better="lower",
             aim=MEMORY_AIM,
         )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -64,7 +64,19 @@ class Settings:
 
     def arguments(self) -> Sequence[str]:
         """The same settings as a child process reads them."""
-        return (self.size, self.device, str(self.threads), self.shape)
+        return (self.size, self.device, str(self.threads), self.shape, str(self.only_batch or 0))
+
+    @classmethod
+    def from_arguments(cls, arguments: Sequence[str]) -> "Settings":
+        """Read what `arguments` wrote; rounds, clock and dtype are no business of a child's."""
+        size, device, threads, shape, batch = arguments
+        return cls(
+            size=cast(Size, size),
+            device=device,
+            threads=int(threads),
+            shape=cast(Shape, shape),
+            only_batch=int(batch) or None,
+        )
 
 
 def check_settings(settings: Settings) -> Settings:

@@ -21,7 +21,7 @@ from benchmarks.peers import find_peers, load_own_way
 from benchmarks.records import Figure, Record
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
-from benchmarks.timing import exact_ratio, time_sides
+from benchmarks.timing import single_ratio, time_sides
 from benchmarks.work import Work, count_pass
 from emlens.activations import plan_reading, stream_activations
 from emlens.activations.results import ActivationStatistics
@@ -188,7 +188,7 @@ def _measure_memory(dtype: str, settings: Settings) -> list[Figure]:
         Figure(
             name="peak bytes, four times the tokens / once",
             dtype=dtype,
-            ratio=exact_ratio(many / few),
+            ratio=single_ratio(many / few),
             better="lower",
             aim=MEMORY_AIM,
         )

@@ -29,14 +29,19 @@ class Ratio:
     low: float
     high: float
     pairs: int
-    """How many; 1 for a count, which is the same in every run."""
+    """How many; 1 for a count, which is the same in every run, and for a single measurement."""
     coverage: float
-    """Probability that such an interval holds the true median."""
+    """Probability that such an interval holds the true median; 0 where there is none."""
 
 
 def exact_ratio(value: float) -> Ratio:
     """A ratio that was counted rather than timed."""
     return Ratio(median=value, low=value, high=value, pairs=1, coverage=1.0)
+
+
+def single_ratio(value: float) -> Ratio:
+    """A ratio that was measured once, as memory is: it has no interval."""
+    return Ratio(median=value, low=value, high=value, pairs=1, coverage=0.0)
 
 
 def median_ratio(values: Sequence[float]) -> Ratio:

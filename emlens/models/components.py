@@ -353,7 +353,8 @@ class ScaledEmbed(Embed):
     def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         """Look tokens up and scale by a factor rounded as the Hugging Face class rounds it."""
         factor = torch.tensor(self.cfg.d_model**0.5)
-        return F.embedding(tokens, self.W_E) * factor.to(self.W_E)
+        # On no device: a product takes such a number along, where a copy would make it wait.
+        return F.embedding(tokens, self.W_E) * factor.to(self.W_E.dtype)
 
 
 class FusedUnembed(Unembed):

@@ -25,7 +25,14 @@ from benchmarks import gpu
 from benchmarks.decode import step_seconds
 from benchmarks.records import Figure, Record, find_slowdowns, format_line, format_table
 from benchmarks.settings import Settings
-from benchmarks.timing import Ratio, Timings, exact_ratio, median_ratio, time_sides
+from benchmarks.timing import (
+    Ratio,
+    Timings,
+    exact_ratio,
+    median_ratio,
+    single_ratio,
+    time_sides,
+)
 from tests.forks import run_copy
 
 TOY = Settings(size="toy", threads=1, rounds=6)
@@ -203,6 +210,24 @@ def test_compare_ignores_figures_that_are_new_and_refuses_other_settings():
     other = replace(new, settings=replace(TOY, threads=2))
     with pytest.raises(ValueError, match="threads: 1 then, 2 now"):
         find_slowdowns(old, as_json(other))
+
+
+@pytest.mark.parametrize(
+    ("aim", "now", "slower"), [(1.05, 1.04, False), (1.05, 1.06, True), (None, 3.0, False)]
+)
+def test_compare_flags_what_was_measured_once_only_where_it_leaves_its_aim(
+    aim: float | None, now: float, slower: bool
+):
+    one = replace(make_figure(1, 0, better="lower", aim=aim), ratio=single_ratio(1.01))
+    old = as_json(make_record(one))
+    new = as_json(make_record(replace(one, ratio=single_ratio(now))))
+    assert bool(find_slowdowns(old, new)) == slower
+
+
+def test_compare_flags_any_count_that_has_become_worse():
+    one = replace(make_figure(1, 0, better="lower"), ratio=exact_ratio(1.01))
+    new = as_json(make_record(replace(one, ratio=exact_ratio(1.02))))
+    assert len(find_slowdowns(as_json(make_record(one)), new)) == 1
 
 
 def test_shapes_of_another_size_do_not_compare():

@@ -1,11 +1,14 @@
 """What is timed and counted: bytes, models, adapters, the bound's parts, the peers and checks."""
 
+from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import growth, load_tuned
 from benchmarks.adapters import Case, make_cases, multiply_adapter
 from benchmarks.memory import count_new_bytes, measure_residence, storages
 from benchmarks.models import (
@@ -15,6 +18,7 @@ from benchmarks.models import (
     load_hugging_face,
     load_tokenizer,
     make_chats,
+    plan_source,
     sweep_weights,
 )
 from benchmarks.pair_diff import over_bound
@@ -26,9 +30,11 @@ from benchmarks.peers import (
     merge_plainly,
 )
 from benchmarks.reference import Reference, check_logits, check_tokens, computed_in
+from benchmarks.sae_diff import size_codec
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings
 from benchmarks.work import count_pass
+from emlens.models.memory import plan_memory
 
 TOY = Settings(size="toy", threads=1, rounds=6)
 TOY_LAYERS = 4
@@ -50,6 +56,44 @@ def test_new_bytes_count_storage_once_wherever_it_hides():
 def test_storage_of_views_and_empty_tensors():
     whole = torch.zeros(8, dtype=torch.float64)
     assert list(storages([whole[2:], whole.view(2, 4), torch.empty(0)]).values()) == [64]
+
+
+def test_a_process_of_its_own_is_given_the_same_settings():
+    settings = Settings(size="full", device="cuda", threads=3, shape="14b", only_batch=32)
+    assert Settings.from_arguments(settings.arguments()) == settings
+    assert Settings.from_arguments(TOY.arguments()).only_batch is None
+
+
+@pytest.mark.parametrize("row", ["load_tuned", "growth"])
+def test_a_row_that_measures_memory_does_so_in_steps(row: str):
+    module = import_module(f"benchmarks.{row}")
+    sides = {"load_tuned": (*load_tuned.FORMS, *load_tuned.PEERS), "growth": ("latents:256",)}
+    for side in sides[row]:
+        assert len(list(module.steps(side, "float32", TOY))) == {"load_tuned": 2, "growth": 3}[row]
+
+
+@pytest.mark.parametrize(
+    ("shape", "n_parameters"),
+    # As their model cards have them: .49, 7.61 and 14.7 billion.
+    [("0.5b", 494_032_768), ("7b", 7_615_616_512), ("14b", 14_770_033_664)],
+)
+def test_the_shapes_of_a_gpu_are_those_of_qwen_and_can_be_planned(shape: Any, n_parameters: int):
+    settings = Settings(size="full", device="meta", shape=shape)
+    hf = load_hugging_face("bfloat16", settings)
+    assert sum(p.numel() for p in hf.parameters()) == n_parameters
+    assert {p.dtype for p in hf.parameters()} == {torch.bfloat16}
+    assert plan_memory(plan_source(settings), dtype="bfloat16").weights == 2 * n_parameters
+    assert size_codec(settings) == (hf.config.hidden_size, 131_072)
+
+
+@pytest.mark.parametrize(("loaded", "peak", "ratio"), [(1300, 1700, 1.0), (1100, 1700, 1.5)])
+def test_memory_that_the_texts_take_themselves_is_no_growth(loaded: int, peak: int, ratio: float):
+    given: dict[str, Any] = {"items": 1, "seconds": 1.0, "floor": 1000, "planned": 0}
+    few = growth.Point(x=1, loaded=1100, peak=1500 - 100, **given)
+    many = growth.Point(x=9, loaded=loaded, peak=peak - 100, **given)
+    found = growth._compare("prompts", [few, many], "float32", replace(TOY, size="full"))
+    assert found[-1].name == "prompts: bytes beyond the texts, most / fewest"
+    assert found[-1].ratio.median == pytest.approx(ratio)
 
 
 @pytest.mark.slow

@@ -64,6 +64,14 @@ def test_no_token_has_no_active_code(architecture: str):
     assert codec.decode(found).shape == (0, 12)
 
 
+def test_a_code_that_is_no_number_is_active():
+    pre = torch.tensor([[0.5, torch.nan, -1.0], [-0.5, 2.0, 0.0]])
+    found = active.list_above(pre, torch.zeros(3))
+    assert found.latents.tolist() == [0, 1, 1]
+    assert found.counts.tolist() == [2, 1]
+    assert active.list_active(pre.relu()).counts.tolist() == [2, 1]
+
+
 def test_codes_that_overflow_are_found_and_foreign_ones_refused():
     codec = make_sae()
     overflown = codec.encode_active(torch.full((1, 12), 3e38))
