@@ -52,7 +52,7 @@ def check_sae_card(folder: Path) -> Sae:
 
 def read_fits(card: str) -> dict[str, tuple[float, float, float]]:
     """Explained variance, L0 and dead share of each model of a card."""
-    rows = re.findall(r"^\| `(\S+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+)% \| \d+ \|$", card, re.M)
+    rows = re.findall(r"^\| `(\S+)` \| (-?[\d.]+) \| ([\d.]+) \| ([\d.]+)% \| \d+ \|$", card, re.M)
     return {name: (float(ev), float(l0), float(dead) / 100) for name, ev, l0, dead in rows}
 
 
