@@ -261,6 +261,7 @@ def write_card(work: Work, sae: Sae, fits: dict[str, CodecFit]) -> str:
     s = work.settings
     curve = record.curves
     chosen = range(0, len(curve.step), max(1, len(curve.step) // 10))
+    texts = (work.runs / "train.jsonl").read_bytes().count(b"\n")
     return CARD.read_text(encoding="utf-8").format(
         name=NAME,
         base=work.base,
@@ -270,7 +271,8 @@ def write_card(work: Work, sae: Sae, fits: dict[str, CodecFit]) -> str:
         d_sae=sae.d_sae,
         k=s.k,
         skipped=work.skipped,
-        texts=(work.runs / "train.jsonl").read_bytes().count(b"\n"),
+        texts=texts,
+        tokens=(record.rows_of_a_pass or 0) + texts * work.skipped,
         rows=record.rows_of_a_pass,
         answered=work.answered,
         packages=", ".join(PACKAGES),
