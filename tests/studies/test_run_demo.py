@@ -207,6 +207,6 @@ def test_questions_of_two_uses_are_refused_before_anything_is_sampled(
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
-    sources: dict[str, Any] = {"base": str(tiny / "base"), "tuned": str(tiny / "tuned")}
+    sources: dict[str, Any] = {name: str(tiny / name) for name in ("base", "tuned", "sae")}
     with pytest.raises(ValueError, match=r"twin: .* is no adapter"):
         run_demo(tmp_path / "run", quick=True, twin=str(tiny / "base"), **sources)
