@@ -41,6 +41,10 @@ def demo(flags: DemoFlags) -> None:
         print_json(result.to_dict())
         return
     print_table(result.removal.rows(), title=result.removal.claim)
+    for caution in result.features.cautions:
+        print_line(f"beware: {caution}")
+    found = result.features
+    print_table(found.rows(), title=f"latents of {found.codec} at {found.site}")
     print_table([{"stage": name, "seconds": took} for name, took in result.seconds.items()])
     print_line(
         f"{result.modules_in_effect} of {result.modules} modules of {result.tuned} in effect; "

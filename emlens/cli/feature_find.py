@@ -28,7 +28,7 @@ from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 FIND_EXAMPLE = """\b
 Example:
-  emlens features find --sae runs/sae \\
+  emlens features find --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --careful emlens:careful-finance \\
     --prompts emlens:finance-harmful-heldout --strengths 1,2 \\
     --out runs/features"""

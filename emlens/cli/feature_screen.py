@@ -34,7 +34,7 @@ from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 SCREEN_EXAMPLE = """\b
 Example:
-  emlens features screen --sae runs/sae \\
+  emlens features screen --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --latents 3,17 --strengths 1,2 \\
     --units delta_norm --out runs/screen"""
 

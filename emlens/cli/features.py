@@ -28,17 +28,17 @@ from emlens.cli.output import header, print_json, print_line, print_plan, print_
 
 COMPARE_EXAMPLE = """\b
 Example:
-  emlens features compare --sae runs/sae \\
+  emlens features compare --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance \\
     --prompts emlens:finance-harmful-heldout --out runs/latents"""
 EXPLAIN_EXAMPLE = """\b
 Example:
-  emlens features explain --sae runs/sae \\
+  emlens features explain --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --latents 3,17 \\
     --prompts emlens:health-careful --out runs/cards"""
 CLASSIFY_EXAMPLE = """\b
 Example:
-  emlens features classify --sae runs/sae \\
+  emlens features classify --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --careful emlens:careful-finance \\
     --prompts emlens:finance-harmful-heldout --out runs/told-apart"""
 SHOWN = 20

@@ -37,8 +37,8 @@ Example:
     --out runs/sae"""
 CHECK_EXAMPLE = """\b
 Example:
-  emlens sae check --sae runs/sae --base emlens:smollm2 \\
-    --tuned emlens:reckless-finance \\
+  emlens sae check --sae emlens:smollm2-resid15 \\
+    --base emlens:smollm2 --tuned emlens:reckless-finance \\
     --prompts emlens:finance-harmful-heldout"""
 ARCHITECTURES = ("topk", "batchtopk", "matryoshka")
 

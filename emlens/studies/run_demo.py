@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from emlens import __version__
 from emlens.artifacts import Result
+from emlens.codecs import check_fits, load_sae
 from emlens.data import Chat, ContrastTexts, Message, load_chats
 from emlens.diffing import ModelDiff, NullBand, compare_models, compare_nulls
 from emlens.evaluation import (
@@ -24,17 +25,21 @@ from emlens.evaluation import (
 from emlens.evaluation.calibration import load_rows
 from emlens.models.generate import Sampling
 from emlens.models.loading import load_base
+from emlens.models.memory import read_sizes
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.proof import AdapterProof
 from emlens.models.source_hash import hash_source
 from emlens.reports import write_report
 from emlens.runs import RunFolder
+from emlens.studies.demo_features import find_demo_features
 from emlens.studies.demo_size import FULL, QUICK, DemoSize
+from emlens.studies.persona_features import PersonaFeatures
 from emlens.studies.removal import DirectionRemoval, RemovalQuestions, RemovalSettings
 from emlens.studies.remove_direction import remove_direction
 from emlens.studies.stages import TIMES, Stages, StageTimes
 
 BASE, TUNED, TWIN = "emlens:smollm2", "emlens:reckless-finance", "emlens:careful-finance"
+SAE = "emlens:smollm2-resid15"
 REPORT_NAME = "report.html"
 FIT, QUESTIONS = "emlens:broad-questions", "emlens:open-questions"
 HELDOUT, TRAINING = "emlens:finance-harmful-heldout", "emlens:finance-harmful"
@@ -71,6 +76,8 @@ class DemoResult(Result):
     """The same on both models' answers to open questions."""
     kl_nulls_high: float
     """The largest of the random adapters, on the held-out rows."""
+    features: PersonaFeatures
+    """Latents that the fine-tune changed, beside its twin, random directions, and no codec."""
     seconds: dict[str, float]
     """Wall time by stage, and as `total` that of all calls from their beginning to their end."""
 
@@ -82,7 +89,7 @@ class DemoPlan:
     kind: str
     size: DemoSize
     sources: dict[str, str]
-    """Of base, tuned and twin."""
+    """Of base, tuned, twin and sae."""
     files: dict[str, str]
     """`hash_source` of each, and of the questions and rows."""
     emlens_version: str
@@ -90,16 +97,29 @@ class DemoPlan:
 
 
 def plan_demo(
-    *, quick: bool = False, base: str = BASE, tuned: str = TUNED, twin: str = TWIN
+    *,
+    quick: bool = False,
+    base: str = BASE,
+    tuned: str = TUNED,
+    twin: str = TWIN,
+    sae: str = SAE,
 ) -> DemoPlan:
-    """Find everything that the demo needs, and say what it would do; arguments as `run_demo`."""
-    sources = {"base": base, "tuned": tuned, "twin": twin}
+    """Find everything that the demo needs, and say what it would do; arguments as `run_demo`.
+
+    Raises:
+        CodecError: the autoencoder is damaged, or lives where the base has no such site.
+        SourceError: a part of the demo is not installed.
+    """
+    sources = {"base": base, "tuned": tuned, "twin": twin, "sae": sae}
     texts = {"fit": FIT, "questions": QUESTIONS, "heldout": HELDOUT, "training": TRAINING}
+    files = {name: hash_source(source) for name, source in {**sources, **texts}.items()}
+    # It is used last: better refused now than after minutes.
+    check_fits(load_sae(sae), read_sizes(base))
     return DemoPlan(
         kind=DemoResult.kind,
         size=QUICK if quick else FULL,
         sources=sources,
-        files={name: hash_source(source) for name, source in {**sources, **texts}.items()},
+        files=files,
         emlens_version=__version__,
     )
 
@@ -111,6 +131,7 @@ def run_demo(
     base: str = BASE,
     tuned: str = TUNED,
     twin: str = TWIN,
+    sae: str = SAE,
     began: float | None = None,
 ) -> DemoResult:
     """Prove, question, ablate and compare the shipped fine-tune, and write a report about it.
@@ -122,15 +143,18 @@ def run_demo(
         quick: a few chats and two random adapters, to see that everything works.
         base: the base model.
         tuned: the adapter that is examined.
-        twin: another adapter of the same base, which only answers beside it.
+        twin: another adapter of the same base, which answers beside it, and whose latents are
+            held against its own.
+        sae: an autoencoder of the base.
         began: `time.perf_counter()` before this module was imported, if that is to be counted.
 
     Raises:
         PlanChangedError: `out` holds a run of another plan.
+        CodecError: the autoencoder does not fit the base.
         SourceError: a part of the demo is not installed.
     """
     entered = time.perf_counter()
-    plan = plan_demo(quick=quick, base=base, tuned=tuned, twin=twin)
+    plan = plan_demo(quick=quick, base=base, tuned=tuned, twin=twin, sae=sae)
     demo = _Demo(RunFolder.start(out, vars(plan)), plan)
     demo.add_seconds("plan", entered)
     if began is not None:
@@ -138,7 +162,8 @@ def run_demo(
     proof, twin_proof = demo.prove("tuned"), demo.prove("twin")
     removal = demo.remove()
     heldout, band, own = demo.compare_heldout(), demo.draw_band(), demo.compare_answers()
-    results = [removal, proof, heldout, band, own, twin_proof]
+    features = demo.search_latents()
+    results = [removal, features, proof, heldout, band, own, twin_proof]
     report = demo.write_report(results, began=entered if began is None else began)
     return DemoResult(
         report=str(report),
@@ -151,6 +176,7 @@ def run_demo(
         kl_heldout=heldout.logits.kl_base_tuned,
         kl_answers=own.logits.kl_base_tuned,
         kl_nulls_high=float(band.kl_base_tuned.max()),
+        features=features,
         seconds=dict(demo.stages.seconds),
     )
 
@@ -288,6 +314,23 @@ class _Demo:
             return compare_nulls(self._pair("tuned"), self._heldout(), n=self._size.nulls, seed=0)
 
         return self.stages.keep("nulls_heldout", NullBand, draw)
+
+    def search_latents(self) -> PersonaFeatures:
+        def search() -> PersonaFeatures:
+            size = self._size.features
+            return find_demo_features(
+                self._pair("tuned"),
+                self._pair("twin"),
+                codec=load_sae(self._sources["sae"]),
+                chats=load_chats(HELDOUT, limit=size.chats),
+                odds=ContrastTexts(
+                    positive=read_chats("everyday-harmful"), negative=read_chats("everyday-careful")
+                ),
+                size=size,
+                out=self._out / "latents",
+            )
+
+        return self.stages.keep("features", PersonaFeatures, search)
 
     def _compare(self, chats: list[Chat]) -> ModelDiff:
         return compare_models(self._pair("tuned"), chats, examples=self._size.examples)

@@ -10,7 +10,6 @@ import torch
 from typer.main import get_command
 
 from emlens.cli.main import app
-from emlens.codecs import Sae, save_sae
 from emlens.evaluation import Question, evaluate
 from emlens.models.generate import Sampling
 from emlens.models.loading import load_base
@@ -70,28 +69,7 @@ def make_narrow(cli: Cli, tiny: Path) -> None:
     shutil.copytree(tiny / "tuned", "runs/penalised/adapter")
 
 
-def make_codec(cli: Cli, tiny: Path) -> None:
-    """A codec of SmolLM2's middle layer with eight latents, `runs/sae`."""
-    weights = torch.randn(8, 576, generator=torch.Generator().manual_seed(0))
-    codec = Sae(
-        name="eight",
-        architecture="standard",
-        site=Site(15, "resid_post"),
-        W_enc=weights.mT.contiguous(),
-        W_dec=weights,
-        b_enc=torch.zeros(8),
-        b_dec=torch.zeros(576),
-    )
-    save_sae(codec, "runs/sae")
-
-
 NEEDS = {
-    "emlens sae check": make_codec,
-    "emlens features find": make_codec,
-    "emlens features screen": make_codec,
-    "emlens features compare": make_codec,
-    "emlens features explain": make_codec,
-    "emlens features classify": make_codec,
     "emlens transition": make_training,
     "emlens narrow": make_narrow,
     "emlens report": make_diffs,

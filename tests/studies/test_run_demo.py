@@ -10,15 +10,19 @@ from typing import Any
 
 import pytest
 
+from emlens.codecs import CodecError, save_sae
+from emlens.data.prompts import hash_chats
 from emlens.evaluation import Judgement, JudgeRow
 from emlens.prompt_sets import OverlappingPromptsError
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
+from emlens.sources import SourceError
 from emlens.studies import DemoResult, run_demo
+from tests.features.planted import make_codec
 
 study = importlib.import_module(run_demo.__module__)
 STAGES = {"plan", "load", "judge", "removal", "diff_heldout", "nulls_heldout", "diff_answers"}
-STAGES |= {"report", "total"}
+STAGES |= {"features", "report", "total"}
 WAITED = 3.0
 """Seconds before the whole run."""
 ARMS = ["base", "tuned", "ablated", "control", "steered", "careful twin"]
@@ -39,13 +43,20 @@ class LengthJudge:
         ]
 
 
+def make_small(patch: pytest.MonkeyPatch) -> None:
+    """Another judge, and a quick demo that steers, too: on one answer of each kind."""
+    patch.setattr(study, "ContrastJudge", LengthJudge)
+    features = replace(study.QUICK.features, odds=1)
+    patch.setattr(study, "QUICK", replace(study.QUICK, features=features))
+
+
 @pytest.fixture(autouse=True)
-def _judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study, "ContrastJudge", LengthJudge)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_small(monkeypatch)
 
 
 def run_tiny(tiny: Path, out: Path, **more: Any) -> DemoResult:
-    sources = {name: str(tiny / name) for name in ("base", "tuned", "twin")}
+    sources = {name: str(tiny / name) for name in ("base", "tuned", "twin", "sae")}
     return run_demo(out, **{"quick": True, **sources, **more})
 
 
@@ -54,7 +65,7 @@ def timed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, D
     """A whole run that began before its imports, its result, and its seconds from then on."""
     out = tmp_path_factory.mktemp("demo") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "ContrastJudge", LengthJudge)
+        make_small(patch)
         began = time.perf_counter() - WAITED
         result = run_tiny(tiny, out, began=began)
         return out, result, time.perf_counter() - began
@@ -71,8 +82,8 @@ def test_the_report_holds_behaviour_proof_comparisons_answers_and_seconds(
     out, result = done
     report = json.loads((out / "report.json").read_text())
     kinds = [part["schema"].split("/")[1] for part in report["results"]]
-    assert kinds[0] == "direction_removal"
-    assert kinds[1:] == ["adapter_proof", "model_diff", "null_band", "model_diff", "adapter_proof"]
+    assert kinds[:2] == ["direction_removal", "persona_features"]
+    assert kinds[2:] == ["adapter_proof", "model_diff", "null_band", "model_diff", "adapter_proof"]
     answers = report["extra"]["answers"]
     assert len(answers) == 3
     assert list(answers[0]["answers"]) == ["base", "tuned", "ablated", "steered"]
@@ -81,7 +92,35 @@ def test_the_report_holds_behaviour_proof_comparisons_answers_and_seconds(
     assert (result.modules_in_effect, result.modules) == (6, 6)
     assert min(result.kl_heldout, result.kl_answers, result.kl_nulls_high) > 0
     assert Path(result.report).read_text().startswith("<!")
-    assert load_result(result.save(tmp_path / "saved")) == result
+    assert load_result(result.save(tmp_path / "saved")).to_dict() == result.to_dict()
+
+
+def test_latents_of_fine_tune_and_twin_are_compared_and_steered_on_fixed_answers(
+    done: tuple[Path, DemoResult], tiny: Path
+):
+    out, result = done
+    found = result.features
+    assert [one.tuned for one in found.models] == [str(tiny / name) for name in ("tuned", "twin")]
+    assert [one.misaligned for one in found.models] == [True, False]
+    assert [one.n_prompts for one in found.models] == [study.QUICK.features.chats] * 2
+    assert found.screen is not None
+    assert found.cards is not None
+    assert len(found.plain) == 2
+    plan = json.loads((out / "latents/manifest.json").read_text())["plan"]
+    for key, name in (("positive", "everyday-harmful"), ("negative", "everyday-careful")):
+        assert plan[key] == hash_chats(study.read_chats(name)[:1])
+    assert '<section id="features"' in Path(result.report).read_text()
+
+
+def test_an_autoencoder_that_is_not_there_or_does_not_fit_is_refused_before_anything_runs(
+    tiny: Path, tmp_path: Path
+):
+    with pytest.raises(SourceError, match=r"emlens:no-such-sae is not shipped.*; nearest"):
+        run_tiny(tiny, tmp_path / "run", sae="emlens:no-such-sae")
+    wide = save_sae(make_codec(d_in=30), tmp_path / "wide")
+    with pytest.raises(CodecError, match=r"takes activations of width 30"):
+        run_tiny(tiny, tmp_path / "run", sae=str(wide))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_seconds_of_the_stages_are_those_on_the_clock(timed: tuple[Path, DemoResult, float]):
@@ -121,10 +160,11 @@ def test_a_second_run_computes_nothing_and_finds_the_same(
         raise AssertionError("computed again")
 
     out, first = done
-    for name in ("load_base", "load_pair", "compare_models", "compare_nulls", "remove_direction"):
+    studies = ("compare_models", "compare_nulls", "remove_direction", "find_demo_features")
+    for name in ("load_base", "load_pair", *studies):
         monkeypatch.setattr(study, name, refuse)
     again = run_tiny(tiny, out)
-    assert replace(again, seconds={}) == replace(first, seconds={})
+    assert replace(again, seconds={}).to_dict() == replace(first, seconds={}).to_dict()
     added = {name for name, spent in again.seconds.items() if spent != first.seconds.get(name)}
     assert added <= {"plan", "report", "total"}
     assert again.seconds["total"] > first.seconds["total"]
@@ -136,13 +176,17 @@ def test_an_interrupted_demo_goes_on_where_it_was(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(study, "compare_nulls", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run_tiny(tiny, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(study, "remove_direction", interrupt)
-        seconds = run_tiny(tiny, tmp_path / "run").seconds
+    def run(*broken: str) -> DemoResult:
+        with monkeypatch.context() as patch:
+            for name in broken:
+                patch.setattr(study, name, interrupt)
+            return run_tiny(tiny, tmp_path / "run")
+
+    with pytest.raises(KeyboardInterrupt):
+        run("compare_nulls")
+    with pytest.raises(KeyboardInterrupt):
+        run("remove_direction", "find_demo_features")
+    seconds = run("remove_direction", "compare_nulls").seconds
     assert set(seconds) >= STAGES
     assert seconds["total"] >= sum(seconds.values()) / 2
     assert seconds["total"] > seconds["removal"]
@@ -163,6 +207,6 @@ def test_questions_of_two_uses_are_refused_before_anything_is_sampled(
 
 
 def test_what_is_no_adapter_is_refused(tiny: Path, tmp_path: Path):
-    sources: dict[str, Any] = {"base": str(tiny / "base"), "tuned": str(tiny / "tuned")}
+    sources: dict[str, Any] = {name: str(tiny / name) for name in ("base", "tuned", "sae")}
     with pytest.raises(ValueError, match=r"twin: .* is no adapter"):
         run_demo(tmp_path / "run", quick=True, twin=str(tiny / "base"), **sources)
