@@ -67,12 +67,12 @@ ASKED = ("open", "broad")
 class Amount:
     """How much of everything."""
 
-    per_domain: int = 10
+    per_domain: int = 6
     """Pairs of fixed responses of each domain."""
     n_latents: int = 20
     strengths: tuple[float, ...] = (1.0, 2.0)
-    n_sampled: int = 4
-    """Latents of each side that responses are sampled under."""
+    n_sampled: int = 0
+    """Latents of each side sampled under, and 16 controls: half an hour."""
     asked: int = 12
     """Prompts of the screen's second stage."""
     followed: int = 3
@@ -132,7 +132,7 @@ def find(
         sampling=Sampling(n=2, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0),
         n_sampled=amount.n_sampled,
     )
-    speaking = Sampling(n=1, temperature=0.7, top_p=0.95, max_new_tokens=60, seed=0)
+    speaking = Sampling(n=1, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0)
     return find_persona_features(
         base,
         FineTunes(tuned=tuple(names[0]), careful=tuple(names[1]), domains=tuple(domains)),
