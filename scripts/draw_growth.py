@@ -85,6 +85,11 @@ def _draw_panel(title: str, lines: Sequence[Points]) -> list[str]:
             f'stroke-dasharray="{dashes}"/>'
         )
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in places]
+    for x, y in shown[0]:
+        parts.append(
+            f'<text x="{across.place(x):.1f}" y="{up.place(y) - 8:.1f}" '
+            f'text-anchor="middle">{float(f"{y:.3g}"):g}</text>'
+        )
     return parts
 
 
