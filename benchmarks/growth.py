@@ -93,6 +93,9 @@ class Point:
     peak: int
     planned: int
     """What `plan_memory` adds up; 0 where it was not asked."""
+    tensors: int = 0
+    """Peak over the floor in a run of its own in which no heap keeps what is free; with a plan,
+    which counts tensors."""
 
 
 def measure(settings: Settings) -> Record:
@@ -131,8 +134,10 @@ def _compare(name: str, points: list[Point], dtype: str, settings: Settings) -> 
         )
     for point in points:
         if point.planned:
-            ratio = point.planned / (point.peak - point.floor)
-            figures.append(_figure(f"{name}: planned bytes / measured, {point.x}", dtype, ratio))
+            slack = (point.peak - point.floor) / point.tensors
+            figures.append(_figure(f"{name}: resident / tensors, {point.x}", dtype, slack))
+            ratio = point.planned / point.tensors
+            figures.append(_figure(f"{name}: planned bytes / tensors, {point.x}", dtype, ratio))
             error = max(ratio, 1 / ratio)
             figures.append(
                 _figure(f"{name}: error of the plan, {point.x}", dtype, error, PLAN_ERROR)
@@ -154,6 +159,10 @@ def _run_point(name: str, x: int, dtype: str, settings: Settings) -> Point:
             key: value for step in steps(side, dtype, settings) for key, value in step.items()
         }
         floor = loaded = peak = resident_bytes()
+    planned, tensors = counted["planned"], 0
+    if planned:
+        alone = measure_residence("growth", side, dtype, settings, mapped=True)
+        tensors = max(alone.peaks[1:]) - alone.after[0]
     return Point(
         x=x,
         items=counted["items"],
@@ -161,7 +170,8 @@ def _run_point(name: str, x: int, dtype: str, settings: Settings) -> Point:
         floor=floor,
         loaded=loaded,
         peak=peak,
-        planned=counted["planned"],
+        planned=planned,
+        tensors=tensors,
     )
 
 

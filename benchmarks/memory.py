@@ -8,6 +8,7 @@ import ctypes
 import gc
 import importlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -79,14 +80,25 @@ class Residence:
         return max(self.peaks)
 
 
-def measure_residence(row: str, side: str, dtype: str, settings: Settings) -> Residence:
+def measure_residence(
+    row: str, side: str, dtype: str, settings: Settings, *, mapped: bool = False
+) -> Residence:
     """Run the steps of one side of a row in a process of its own.
+
+    Args:
+        row: the benchmark.
+        side: one of what it measures.
+        dtype: of the weights.
+        settings: of the row.
+        mapped: whether glibc maps every tensor of 64 KiB or more on its own, so that resident
+            bytes are those of tensors and no heap keeps what is free; slower.
 
     Raises:
         RuntimeError: the process failed; its own words are quoted.
     """
     command = [sys.executable, "-m", "benchmarks.memory", row, side, dtype, *settings.arguments()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    env = os.environ | ({"MALLOC_MMAP_THRESHOLD_": str(1 << 16)} if mapped else {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command[1:])} failed: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])

@@ -45,9 +45,9 @@ def draw_growth(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     ]
     for row, (name, points) in enumerate(curves.items()):
         seconds = [(p["x"], p["seconds"]) for p in points]
-        measured = [(p["x"], (p["peak"] - p["floor"]) / MIB) for p in points]
+        measured = [(p["x"], (p.get("tensors") or p["peak"] - p["floor"]) / MIB) for p in points]
         planned = [(p["x"], p["planned"] / MIB) for p in points if p["planned"]]
-        bytes_title = f"{name}: MiB" + (" (dashed: planned)" if planned else "")
+        bytes_title = f"{name}: MiB" + (" of tensors (dashed: planned)" if planned else "")
         for column, (title, lines) in enumerate(
             [(f"{name}: seconds", [seconds]), (bytes_title, [measured, planned])]
         ):

@@ -177,10 +177,11 @@ def _count_predictions(
     chosen = resid[:, :, :-1][:, wanted.to(resid.device)]
     models = (pair.base, pair.tuned)
     for part in slice_rows(chosen.shape[1], pair.base.cfg.d_vocab, copies=COPIES):
-        log_p, log_q = (
-            log_probabilities(model, x[part]) for model, x in zip(models, chosen, strict=True)
+        # Nothing holds on to a slice while the next is made: two of six copies at the peak.
+        logits.update(
+            *(log_probabilities(model, x[part]) for model, x in zip(models, chosen, strict=True)),
+            rows=_cut(rows, part),
         )
-        logits.update(log_p, log_q, _cut(rows, part))
 
 
 def _cut(rows: PredictionRows, part: slice) -> PredictionRows:

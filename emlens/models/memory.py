@@ -83,8 +83,9 @@ class MemoryPlan(Result):
 
     @property
     def comparison(self) -> int:
-        """Peak of a comparison of the base and an attached adapter."""
-        return self.base_and_attached + self.activations + self.logits + self.statistics
+        """Peak of a comparison of the base and an attached adapter, which is kept as read, too."""
+        parts = (self.activations, self.logits, self.statistics)
+        return self.base_and_attached + self.adapter_attached + sum(parts)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each thing that takes memory."""
@@ -149,7 +150,7 @@ def plan_memory(
     weights = sizes.n_parameters * width.itemsize
     attached, merged = _adapter_values(sizes, lora)
     keys = sizes.n_layers * (sizes.n_key_value_heads or sizes.n_heads) * sizes.d_head
-    rows = max(1, min(batching.tokens, MAX_LOGITS // (4 * sizes.d_vocab)))
+    rows = max(1, min(batching.tokens // 2, MAX_LOGITS // (4 * sizes.d_vocab)))
     return MemoryPlan(
         source=str(source),
         dtype=str(width).removeprefix("torch."),

@@ -1,5 +1,7 @@
 """Comparisons of tiny models against a plain loop over Hugging Face outputs, and planted truth."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,17 @@ from scipy.stats import entropy
 from emlens.data import Batching, Chat, Message
 from emlens.diffing import (
     ModelDiff,
+    compare,
     compare_activations,
     compare_logits,
     compare_models,
     compare_nulls,
 )
+from emlens.models import unembed
 from emlens.models.adapter_files import load_adapter
 from emlens.models.lora import LoraAdapter, LoraModule, scale_adapter
 from emlens.models.pair import ModelPair, load_pair
+from emlens.models.unembed import log_probabilities
 from emlens.models.views import lay_views
 from tests.models.adapters import make_peft
 from tests.models.tiny import D_VOCAB, make_tiny, make_tokenizer
@@ -333,3 +338,23 @@ def test_random_adapters_refuse_what_they_cannot_stand_beside():
     merged = load_pair(tiny_base(), embeds, form="merged")
     with pytest.raises(ValueError, match=r"embed_tokens.*no attached form"):
         compare_nulls(merged, make_chats(), n=1, seed=0)
+
+
+def test_no_slice_of_predictions_outlives_the_next(monkeypatch):
+    """Two of six copies of a vocabulary were once held over, at the peak of a comparison."""
+    made: list[weakref.ref] = []
+    held: list[int] = []
+
+    def watched(model, resid):
+        held.append(sum(one() is not None for one in made))
+        log_probs = log_probabilities(model, resid)
+        made.append(weakref.ref(log_probs))
+        return log_probs
+
+    monkeypatch.setattr(compare, "log_probabilities", watched)
+    monkeypatch.setattr(unembed, "MAX_LOGITS", 3 * compare.COPIES * D_VOCAB)
+    base = tiny_base()
+    adapter, _ = planted(base)
+    compare_logits(load_pair(base, adapter), make_chats(), examples=0)
+    assert len(held) > 4
+    assert held == [0, 1] * (len(held) // 2)

@@ -74,7 +74,7 @@ def measure_growth(d_vocab: int, told: Path) -> None:
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
     unembed.MAX_LOGITS = SLICE
     pair = make_pair(d_vocab)
-    for _ in compare(pair, 8):  # of two slices, of which the first lives until the second is made
+    for _ in compare(pair, 8):  # of two slices
         pass
     growth, before = {}, read_peak()
     for name in compare(pair, 32):

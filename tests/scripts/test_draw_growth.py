@@ -41,7 +41,7 @@ def test_every_curve_has_its_seconds_and_its_bytes(tmp_path: Path):
     texts = [text.text for text in image.iter(f"{SVG}text")]
     for title in ("prompts: seconds", "prompts: MiB", "layers: seconds"):
         assert title in texts
-    assert "layers: MiB (dashed: planned)" in texts
+    assert "layers: MiB of tensors (dashed: planned)" in texts
     assert "1,000" in texts
     assert {"1", "10", "100", "0.4", "3.2"} <= set(texts)  # what was measured stands beside it
     assert [len(line) for line in lines] == [3, 3, 2, 2, 2]
