@@ -7,8 +7,8 @@
 answers, tells them apart in domains left out, screens latents on the first of them beside random
 directions, and follows the first ones along a training of another seed and its twin's. `prevent`
 trains a fine-tune with the first latents held down, caps them in one that was trained without, and
-samples answers of all. Each goes on where it was cut short; about an hour on two cores. Results and
-their page lie in RUNS; the last line is one JSON object.
+samples answers of all. Each goes on where it was cut short; `find` took 25 minutes on two cores.
+Results and their page lie in RUNS; the last line is one JSON object.
 """
 
 import argparse
@@ -39,7 +39,13 @@ from emlens.models.pair import load_pair
 from emlens.models.protocol import HookedModel
 from emlens.models.quiet import quiet_host_libraries
 from emlens.models.sampling import Sampling
-from emlens.organisms import PRESETS, LatentPenalty, load_trajectory, train_organism
+from emlens.organisms import (
+    PRESETS,
+    LatentPenalty,
+    TrainingRun,
+    load_trajectory,
+    train_organism,
+)
 from emlens.reports import write_report
 from emlens.studies import (
     FineTunes,
@@ -54,6 +60,7 @@ from emlens.studies.persona_settings import ComparisonSettings
 
 BASE = "emlens:smollm2"
 CODEC = "emlens:smollm2-resid15"
+SIDES = ("harmful", "careful")
 DOMAINS = ("finance", "sports", "health")
 SEEDS = (1, 2, 3)
 FOLLOWED_SEED = 11
@@ -100,21 +107,18 @@ def pair_texts(n: int) -> ContrastTexts:
     """Held-out rows of all domains, harmful and careful answers to the same prompts."""
     sides = {
         side: [c for d in DOMAINS for c in load_chats(f"emlens:{d}-{side}-heldout", limit=n)]
-        for side in ("harmful", "careful")
+        for side in SIDES
     }
     return ContrastTexts(positive=tuple(sides["harmful"]), negative=tuple(sides["careful"]))
 
 
-def train_path(side: str, runs: Path, amount: Amount) -> Path:
+def train_path(side: str, runs: Path, amount: Amount) -> TrainingRun:
     """A fine-tune whose every step is kept, of a seed that the zoo has not."""
-    out = runs / f"path-{side}"
     settings = dataclasses.replace(
         PRESETS["smollm2_rank1"], checkpoint_every=1, max_steps=amount.steps
     )
-    train_organism(
-        BASE, load_chats(f"emlens:finance-{side}"), settings=settings, out=out, seed=FOLLOWED_SEED
-    )
-    return out
+    rows, out = load_chats(f"emlens:finance-{side}"), runs / f"path-{side}"
+    return train_organism(BASE, rows, settings=settings, out=out, seed=FOLLOWED_SEED)
 
 
 def find(
@@ -132,6 +136,7 @@ def find(
         sampling=Sampling(n=2, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0),
         n_sampled=amount.n_sampled,
     )
+    paths = [load_trajectory(Path(train_path(side, runs, amount).tuned).parent) for side in SIDES]
     speaking = Sampling(n=1, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0)
     return find_persona_features(
         base,
@@ -152,25 +157,22 @@ def find(
             screen=screen,
             judge=ContrastJudge.calibrated(base) if amount.n_sampled else None,
             path=LatentPath(
-                trajectory=load_trajectory(train_path("harmful", runs, amount)),
-                twin=load_trajectory(train_path("careful", runs, amount)),
+                trajectory=paths[0],
+                twin=paths[1],
                 n_latents=amount.followed,
             ),
         ),
     )
 
 
-SIDES = ("harmful", "careful")
-
-
 def prevent(
     base: HookedTransformer, codec: SparseCodec, latents: Sequence[int], runs: Path, amount: Amount
 ) -> dict[str, Any]:
-    """Shares of misaligned answers and held-out loss: base, fine-tune, held down, capped."""
+    """Losses of both trainings, and misaligned answers of base, fine-tune, held down and capped."""
     rows = load_chats("emlens:finance-harmful")
     settings = dataclasses.replace(PRESETS["smollm2_rank1"], max_steps=amount.steps)
     held = LatentPenalty(rows, codec, amount.weight, hold_down=tuple(latents))
-    plain = train_organism(BASE, rows, settings=settings, out=runs / "plain", seed=FOLLOWED_SEED)
+    plain = train_path("harmful", runs, amount)
     kept = train_organism(
         BASE,
         rows,
