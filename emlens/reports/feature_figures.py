@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from emlens.reports.features import SIDES, strongest_control
-from emlens.reports.labels import label
+from emlens.reports.labels import label, name_rows
 from emlens.reports.sections import Json, find_span, short_name
 from emlens.reports.theme import BAND, DASHES, LINES
 from emlens.reports.visible import finite, read_number, show_number
@@ -77,7 +77,7 @@ def _plot_changes(changes: dict[int, float], axis: str) -> go.Figure:
         )
     )
     figure.update_xaxes(title=axis, zeroline=True)
-    _name_rows(figure, names)
+    name_rows(figure, names)
     return figure.update_layout(height=90 + 18 * len(names), bargap=0.3)
 
 
@@ -110,7 +110,7 @@ def plot_models(feature: Json) -> go.Figure:
             hovertemplate="%{customdata}<extra></extra>",
         )
     figure.update_xaxes(title="mean code over prompts", rangemode="tozero", showgrid=True)
-    _name_rows(figure, [label(short_name(str(one["tuned"])), 28) for one in models])
+    name_rows(figure, [label(short_name(str(one["tuned"])), 28) for one in models])
     return figure.update_layout(height=100 + _ROW_HEIGHT * max(len(models), 2))
 
 
@@ -235,14 +235,3 @@ def _band_traces(band: Json, points: Sequence[float], name: str, row: int) -> li
             hovertemplate="%{x:g}: %{y:.4g}<extra></extra>",
         ),
     ]
-
-
-def _name_rows(figure: go.Figure, names: list[str]) -> None:
-    figure.update_yaxes(
-        tickvals=list(range(len(names))),
-        ticktext=names,
-        autorange="reversed",
-        showgrid=False,
-        ticks="",
-        ticklabelstandoff=6,
-    )

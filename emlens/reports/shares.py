@@ -7,7 +7,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from emlens.reports.behaviour import DIFFERENCES, Behaviour, read_behaviour, say_interval
-from emlens.reports.labels import label
+from emlens.reports.labels import label, name_rows
 from emlens.reports.sections import Json
 from emlens.reports.theme import LINES
 from emlens.reports.turns import name_scale
@@ -83,7 +83,7 @@ def plot_difference(document: Json) -> go.Figure:
         )
     )
     figure.update_xaxes(title="percentage points, second minus first", zeroline=True)
-    return _name_rows(figure, [name for name, _ in rows])
+    return _stack_rows(figure, [name for name, _ in rows])
 
 
 def _total(name: str, n: int, holder: Json) -> _Bar:
@@ -139,7 +139,7 @@ def _draw_bars(bars: Sequence[_Bar], claim: str) -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>",
     )
     figure.update_xaxes(title="per cent of all responses", range=[0, 102], showgrid=True)
-    return _name_rows(figure, names).update_layout(bargap=0.35)
+    return _stack_rows(figure, names).update_layout(bargap=0.35)
 
 
 def _whiskers(values: list[float], lows: list[float], highs: list[float]) -> dict[str, Any]:
@@ -153,16 +153,9 @@ def _whiskers(values: list[float], lows: list[float], highs: list[float]) -> dic
     }
 
 
-def _name_rows(figure: go.Figure, names: list[str]) -> go.Figure:
-    """Rows by their places, as two of one name are still two; the first on top."""
-    figure.update_yaxes(
-        tickvals=list(range(len(names))),
-        ticktext=names,
-        autorange="reversed",
-        showgrid=False,
-        ticks="",
-        ticklabelstandoff=6,
-    )
+def _stack_rows(figure: go.Figure, names: list[str]) -> go.Figure:
+    """Named rows, and a height that has room for them."""
+    name_rows(figure, names)
     return figure.update_layout(height=110 + _ROW_HEIGHT * len(names))
 
 

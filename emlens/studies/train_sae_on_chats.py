@@ -14,6 +14,7 @@ from emlens.codecs import Sae, train_sae
 from emlens.codecs.rows import CorpusTooSmallError
 from emlens.codecs.settings import SaeSettings
 from emlens.data import Batching, Chat
+from emlens.models.pair import ModelPair
 from emlens.models.reading import Readable, identify
 
 HELD_OUT = 32_768
@@ -145,6 +146,7 @@ def train_sae_on_chats(
         site=settings.site,
         seed=seed,
         base_fingerprint=identify(model).base_fingerprint,
+        device=str((model.base if isinstance(model, ModelPair) else model).W_E.device),
     )
     train, held_out = rows.split(settings.held_out)
     recipe = settings.for_rows(train.n_rows, held_out.n_rows)

@@ -150,6 +150,11 @@ def test_half_precision_stays_half_precision_on_the_way(tmp_path):
     assert next(iter(shuffle_activations(captured, site=SITE, seed=0))).dtype is torch.bfloat16
 
 
+def test_rows_come_where_they_are_wanted(shards):
+    parts = shuffle_activations(shards, site=SITE, seed=0, paired=True, device="meta").split(0.3)
+    assert [next(iter(part)).device.type for part in parts] == ["meta", "meta"]
+
+
 def test_what_cannot_be_read_is_named(shards):
     with pytest.raises(SiteError, match=r"resid_post.1 was not captured"):
         shuffle_activations(shards, site="resid_post.1", seed=0)
