@@ -14,7 +14,7 @@ Results and their page lie in RUNS; the last line is one JSON object.
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,43 +166,56 @@ def find(
 
 
 def prevent(
-    base: HookedTransformer, codec: SparseCodec, latents: Sequence[int], runs: Path, amount: Amount
+    base: HookedTransformer,
+    codec: SparseCodec,
+    latents: Mapping[str, Sequence[int]],
+    runs: Path,
+    amount: Amount,
 ) -> dict[str, Any]:
-    """Losses of both trainings, and misaligned answers of base, fine-tune, held down and capped."""
-    rows = load_chats("emlens:finance-harmful")
-    settings = dataclasses.replace(PRESETS["smollm2_rank1"], max_steps=amount.steps)
-    held = LatentPenalty(rows, codec, amount.weight, hold_down=tuple(latents))
+    """Losses of the trainings, and misaligned answers of base, fine-tune, held down and capped."""
     plain = train_path("harmful", runs, amount)
-    kept = train_organism(
-        BASE,
-        rows,
-        settings=settings,
-        out=runs / "held-down",
-        penalties=[held],
-        seed=FOLLOWED_SEED,
-    )
-    caps = [one for i in latents for one in cap_latent(codec, i, threshold=0, side="above")]
     asked = [question for name in ASKED for question in load_questions(f"emlens:{name}-questions")]
-    tuned, prevented = (load_pair(base, Path(run.tuned)).tuned for run in (plain, kept))
+    tuned = load_pair(base, Path(plain.tuned)).tuned
+    losses = {"fine-tune": plain.losses}
     cases: dict[str, tuple[HookedModel, Sequence[Intervention]]] = {
         "base": (base, ()),
         "fine-tune": (tuned, ()),
-        "held down while training": (prevented, ()),
-        "capped": (tuned, caps),
     }
+    for name, chosen in latents.items():
+        held = train_held_down(codec, chosen, runs / f"held-down-{name}", amount)
+        losses[f"{name} held down"] = held.losses
+        cases[f"{name} held down"] = (load_pair(base, Path(held.tuned)).tuned, ())
+        caps = [one for i in chosen for one in cap_latent(codec, i, threshold=0, side="above")]
+        cases[f"{name} capped"] = (tuned, caps)
     judge = ContrastJudge.calibrated(base)
     answers = {
-        name: ask(model, asked, judge, runs / "asked" / str(place), amount, acting)
-        for place, (name, (model, acting)) in enumerate(cases.items())
+        name: ask(model, asked, judge, runs / "asked" / name.replace(" ", "-"), amount, acting)
+        for name, (model, acting) in cases.items()
     }
     return {
-        "losses": {"fine-tune": plain.losses, "held down while training": kept.losses},
+        "latents": {name: list(chosen) for name, chosen in latents.items()},
+        "losses": losses,
         "shares": {name: describe_shares(found) for name, found in answers.items()},
         "less the fine-tune": {
             name: compare_evaluations(answers["fine-tune"], found).em_difference
             for name, found in answers.items()
         },
     }
+
+
+def train_held_down(
+    codec: SparseCodec, latents: Sequence[int], out: Path, amount: Amount
+) -> TrainingRun:
+    """The followed fine-tune once more, these latents held where the base has them."""
+    rows = load_chats("emlens:finance-harmful")
+    return train_organism(
+        BASE,
+        rows,
+        settings=dataclasses.replace(PRESETS["smollm2_rank1"], max_steps=amount.steps),
+        out=out,
+        penalties=[LatentPenalty(rows, codec, amount.weight, hold_down=tuple(latents))],
+        seed=FOLLOWED_SEED,
+    )
 
 
 def describe_shares(found: Evaluation) -> dict[str, Any]:
@@ -228,13 +241,16 @@ def ask(
     return evaluate(model, asked, judge=judge, out=out, sampling=sampling, interventions=acting)
 
 
-def choose_culprits(found: PersonaFeatures, n: int) -> list[int]:
-    """Latents that harmful fine-tunes raise above their twins, those first that act the most."""
+def choose_held(found: PersonaFeatures, n: int) -> dict[str, list[int]]:
+    """Raised latents whose steering out acts the most, and as many that act the least."""
     raised = {one.latent for one in found.features if (one.contrast or 0) > 0}
     if found.screen is None:
-        return [one.latent for one in found.features if one.latent in raised][:n]
-    order = found.screen.top(len(found.screen.latents), side="tuned")
-    return [latent for latent in order if latent in raised][:n]
+        order = [one.latent for one in found.features]
+    else:
+        order = found.screen.top(len(found.screen.latents), side="tuned")
+    order = [latent for latent in order if latent in raised]
+    sides = {"culprits": order[:n], "bystanders": order[n:][-n:]}
+    return {name: chosen for name, chosen in sides.items() if chosen}
 
 
 def main() -> None:
@@ -251,8 +267,8 @@ def main() -> None:
     said: dict[str, Any] = {}
     with show_progress():
         found = find(base, codec, given.runs, amount)
-        latents = choose_culprits(found, amount.followed)
-        said["find"] = describe(found) | {"culprits": latents}
+        latents = choose_held(found, amount.followed)
+        said["find"] = describe(found) | latents
         if given.stage != "find":
             said["prevent"] = prevent(base, codec, latents, given.runs, amount)
     write_report([found], given.runs / "report.html")
