@@ -30,6 +30,7 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Timings, time_sides
 from benchmarks.work import Work, count_decode, count_pass
 from emlens.models.generate import Sampling, generate_tokens
+from emlens.models.packed_weights import PackedWeights
 from emlens.models.views import lay_views
 
 BATCHES = {"toy": (1,), "full": (1, 32)}
@@ -137,10 +138,11 @@ def sweep_tokens(hf: Any, batch: int, n: int) -> Callable[[], None]:
     step = sweep_weights([*blocks, unembed], batch)
 
     def sweep() -> None:
-        prompts()
-        first()
-        for _ in range(n - 1):
-            step()
+        with PackedWeights().used():  # as generation has them
+            prompts()
+            first()
+            for _ in range(n - 1):
+                step()
 
     return sweep
 

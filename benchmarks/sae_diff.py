@@ -1,8 +1,9 @@
 """SAE diff: what does all that is counted of two models' latents cost beside encoding them?
 
-Bound: the encoder's bare matrix multiply, [n d_in] x [d_in d_sae] for each model, chunk by chunk
-into one buffer. Counted are codes, firings, activations, what is reconstructed, and what the
-difference of the reconstructions captures, prompt by prompt.
+Bound: the encoder's bare matrix multiply, [n d_in] x [d_in d_sae] for each model, chunk by chunk,
+by `products.multiply`, which is torch's own product wherever that is the faster one. Counted are
+codes, firings, activations, what is reconstructed, and what the difference of the reconstructions
+captures, prompt by prompt.
 Beside it: sae_lens, which encodes all rows of a model at once, decodes, and takes means of the
 dense codes.
 
@@ -30,6 +31,7 @@ from emlens.codecs.sae_lens_package import import_sae_lens
 from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.encode import split_rows
 from emlens.features.reading import count_rows
+from emlens.models.products import multiply
 from emlens.sites import Site
 
 AIM = 1.15
@@ -169,16 +171,14 @@ def make_multiplication(bench: Bench) -> Callable[[], None]:
     """The encoder's multiplication of both models' rows and nothing else: the bound."""
     weight = bench.codec.W_enc
     parts = list(split_rows(bench.x.shape[1], weight.shape[1]))
-    out = torch.empty(parts[0].stop, weight.shape[1], device=weight.device)
 
     @torch.inference_mode()
-    def multiply() -> None:
+    def run() -> None:
         for rows in bench.x:
             for part in parts:
-                chunk = rows[part].to(weight.dtype)
-                torch.mm(chunk, weight, out=out[: len(chunk)])
+                multiply(rows[part].to(weight.dtype), weight.mT)
 
-    return multiply
+    return run
 
 
 def check_sums(found: FeatureAccumulator, bench: Bench) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.codecs.codec import ActiveCodes, SparseCodes
+from emlens.models.products import multiply
 
 DENSE_SHARE = 1 / 16
 """Share of active codes from which on multiplying by the whole decoder is the faster way."""
@@ -56,7 +57,7 @@ def decode_active(
     if len(codes.latents) > DENSE_SHARE * n * codes.d_sae:
         dense = codes.values.new_zeros(n, codes.d_sae)
         dense[codes.rows, codes.latents] = codes.values
-        return torch.addmm(b_dec, dense, W_dec)
+        return multiply(dense, W_dec.mT, b_dec)
     starts = codes.counts.cumsum(0) - codes.counts
     found = F.embedding_bag(
         codes.latents, W_dec, starts, per_sample_weights=codes.values, mode="sum"

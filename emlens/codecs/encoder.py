@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,6 +11,7 @@ from emlens.codecs.active import drop_inactive, list_above, list_active
 from emlens.codecs.codec import ActiveCodes, CodecError, SparseCodes
 from emlens.codecs.rectifier import Rectifier
 from emlens.codecs.topk import merge_largest, pick_latents, settle_inactive
+from emlens.models.products import multiply
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,7 +47,7 @@ class Encoder:
         if self.rectifier.gain is not None:
             return list_active(self._rectify(rows, slice(None)))
         # The bias is added to what is found alone: over all it is one more pass over memory.
-        found = list_above(rows @ self.weight, self.rectifier.floor - self.bias)
+        found = list_above(multiply(rows, self.weight.mT), self.rectifier.floor - self.bias)
         return dataclasses.replace(found, values=found.values + self.bias[found.latents])
 
     def encode_latents(
@@ -82,7 +82,7 @@ class Encoder:
 
     def _rectify(self, rows: Tensor, latents: slice | Tensor) -> Tensor:
         """Codes of some latents as if no other were there."""
-        pre = torch.addmm(self.bias[latents], rows, self.weight[:, latents])
+        pre = multiply(rows, self.weight[:, latents].mT, self.bias[latents])
         return self.rectifier[latents](pre)
 
 
@@ -102,7 +102,7 @@ def decode_codes(
         b_dec: its bias.
     """
     if indices is None:
-        return torch.addmm(b_dec, values, W_dec)
+        return multiply(values, W_dec.mT, b_dec)
     if not len(values):
         return values.new_zeros(0, len(b_dec))
     return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec

@@ -32,6 +32,7 @@ from emlens.interventions.intervention import Intervention
 from emlens.interventions.met import check_met
 from emlens.models.generate import Generated, generate_tokens, stop_tokens
 from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
+from emlens.models.packed_weights import PackedWeights
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 from emlens.models.tokenizer_needs import require_tokenizer
@@ -247,6 +248,7 @@ class _Run:
         self.requests, self.sampling, self.interventions = requests, sampling, interventions
         self.prompts, self.plan = _plan(model, requests, sampling, batching)
         self.stops = stop_tokens(self.model)
+        self.packed = PackedWeights()
         self.needed, self.run, self.said, self.seconds = 0, 0, 0, 0.0
 
     def batches(self) -> Iterator[tuple[tuple[int, ...], list[Response]]]:
@@ -278,7 +280,7 @@ class _Run:
         batch = pad_batch(self.prompts, places, pad_id=0)
         generated = None
         try:
-            with intervene(self.model, self.interventions):
+            with intervene(self.model, self.interventions), self.packed.used():
                 generated = generate_tokens(
                     self.model,
                     batch.ids,

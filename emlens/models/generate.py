@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from emlens.data import PositionsError
 from emlens.models.attach import acts_on_rows
 from emlens.models.kv_cache import KeyValueCache, run_cached
+from emlens.models.packed_weights import PackedWeights
 from emlens.models.sampling import Sampling, choose_tokens
 from emlens.models.shared_prompts import find_equal, frame_shared
 from emlens.models.tokens_in_flight import TokensInFlight, frame_prompts, publish_tokens
@@ -88,7 +89,7 @@ def generate_tokens(
             raise ValueError(f"keys: got {got}, expected int64 [{len(ids)}], one a row")
         keys = keys.to(device)
     frame = frame_prompts(mask, rows=rows)
-    with torch.inference_mode():
+    with torch.inference_mode(), PackedWeights().used():
         loop = _Loop(
             model, sampling, torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
         )

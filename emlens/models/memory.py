@@ -19,6 +19,7 @@ from emlens.models.config import find_architecture
 from emlens.models.config_fields import check_config
 from emlens.models.layout import place_shape
 from emlens.models.lora import LoraAdapter
+from emlens.models.packed_weights import ROOM
 from emlens.models.protocol import HookedConfig
 from emlens.models.unembed import MAX_LOGITS
 from emlens.sources import Source, locate_source, parse_source
@@ -73,6 +74,8 @@ class MemoryPlan(Result):
     cache_length: int
     key_value_cache: int
     """For generation: `cache_batch` rows of `cache_length` tokens."""
+    packed_weights: int
+    """For generation on a processor: weights in the order that its products want."""
     batch_tokens: int
     activations: int
     """One block's activations at `batch_tokens` tokens, all models of a comparison counted."""
@@ -90,7 +93,7 @@ class MemoryPlan(Result):
     def rows(self) -> list[dict[str, Any]]:
         """One row for each thing that takes memory."""
         names = ("weights", "base_and_attached", "base_and_merged", "key_value_cache")
-        names += ("activations", "logits", "statistics", "comparison")
+        names += ("packed_weights", "activations", "logits", "statistics", "comparison")
         return [{"item": name, "bytes": getattr(self, name)} for name in names]
 
 
@@ -164,6 +167,7 @@ def plan_memory(
         cache_batch=batch,
         cache_length=length,
         key_value_cache=2 * batch * length * keys * width.itemsize,
+        packed_weights=min(weights, ROOM),
         batch_tokens=batching.tokens,
         activations=batching.tokens * _values_a_token(sizes) * width.itemsize,
         logits=4 * rows * sizes.d_vocab * torch.float32.itemsize,

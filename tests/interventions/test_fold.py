@@ -285,9 +285,9 @@ def test_smollm2_with_a_direction_out_of_every_write_hooked_folded_and_exported(
     with intervene(model, chosen):
         hooked, new = model(ids), decode(model)
     folded = fold_into_weights(model, chosen)
-    assert float((folded(ids) - hooked).abs().max()) <= 1e-4
+    assert (folded(ids) - hooked).abs().max() <= 1e-5 * hooked.abs().max()
     assert torch.equal(decode(folded), new)
     save_checkpoint(folded, tmp_path / "out")
     theirs = reload(tmp_path / "out")
     assert theirs.config.tie_word_embeddings is False
-    assert float((theirs(ids).logits - hooked).detach().abs().max()) <= 1e-4
+    assert (theirs(ids).logits - hooked).detach().abs().max() <= 1e-5 * hooked.abs().max()

@@ -34,6 +34,7 @@ from emlens.interventions.generate import (
     generate_responses,
     stream_responses,
 )
+from emlens.models import packed_weights, products
 from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.hooks import HookNeverFiredError, watch_sites
 from emlens.models.loading import load_base
@@ -97,6 +98,27 @@ def test_responses_do_not_depend_on_the_batches(model, tokens):
     assert texts(cut) == texts(whole)
     again = generate_responses(model, CHATS[::-1], sampling=SAMPLING)
     assert sorted(texts(again)) == sorted(texts(whole))
+
+
+@pytest.mark.skipif(not products._has_onednn(), reason="this torch has no such product")
+def test_all_batches_of_a_run_rearrange_each_weight_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(products, "LARGE", 1)
+    seen: list[int] = []
+    plain = packed_weights._rearrange
+
+    def watched(weight: Tensor, rows: int) -> Tensor:
+        seen.append(weight.nbytes)
+        return plain(weight, rows)
+
+    monkeypatch.setattr(packed_weights, "_rearrange", watched)
+    hf = make_tiny_chat_model()
+    model = lay_views(hf, make_byte_tokenizer())
+    several = generate_responses(model, CHATS, sampling=SAMPLING, batching=Batching(tokens=1))
+    multiplied = [part.weight for part in hf.modules() if isinstance(part, torch.nn.Linear)]
+    assert sum(seen) == sum(weight.nbytes for weight in multiplied)
+    monkeypatch.setattr(products, "_has_onednn", lambda: False)
+    plainly = generate_responses(model, CHATS, sampling=SAMPLING, batching=Batching(tokens=1))
+    assert texts(several) == texts(plainly)
 
 
 def test_seed_and_sample_number_make_other_responses(model):

@@ -64,6 +64,7 @@ def test_the_cache_is_as_large_as_the_one_that_is_made(base: Path):
     cache = KeyValueCache(load_base(base), batch=3, capacity=50)
     held = sum(t.numel() * t.element_size() for e in cache.entries for t in (e.keys, e.values))
     assert plan.key_value_cache == held
+    assert plan.packed_weights == plan.weights
 
 
 def test_logits_never_exceed_the_slice_and_activations_grow_with_the_batch(base: Path):

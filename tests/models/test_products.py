@@ -1,12 +1,15 @@
 """Half-precision products, widened or not, against float64 and torch's own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emlens.models import products
-from emlens.models.products import FEWEST_ROWS, MOST_ROWS, add_product, multiply
+from emlens.models.packed_weights import PackedWeights
+from emlens.models.products import FEWEST_ROWS, add_product, multiply
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -35,7 +38,6 @@ def test_a_widened_product_is_rounded_once(
     unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, slab: int
 ):
     monkeypatch.setattr(products, "SLAB", slab)
-    monkeypatch.setattr(products, "_HAS_MKL", False)
     x, weight, bias = (
         draw(*s, seed=i, dtype=dtype) for i, s in enumerate([(3, 9, 40), (17, 40), (17,)])
     )
@@ -56,32 +58,48 @@ def test_few_rows_and_other_dtypes_are_left_to_torch(unable: list[torch.dtype]):
     weight = draw(5, 8, seed=1)
     with torch.no_grad():
         few = multiply(draw(FEWEST_ROWS - 1, 8, seed=0), weight)
-        multiply(draw(MOST_ROWS + 1, 8, seed=0, dtype=torch.float32), weight.float())
+        multiply(draw(64, 8, seed=0, dtype=torch.float32), weight.float())
         multiply(draw(64, 8, seed=0, dtype=torch.float64), weight.double())
     assert unable == [torch.bfloat16, torch.float32, torch.float64]
     assert few.dtype == torch.bfloat16
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="turned for MKL alone")
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 9), (MOST_ROWS,), (1,), (0, 4)])
-def test_few_rows_in_float32_are_multiplied_the_other_way_round(
-    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+@pytest.mark.skipif(not products._has_onednn(), reason="this torch has no such product")
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (3, 9), (600,), (1,), (0, 4), ()])
+@pytest.mark.parametrize("in_use", [True, False])
+def test_float32_is_multiplied_by_onednn(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], in_use: bool
 ):
     monkeypatch.setattr(products, "LARGE", 40)
     x = draw(*shape, 40, seed=0, dtype=torch.float32)
     weight, bias = (draw(*s, seed=1, dtype=torch.float32) for s in ((17, 40), (17,)))
-    with torch.no_grad():
+    with torch.no_grad(), PackedWeights().used() if in_use else nullcontext():
         for given in (bias, None):
             found = multiply(x, weight, given)
             exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
             assert (found.dtype, found.shape) == (torch.float32, exact.shape)
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-        strided = multiply(x, weight.t().contiguous().t(), bias)
+        strided = multiply(x.t().contiguous().t() if x.ndim == 2 else x, weight.mT.clone().mT, bias)
         torch.testing.assert_close(strided, multiply(x, weight, bias))
-    assert torch.float32 not in unable or x.numel() == 0
+    assert unable == [torch.float64, torch.float64]  # the test's own
 
 
-def test_where_gradients_are_wanted_torch_multiplies(unable: list[torch.dtype]):
+def test_without_onednn_torch_multiplies(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    products._has_onednn.cache_clear()
+    with torch.no_grad(), PackedWeights().used():
+        multiply(draw(3, 8, seed=0).float(), draw(5, 8, seed=1).float())
+    products._has_onednn.cache_clear()
+    assert unable == [torch.float32]
+
+
+def test_where_gradients_are_wanted_torch_multiplies(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(products, "LARGE", 1)
     x, weight = draw(32, 8, seed=0), draw(5, 8, seed=1).requires_grad_()
     multiply(x, weight).sum().backward()
     assert unable == [torch.bfloat16]
@@ -90,6 +108,8 @@ def test_where_gradients_are_wanted_torch_multiplies(unable: list[torch.dtype]):
     multiply(x.float(), trained).sum().backward()
     assert unable[1:] == [torch.float32]
     assert trained.grad is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert multiply(x.float(), trained).dtype == torch.bfloat16
 
 
 def test_a_processor_that_multiplies_half_precision_does_so(
