@@ -57,6 +57,11 @@ class Chat:
         self.most_at_once = 0
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    """Connections that wait: those beyond it are tried again after a second, not by the client."""
+
+
 @contextmanager
 def serve_chat(answer: Answer, *, latency: float = 0.0) -> Iterator[Chat]:
     """Serve until the context ends.
@@ -69,6 +74,7 @@ def serve_chat(answer: Answer, *, latency: float = 0.0) -> Iterator[Chat]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # or a reply's second packet waits for 40 ms
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -104,7 +110,7 @@ def serve_chat(answer: Answer, *, latency: float = 0.0) -> Iterator[Chat]:
             except (ValueError, OSError):  # the connection was cut on purpose
                 self.close_connection = True
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = _Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     chat = Chat(f"http://127.0.0.1:{server.server_address[1]}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
