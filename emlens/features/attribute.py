@@ -48,7 +48,8 @@ def attribute_features(
         batching: tokens run at once.
 
     Raises:
-        CodecError: a codec that does not fit the model.
+        CodecError: a codec that does not fit the model, or of other weights: those of a full
+            fine-tune are others than its base's.
         ValueError: a prompt that is answered in one class only, or a response without a token.
 
     Source: OpenAI, December 2025, SAE latent attribution.
@@ -56,7 +57,7 @@ def attribute_features(
         the attribution of a latent is then a quadratic form of its vector.
     """
     require_autoencoder(codec)
-    check_fits(codec, model.cfg)
+    check_fits(codec, model.cfg, weights=origin_of(model).lineage)
     tokenizer: Any = require_tokenizer(model.tokenizer, origin_of(model).name)
     given = (*texts.positive, *texts.negative)
     chats = [tokenize_chat(chat, tokenizer) for chat in given]

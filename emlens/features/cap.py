@@ -40,7 +40,9 @@ def cap_latent(
         positions: on which tokens; by default those that the codec was trained on.
 
     Returns:
-        One intervention, on any model whose site has the axes of the codec's.
+        One intervention, on models whose site has the axes of the codec's; where the codec knows
+        its weights, on these and on what was attached to them, merged or folded into them, unless
+        it was loaded with allow_other_model=True.
 
     Raises:
         CodecError: a latent that the codec does not have.
@@ -60,7 +62,8 @@ def cap_latent(
         f"latent {own} of codec {codec.fingerprint} held {side} {float(threshold)!r}",
     )
     where = codec.positions if positions is None else positions
-    made_for = MadeFor(axes=codec.site.axes)
+    weights = () if codec.base_fingerprint is None else (codec.base_fingerprint,)
+    made_for = MadeFor(weights=weights, axes=codec.site.axes)
     return (Intervention(codec.site, operator, where, made_for=made_for, label="latent"),)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int8, Int64
 from scipy import sparse
 from torch import Tensor
 
+from emlens.activations import plan_reading
 from emlens.codecs import SparseCodec
 from emlens.data import Batching, Chat
 from emlens.features.accumulate import ChangeSums, PromptSums
@@ -75,7 +76,8 @@ def compare_features(
         seed: of the flipped signs.
 
     Raises:
-        CodecError: the models lack the codec's site, or have another width there.
+        CodecError: the models lack the codec's site, have another width there, or are others than it
+            was trained on.
         ValueError: positions that a chat does not have, or prompts in `tuned_chats` that are not
             those of `chats`.
 
@@ -93,8 +95,10 @@ def compare_features(
     else:
         others = _match_prompts(names, tuned_chats)
         sides = ((pair.base, chats, prompts), (pair.tuned, tuned_chats, others))
+        # Not held against the codec again: a full fine-tune has other weights than its base.
+        where, site = str(plan.positions[0]), codec.site
         plans = [
-            plan_codes(model, codec, own, positions=positions, batching=batching)
+            plan_reading(model, own, sites=site, positions=where, batching=batching)
             for model, own, _ in sides
         ]
         base, tuned = (

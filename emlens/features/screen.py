@@ -22,6 +22,7 @@ from emlens.features.screen_work import ScreenWork
 from emlens.features.steering import check_latents, decoder_directions, draw_directions
 from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
+from emlens.models.views import origin_of
 from emlens.runs import RunFolder
 from emlens.sites import check_sites
 
@@ -60,7 +61,8 @@ def screen_features(
             folder of its own.
 
     Raises:
-        CodecError: a latent that the codec does not have, or another width than that of its site.
+        CodecError: a latent that the codec does not have, another width than that of its site, or a
+            codec of another model.
         ValueError: a class without texts, or two models that do not differ, in units of their
             difference.
         NonFiniteError: strengths under which log-probabilities are no numbers.
@@ -73,7 +75,7 @@ def screen_features(
     """
     chosen = check_latents(codec, latents)
     check_sites([codec.site], pair.base.hook_dict)
-    check_fits(codec, pair.base.cfg)
+    check_fits(codec, pair.base.cfg, weights=origin_of(pair.base).lineage)
     directions = decoder_directions(codec, chosen)
     fixed = tokenize_texts(texts, pair.tokenizer)
     with open_journal(out, _plan(pair, codec, chosen, texts, settings)) as journal:
