@@ -63,8 +63,8 @@ def check_weights(codec: SparseCodec | Crosscoder, weights: Sequence[str]) -> No
         return
     raise CodecError(
         f"codec: {codec.name} was trained on weights {codec.base_fingerprint}, and these are "
-        f"{weights[-1]}{_name_base(codec)}; in float16 or quantised the same ones may count as others. "
-        "Load it with allow_other_model=True (--allow-other-model), or pass "
+        f"{weights[-1]}{_name_base(codec)}; in float16 or quantised the same ones may count as "
+        "others. Load it with allow_other_model=True (--allow-other-model), or pass "
         "allow_other_model(codec), if that is meant"
     )
 

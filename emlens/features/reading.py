@@ -40,8 +40,8 @@ def plan_codes(
         batching: tokens run at once, all models counted.
 
     Raises:
-        CodecError: the model lacks the site, has another width there than the codec's, or is another
-            one than the codec was trained on.
+        CodecError: the model lacks the site, has another width there than the codec's, or is
+            another one than the codec was trained on.
         ValueError: as `plan_reading` raises.
     """
     base = base_of(model)

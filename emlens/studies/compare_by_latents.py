@@ -104,7 +104,8 @@ def compare_by_latents(
         ValueError: see `compare_features`; or no prompt that every model answers.
     """
     require_autoencoder(codec)
-    check_fits(codec, base.cfg, weights=origin_of(base).lineage)
+    loaded: Any = base
+    check_fits(codec, base.cfg, weights=origin_of(loaded).lineage)
     plan = {"kind": "latent_comparisons", **plan_comparison(base, fine_tunes, codec, settings)}
     run = RunFolder.start(out, plan | {"chats_sha256": hash_chats(chats)})
     work = _Comparisons(base, codec, chats, settings, run, pairs or LoadedPairs(base))

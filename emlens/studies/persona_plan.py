@@ -34,7 +34,8 @@ def check_search(
         ValueError: fixed responses are missing, too few, or not to the same prompts.
     """
     require_autoencoder(codec)
-    check_fits(codec, base.cfg, weights=origin_of(base).lineage)
+    loaded: Any = base
+    check_fits(codec, base.cfg, weights=origin_of(loaded).lineage)
     needs = {
         "probe.screen": probe.screen is not None,
         "settings.attribute": settings.attribute,

@@ -29,7 +29,7 @@ from tests.models.tiny import make_ids, make_tiny, make_tokenizer
 CODEC = make_codec()
 FOREIGN = dataclasses.replace(CODEC, base_fingerprint="another base", base_name="org/other")
 CHATS = make_chats(2)
-SCORES = BehaviourScores(teacher_forced=len, sampled=len, coherence=len)
+SCORES = BehaviourScores(teacher_forced=lambda _: 0.0, sampled=lambda _: [], coherence=lambda _: [])
 SCREEN = ScreenSettings(strengths=(1.0,), units="delta_norm", n_sampled=0)
 
 Run = Callable[[ModelPair, Any], Any]
@@ -85,7 +85,9 @@ def test_a_latent_is_held_on_the_weights_of_its_codec_alone(pair: ModelPair):
         with intervene(pair.tuned, cap_latent(codec, PLANTED, threshold=0.1, side="above")):
             pair.tuned(make_ids(1, 5))
 
-    with pytest.raises(OtherModelError, match="from weights another base, not .*allow_other_model"):
+    with pytest.raises(
+        OtherModelError, match=r"from weights another base, not .*allow_other_model"
+    ):
         hold(FOREIGN)
     hold(allow_other_model(FOREIGN))
     # The fine-tune is made of the base's weights.
