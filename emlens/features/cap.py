@@ -72,18 +72,19 @@ class _Excess:
 
     def __init__(self, codec: SparseCodec, latent: int, threshold: float, sign: float) -> None:
         self.codec, self.latent, self.threshold, self.sign = codec, latent, threshold, sign
+        self._scales: bool | None = None
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         like = self.codec.W_dec
-        rows = x.to(like.device, like.dtype)
-        code = self.codec.encode_latents(rows, [self.latent])[:, 0]
+        # Half precision is the codec's own affair: it may normalise before it rounds.
+        rows = x.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        code = self.codec.encode_latents(rows, [self.latent])[:, 0].to(rows)
         moved = -self.sign * (self.sign * (code - self.threshold)).relu()
-        return (moved * _scale_of(self.codec, rows)).to(x)
+        return (moved * self._scale(rows)).to(x)
 
-
-def _scale_of(codec: SparseCodec, rows: Float[Tensor, "n d"]) -> Tensor | float:
-    """What a codec that normalises rows multiplies each one's reconstruction by."""
-    if getattr(codec, "normalization", "none") == "none":
-        return 1.0
-    scale = codec.encode_sparse(rows, k=1).scale
-    return torch.ones(len(rows)).to(rows) if scale is None else scale[:, 0]
+    def _scale(self, rows: Float[Tensor, "n d"]) -> Tensor | float:
+        """What a codec that scales rows multiplies each one's reconstruction by."""
+        if self._scales is None:  # asked of one row: to find the largest code is to make them all
+            self._scales = self.codec.encode_sparse(rows[:1], k=1).scale is not None
+        scale = self.codec.encode_sparse(rows, k=1).scale if self._scales else None
+        return 1.0 if scale is None else scale[:, 0].to(rows)
