@@ -141,7 +141,8 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
         return read_sae_lens(place, name=name, dtype=dtype)
     if is_dictionary(place):
         codec = read_dictionary(place, name=name)
-        return dataclasses.replace(codec, positions=default_positions(source.text))
+        positions = default_positions(source, base_name=codec.base_name)
+        return dataclasses.replace(codec, positions=positions)
     raise CodecError(
         f"{source}: holds no codec: expected result.json (emlens), cfg.json (sae_lens) or ae.pt "
         f"(dictionary_learning); is it a subfolder? There are {_list_folders(place)}"
