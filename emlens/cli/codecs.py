@@ -37,6 +37,12 @@ Span = Annotated[
     ),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Read only that many chats.")]
+AllowOther = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-model", help="Use an autoencoder of other weights than the base's."
+    ),
+]
 Latents = Annotated[
     str | None, typer.Option("--latents", metavar="I,J", help="Which, such as 3,17.")
 ]
@@ -47,6 +53,7 @@ class CodecFlags(CommonFlags):
     """Flags of every command that reads a model through a codec."""
 
     sae: Sae
+    allow_other_model: AllowOther = False
     base: Base = "emlens:smollm2"
     positions: Span = None
     limit: Limit = None
@@ -62,7 +69,7 @@ def load_codec(flags: Any) -> Any:
     """The codec that `--sae` names, on the device of the models.
 
     Args:
-        flags: with `sae` and `device`.
+        flags: with `sae`, `allow_other_model` and `device`.
 
     Raises:
         CodecError: there is none, or none that is supported.
@@ -70,7 +77,9 @@ def load_codec(flags: Any) -> Any:
     from emlens.codecs import load_sae
 
     source, sae_id = split_sae(flags.sae)
-    return load_sae(source, sae_id=sae_id, device=flags.device)
+    return load_sae(
+        source, sae_id=sae_id, device=flags.device, allow_other_model=flags.allow_other_model
+    )
 
 
 def split_sae(text: str) -> tuple[str | Path, str | None]:
@@ -89,7 +98,7 @@ def plan_codec(flags: Any) -> dict[str, Any]:
     """What a dry run says of the codec; read, and held against the base, where it is at hand.
 
     Args:
-        flags: with `sae` and `base`.
+        flags: those of a codec, and `base`.
 
     Raises:
         CodecError: it does not fit.

@@ -81,6 +81,9 @@ def screen(flags: ScreenFlags) -> None:
     if flags.json:
         print_json(found.to_dict())
         return
+    print_table(found.health.rows())
+    if found.health.underpowered:
+        print_line("the autoencoder explains less than .6 of the variance: this is underpowered")
     print_table(found.rows())
     print_line(f"one {found.units} is {found.unit_norm:.4g}; report: {flags.out / 'report.html'}")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.codecs import parse_latents, split_sae
+from emlens.cli.codecs import AllowOther, parse_latents, split_sae
 from emlens.cli.options import Base, CommonFlags, DryRun, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
@@ -82,6 +82,7 @@ class TrainFlags(CommonFlags):
             help="Whose latents are kept from rising on --data, SOURCE#ID of a release.",
         ),
     ] = None
+    allow_other_model: AllowOther = False
     latents: Annotated[
         str | None, typer.Option("--latents", metavar="I,J", help="Which, such as 3,17.")
     ] = None
@@ -199,7 +200,7 @@ def _latent_terms(flags: TrainFlags, chats: Any) -> list[Any]:
     assert flags.latent_sae is not None
     assert flags.latent_weight is not None
     source, sae_id = split_sae(flags.latent_sae)
-    codec: Any = load_sae(source, sae_id=sae_id)
+    codec: Any = load_sae(source, sae_id=sae_id, allow_other_model=flags.allow_other_model)
     chosen = parse_latents(flags.latents or "")
     return [LatentPenalty(chats, codec, flags.latent_weight, hold_down=chosen)]
 

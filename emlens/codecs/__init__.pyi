@@ -1,6 +1,6 @@
 from .calibrate import calibrate_threshold
 from .codec import ActiveCodes, CodecError, Codes, SparseCodec, SparseCodes
-from .compatibility import check_fits
+from .compatibility import allow_other_model, check_fits
 from .convert import convert_sae
 from .crosscoder import Crosscoder
 from .files import save_sae
@@ -28,6 +28,7 @@ __all__ = [
     "SaeTraining",
     "SparseCodec",
     "SparseCodes",
+    "allow_other_model",
     "calibrate_threshold",
     "check_fits",
     "convert_sae",

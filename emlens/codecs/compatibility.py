@@ -1,16 +1,18 @@
 """Whether a codec can be used on a model, before anything is run; not whether it fits it well."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
 from emlens.codecs.codec import CodecError, SparseCodec
 from emlens.codecs.crosscoder import Crosscoder
 from emlens.sites import SiteConfig, SiteError
 
+Codec = TypeVar("Codec")
+
 
 def check_fits(
-    codec: SparseCodec | Crosscoder,
-    cfg: SiteConfig,
-    *,
-    base_fingerprint: str | None = None,
-    allow_other_model: bool = False,
+    codec: SparseCodec | Crosscoder, cfg: SiteConfig, *, weights: Sequence[str] = ()
 ) -> None:
     """Raise unless a model has the codec's site, of its width, and is the model it was trained on.
 
@@ -20,14 +22,13 @@ def check_fits(
     Args:
         codec: any.
         cfg: of the model.
-        base_fingerprint: of the (base) model's weights, where that is known.
-        allow_other_model: use a codec of other weights; say so where results are shown.
+        weights: fingerprints of the model's weights and of those that they were made from
+            (`origin_of(model).lineage`), any of which will do; of a pair those of its base.
 
     Raises:
         CodecError: it does not fit; site, widths and models are named.
     """
-    made_for = getattr(codec, "base_name", None)
-    hint = f"; it was trained on {made_for}" if made_for else ""
+    hint = _name_base(codec)
     site = codec.site
     if site.layer is not None and site.layer >= cfg.n_layers:
         raise CodecError(
@@ -45,9 +46,43 @@ def check_fits(
             f"codec: {codec.name} takes activations of width {codec.d_in}, but {site} of the model "
             f"has width {width}{hint}"
         )
-    known = codec.base_fingerprint is not None and base_fingerprint is not None
-    if known and codec.base_fingerprint != base_fingerprint and not allow_other_model:
-        raise CodecError(
-            f"codec: {codec.name} was trained on weights {codec.base_fingerprint}, and these are "
-            f"{base_fingerprint}{hint}: pass allow_other_model=True if that is meant"
-        )
+    check_weights(codec, weights)
+
+
+def check_weights(codec: SparseCodec | Crosscoder, weights: Sequence[str]) -> None:
+    """Raise unless weights are those that a codec was trained on, as far as both are known.
+
+    Args:
+        codec: any.
+        weights: as `check_fits` takes them.
+
+    Raises:
+        CodecError: they are others.
+    """
+    if codec.base_fingerprint is None or not weights or codec.base_fingerprint in weights:
+        return
+    raise CodecError(
+        f"codec: {codec.name} was trained on weights {codec.base_fingerprint}, and these are "
+        f"{weights[-1]}{_name_base(codec)}; in float16 or quantised the same ones may count as "
+        "others. Load it with allow_other_model=True (--allow-other-model), or pass "
+        "allow_other_model(codec), if that is meant"
+    )
+
+
+def allow_other_model(codec: Codec) -> Codec:
+    """The same codec for models of its sizes with any weights; its fingerprint stays the same.
+
+    Results cannot say then whether it was trained on the weights that it was used on.
+
+    Args:
+        codec: an `Sae` or a `Crosscoder`.
+    """
+    own: Any = codec
+    return (
+        codec if own.base_fingerprint is None else dataclasses.replace(own, base_fingerprint=None)
+    )
+
+
+def _name_base(codec: SparseCodec | Crosscoder) -> str:
+    made_for = getattr(codec, "base_name", None)
+    return f"; it was trained on {made_for}" if made_for else ""

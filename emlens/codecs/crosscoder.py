@@ -18,7 +18,13 @@ from emlens.artifacts import Result
 from emlens.codecs.codec import CodecError, Codes, SparseCodes
 from emlens.codecs.encoder import Encoder, decode_codes
 from emlens.codecs.frozen import check_k, fingerprint_codec, freeze_weights, move_codec
-from emlens.codecs.inputs import check_activations, check_codes, check_latents
+from emlens.codecs.inputs import (
+    cast_rows,
+    check_activations,
+    check_codes,
+    check_latents,
+    check_range,
+)
 from emlens.codecs.rectifier import Rectifier, read_floor
 from emlens.sites import Site
 
@@ -104,9 +110,10 @@ class Crosscoder(Result):
 
         Raises:
             CodecError: activations of different numbers of tokens, another width or device, or that
-                are not finite.
+                are not finite; in half precision also rows or codes that it cannot hold.
         """
-        return Codes(values=self._encoder.encode(self._prepare(base, tuned)))
+        values = self._encoder.encode(self._prepare(base, tuned))
+        return Codes(values=check_range("codes", values, self))
 
     def encode_latents(
         self,
@@ -121,7 +128,8 @@ class Crosscoder(Result):
             CodecError: as `encode`; or latents that there are not.
         """
         chosen = check_latents(latents, self.d_sae)
-        return self._encoder.encode_latents(self._prepare(base, tuned), chosen)
+        made = self._encoder.encode_latents(self._prepare(base, tuned), chosen)
+        return check_range("codes", made, self)
 
     def encode_sparse(
         self, base: Float[Tensor, "n d_in"], tuned: Float[Tensor, "n d_in"], *, k: int
@@ -131,13 +139,16 @@ class Crosscoder(Result):
         Raises:
             CodecError: as `encode`; or a k below 1 or above d_sae.
         """
-        return self._encoder.find_largest(self._prepare(base, tuned), k)
+        found = self._encoder.find_largest(self._prepare(base, tuned), k)
+        check_range("codes", found.values, self)
+        return found
 
     def decode(self, codes: Codes | SparseCodes) -> Float[Tensor, "model n d_in"]:
         """Both models' activations as the codes say they are.
 
         Raises:
-            CodecError: codes of another number of latents.
+            CodecError: codes of another number of latents, or a reconstruction that half precision
+                cannot hold.
         """
         check_codes(codes, self.d_sae)
         indices = codes.indices if isinstance(codes, SparseCodes) else None
@@ -145,7 +156,7 @@ class Crosscoder(Result):
             decode_codes(codes.values, indices, W_dec=W_dec, b_dec=b_dec)
             for W_dec, b_dec in zip(self.W_dec, self.b_dec, strict=True)
         ]
-        return torch.stack(made)
+        return check_range("reconstructions", torch.stack(made), self)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -166,4 +177,10 @@ class Crosscoder(Result):
             raise CodecError(
                 f"tuned: {len(tuned)} rows beside {len(base)} of base; expected the same tokens"
             )
-        return torch.cat([base.to(self.W_enc.dtype), tuned.to(self.W_enc.dtype)], dim=1)
+        return torch.cat(
+            [
+                cast_rows(name, x, self, given=x.dtype)
+                for name, x in zip(MODELS, (base, tuned), strict=True)
+            ],
+            dim=1,
+        )

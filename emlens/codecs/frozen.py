@@ -13,6 +13,9 @@ from emlens.codecs.codec import CodecError
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """In which codecs compute."""
+HALF = (torch.bfloat16, torch.float16)
+"""Those in which products are rounded to few digits, and in float16 end at 65,504: rows are
+prepared in float32, and what is made of them is checked."""
 # What a codec is called, and where its latents are described, changes none of its codes.
 _NAMES = ("name", "neuronpedia_id", "base_name", "base_fingerprint")
 

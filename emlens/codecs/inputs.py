@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from emlens.codecs.codec import ActiveCodes, CodecError, Codes, SparseCodes
-from emlens.codecs.frozen import is_finite
+from emlens.codecs.frozen import HALF, is_finite
 
 
 def check_activations(name: str, x: Tensor, codec: Any) -> None:
@@ -35,6 +35,49 @@ def check_activations(name: str, x: Tensor, codec: Any) -> None:
             f"{name} holds NaN or infinity: look for padding that was not left out, or for a model "
             "that overflows in float16"
         )
+
+
+def cast_rows(name: str, rows: Tensor, codec: Any, *, given: torch.dtype) -> Tensor:
+    """Prepared rows in the dtype of a codec's weights, none lost to its range.
+
+    Args:
+        name: of the argument that they were made of.
+        rows: in float32 at least.
+        codec: whose weights.
+        given: dtype of that argument.
+
+    Raises:
+        CodecError: a value is beyond what the dtype can hold.
+    """
+    own = codec.W_enc.dtype
+    cast = rows.to(own)
+    if (own in HALF or given != own) and not is_finite(cast):
+        raise CodecError(
+            f"{name} holds values beyond {own}, in which {codec.name} computes: "
+            f"{_suggest_wider(own)}, or leave out tokens of extreme norm, such as the first ones"
+        )
+    return cast
+
+
+def check_range(what: str, made: Tensor, codec: Any) -> Tensor:
+    """What a codec made, unless half precision could not hold it.
+
+    Wider results are not looked at: they leave their range only where activations are near it.
+
+    Raises:
+        CodecError: NaN or infinity.
+    """
+    if made.dtype in HALF and not is_finite(made):
+        raise CodecError(
+            f"{what} of {codec.name} hold NaN or infinity: they are beyond {made.dtype}, in which "
+            f"it computes; {_suggest_wider(made.dtype)}"
+        )
+    return made
+
+
+def _suggest_wider(dtype: torch.dtype) -> str:
+    wider = "bfloat16 or float32" if dtype == torch.float16 else "a wider dtype"
+    return f"load it in {wider}"
 
 
 def check_latents(latents: Sequence[int], d_sae: int) -> Int[Tensor, " k"]:

@@ -40,6 +40,7 @@ def load_sae(
     sae_id: str | None = None,
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "auto",
+    allow_other_model: bool = False,
 ) -> Sae:
     """Load a sparse autoencoder.
 
@@ -49,6 +50,8 @@ def load_sae(
         sae_id: which of a release; of a folder or a Hub repository, the subfolder.
         dtype: what it computes in; ``auto`` is how it is stored.
         device: where it goes; ``auto`` is the first GPU, else the CPU.
+        allow_other_model: use it also on weights that it was not trained on, if they have its
+            sizes; see `emlens.codecs.allow_other_model`.
 
     Raises:
         CodecError: a codec that is unknown (the nearest three are listed), damaged, or of a kind
@@ -63,7 +66,8 @@ def load_sae(
         codec = _load_files(_inside(source, sae_id), name=name, dtype=wanted)
     if not isinstance(codec, Sae):
         raise CodecError(f"{source} holds a crosscoder: load it with load_crosscoder")
-    return dataclasses.replace(codec, name=name).to(device=place, dtype=wanted)
+    known = None if allow_other_model else codec.base_fingerprint
+    return dataclasses.replace(codec, name=name, base_fingerprint=known).to(place, wanted)
 
 
 def load_crosscoder(
@@ -137,7 +141,8 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
         return read_sae_lens(place, name=name, dtype=dtype)
     if is_dictionary(place):
         codec = read_dictionary(place, name=name)
-        return dataclasses.replace(codec, positions=default_positions(source.text))
+        positions = default_positions(source, base_name=codec.base_name)
+        return dataclasses.replace(codec, positions=positions)
     raise CodecError(
         f"{source}: holds no codec: expected result.json (emlens), cfg.json (sae_lens) or ae.pt "
         f"(dictionary_learning); is it a subfolder? There are {_list_folders(place)}"

@@ -23,7 +23,7 @@ Row = Float[Tensor, "n 1"]
 def normalize(
     x: Float[Tensor, "n d_in"], how: str
 ) -> tuple[Float[Tensor, "n d_in"], Row | None, Row | None]:
-    """Normalised rows, and the scale and shift that bring them back.
+    """Normalised rows, and the scale and shift that bring them back; of float32 or wider rows.
 
     `constant_norm_rescale` gives every row the norm sqrt(d_in); `layer_norm` takes off its mean and
     divides by its standard deviation (n - 1 in the denominator).

@@ -17,12 +17,17 @@ from emlens.codecs.pickles import read_pickled_tensors
 from emlens.codecs.runtime import Sae
 from emlens.codecs.sae_lens_config import read_sae_lens_config
 from emlens.codecs.sae_lens_weights import build_sae, expected_shapes
+from emlens.sources import Source
 
 WITHOUT_FIRST = "all[8:]"
 """Positions of codecs that were trained without the first eight tokens of a text, whose norms are
 tens of times those of the others."""
 _WITHOUT_FIRST = re.compile(r"andyrdt/saes-[^/]+(@[^/]+)?(/.*)?|.*-andyrdt(#.*)?")
-"""The collections trained so: of Qwen2.5-7B-Instruct, Llama-3.1-8B-Instruct and gpt-oss-20b."""
+"""The collections trained so, by where they are published."""
+_WITHOUT_FIRST_OF = frozenset(
+    {"Qwen/Qwen2.5-7B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", "openai/gpt-oss-20b"}
+)
+"""The models that they are of: what a copy still says of them."""
 
 DICTIONARY_LEARNING, DICTIONARY_CONFIG = "ae.pt", "config.json"
 """Files of the package dictionary_learning."""
@@ -53,9 +58,20 @@ _PASSED_OVER = frozenset({"k", "threshold", "group_sizes"})
 """What is saved beside weights; a threshold of a class that chooses its latents otherwise."""
 
 
-def default_positions(source: str) -> str:
-    """Which tokens the codecs of a published collection were trained on, as far as is known."""
-    return WITHOUT_FIRST if _WITHOUT_FIRST.fullmatch(source) else "all"
+def default_positions(source: Source, *, base_name: str | None) -> str:
+    """Which tokens a codec of dictionary_learning was trained on, as far as is known.
+
+    A path says nothing of who published what lies there. A local codec of one of the models that
+    the collections without first tokens are of is taken for one of theirs: leaving out eight tokens
+    costs little, and counting them where codes mean nothing costs everything.
+
+    Args:
+        source: where it was found.
+        base_name: the model that its configuration names.
+    """
+    if source.kind == "path":
+        return WITHOUT_FIRST if base_name in _WITHOUT_FIRST_OF else "all"
+    return WITHOUT_FIRST if _WITHOUT_FIRST.fullmatch(source.text) else "all"
 
 
 def is_dictionary(folder: Path) -> bool:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens.codecs.frozen import HALF
+
 ROOM = 1 << 18
 """Codes that a processor works on at a time: with a mask as large, 2 MiB of float32. A pass over
 what is still in its cache costs a fraction of one over memory."""
@@ -39,7 +41,7 @@ class Rectifier:
         if self.gain is None and not isinstance(self.floor, Tensor):
             return torch.threshold_(pre, self.floor, 0.0) if self.floor else pre.relu_()
         if torch.is_grad_enabled() and pre.requires_grad:
-            return self._transform(pre) * (pre > self.floor)
+            return torch.where(pre > self.floor, self._transform(pre), 0.0)
         rows = max(1, ROOM // pre.shape[1]) if pre.device.type == "cpu" else max(1, len(pre))
         active = torch.empty_like(pre[:rows])
         for part in pre.split(rows):
@@ -50,7 +52,11 @@ class Rectifier:
 
     def _transform(self, pre: Tensor, *, in_place: bool = False) -> Tensor:
         if self.gain is None or self.offset is None:
-            return pre
+            # A product that overflows is -inf, and -inf times a mask of 0 is NaN. No floor is below
+            # zero, so that nothing else changes.
+            if pre.dtype not in HALF:
+                return pre
+            return pre.relu_() if in_place else pre.relu()
         if in_place:
             return pre.mul_(self.gain).add_(self.offset).relu_()
         return (pre * self.gain + self.offset).relu()

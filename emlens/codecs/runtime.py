@@ -29,7 +29,13 @@ from emlens.codecs.active import decode_active
 from emlens.codecs.codec import ActiveCodes, CodecError, Codes, SparseCodes
 from emlens.codecs.encoder import Encoder, decode_codes
 from emlens.codecs.frozen import check_k, fingerprint_codec, freeze_weights, move_codec
-from emlens.codecs.inputs import check_activations, check_codes, check_latents
+from emlens.codecs.inputs import (
+    cast_rows,
+    check_activations,
+    check_codes,
+    check_latents,
+    check_range,
+)
 from emlens.codecs.normalization import NORMALIZATIONS, Normalization, normalize, restore
 from emlens.codecs.rectifier import Rectifier, read_floor
 from emlens.sites import Site
@@ -140,10 +146,12 @@ class Sae(Result):
         tensors is fetched anew by every call.
 
         Raises:
-            CodecError: activations of another width or device, or that are not finite.
+            CodecError: activations of another width or device, or that are not finite; in half
+                precision also rows or codes that it cannot hold.
         """
         rows, scale, shift = self._prepare(x)
-        return Codes(values=self._encoder.encode(rows), scale=scale, shift=shift)
+        values = check_range("codes", self._encoder.encode(rows), self)
+        return Codes(values=values, scale=scale, shift=shift)
 
     def encode_latents(
         self, x: Float[Tensor, "n d_in"], latents: Sequence[int]
@@ -157,7 +165,8 @@ class Sae(Result):
             CodecError: as `encode`; or latents that there are not.
         """
         chosen = check_latents(latents, self.d_sae)
-        return self._encoder.encode_latents(self._prepare(x)[0], chosen)
+        made = self._encoder.encode_latents(self._prepare(x)[0], chosen)
+        return check_range("codes", made, self)
 
     def encode_sparse(self, x: Float[Tensor, "n d_in"], *, k: int) -> SparseCodes:
         """The k largest codes of each token, in memory that does not grow with n x d_sae.
@@ -170,6 +179,7 @@ class Sae(Result):
         """
         rows, scale, shift = self._prepare(x)
         found = self._encoder.find_largest(rows, k)
+        check_range("codes", found.values, self)
         return dataclasses.replace(found, scale=scale, shift=shift)
 
     @torch.no_grad()
@@ -180,22 +190,25 @@ class Sae(Result):
             CodecError: as `encode`.
         """
         rows, scale, shift = self._prepare(x)
-        return dataclasses.replace(self._encoder.find_active(rows), scale=scale, shift=shift)
+        found = self._encoder.find_active(rows)
+        check_range("codes", found.values, self)
+        return dataclasses.replace(found, scale=scale, shift=shift)
 
     def decode(self, codes: Codes | SparseCodes | ActiveCodes) -> Float[Tensor, "n d_in"]:
         """Activations as the codes say they are.
 
         Raises:
             CodecError: codes of another number of latents, or without the scale that this codec's
-                normalisation needs.
+                normalisation needs; or a reconstruction that half precision cannot hold.
         """
         self._check_codes(codes)
         if isinstance(codes, ActiveCodes):
             rows = decode_active(codes, W_dec=self.W_dec, b_dec=self.b_dec)
-            return restore(rows, codes.scale, codes.shift)
-        indices = codes.indices if isinstance(codes, SparseCodes) else None
-        rows = decode_codes(codes.values, indices, W_dec=self.W_dec, b_dec=self.b_dec)
-        return restore(rows, codes.scale, codes.shift)
+        else:
+            indices = codes.indices if isinstance(codes, SparseCodes) else None
+            rows = decode_codes(codes.values, indices, W_dec=self.W_dec, b_dec=self.b_dec)
+        made = restore(rows, codes.scale, codes.shift).to(self.W_dec.dtype)
+        return check_range("reconstructions", made, self)
 
     def link(self, latent: int) -> str | None:
         """Where others describe a latent, if there is such a place."""
@@ -214,16 +227,19 @@ class Sae(Result):
     def _encoder(self) -> Encoder:
         rectifier = Rectifier(floor=read_floor(self.threshold))
         if self.r_mag is not None and self.b_mag is not None:
-            gain = self.r_mag.exp()
+            gain = check_range("magnitudes (exp(r_mag))", self.r_mag.exp(), self)
             rectifier = Rectifier(gain=gain, offset=self.b_mag - gain * self.b_enc)
         return Encoder(weight=self.W_enc, bias=self.b_enc, rectifier=rectifier, k=self.k)
 
     def _prepare(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         check_activations("x", x, self)
-        rows, scale, shift = normalize(x.to(self.W_enc.dtype), self.normalization)
+        # In float32 at least: the norm of a row that half precision holds may be beyond it.
+        wide = torch.promote_types(self.W_enc.dtype, torch.float32)
+        rows, scale, shift = normalize(x.to(wide), self.normalization)
         # Subtracted here, not folded into the bias: at sites where b_dec is long the difference of
         # two large products would lose digits, and this costs 1 / d_sae of a product.
-        return (rows - self.b_dec if self.apply_b_dec_to_input else rows), scale, shift
+        rows = rows - self.b_dec if self.apply_b_dec_to_input else rows
+        return cast_rows("x", rows, self, given=x.dtype), scale, shift
 
     def _check_codes(self, codes: Codes | SparseCodes | ActiveCodes) -> None:
         check_codes(codes, self.d_sae)

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from emlens.codecs import SparseCodec, check_fits
 from emlens.data import Batching, ContrastTexts, prompt_hash, tokenize_chat
+from emlens.features.accumulate import FeatureAccumulator
+from emlens.features.health import explain_variance
 from emlens.features.rank import FeatureRanking
+from emlens.features.reading import count_rows
+from emlens.features.results import is_underpowered
 from emlens.features.steering import require_autoencoder
 from emlens.models.response_gradients import read_response_gradients
 from emlens.models.tokenizer_needs import require_tokenizer
@@ -39,6 +43,7 @@ def attribute_features(
     its mean there. Averaged over the tokens of a response; the mean of the misaligned responses to
     a prompt less that of the aligned ones; averaged over prompts. The mean of a is that of all
     response tokens of both classes. High scores belong to what the misaligned responses rest on.
+    At the same tokens the codec is held against the activations: `underpowered`.
 
     Args:
         model: the fine-tune, as a rule; loaded by emlens, with its tokenizer.
@@ -48,7 +53,9 @@ def attribute_features(
         batching: tokens run at once.
 
     Raises:
-        CodecError: a codec that does not fit the model.
+        NonFiniteError: an activation or a code is NaN or infinite.
+        CodecError: a codec that does not fit the model, or of other weights: those of a full
+            fine-tune are others than its base's.
         ValueError: a prompt that is answered in one class only, or a response without a token.
 
     Source: OpenAI, December 2025, SAE latent attribution.
@@ -56,7 +63,7 @@ def attribute_features(
         the attribution of a latent is then a quadratic form of its vector.
     """
     require_autoencoder(codec)
-    check_fits(codec, model.cfg)
+    check_fits(codec, model.cfg, weights=origin_of(model).lineage)
     tokenizer: Any = require_tokenizer(model.tokenizer, origin_of(model).name)
     given = (*texts.positive, *texts.negative)
     chats = [tokenize_chat(chat, tokenizer) for chat in given]
@@ -65,9 +72,12 @@ def attribute_features(
         raise ValueError(f"texts: the response of chat {empty[0]} (positive first) has no token")
     weights = _weigh(texts)
     sums = AttributionSums(codec.d_in)
+    fit = FeatureAccumulator(1, n_prompts=1, d_in=codec.d_in, d_sae=codec.d_sae)
 
     def count(row: int, x: Tensor, gradient: Tensor) -> None:
         sums.update(x, gradient, weight=weights[row])
+        together = torch.zeros(len(x), dtype=torch.long)
+        count_rows(fit, codec, prompts=together, x=x.detach()[None])
 
     read_response_gradients(model, chats, site=codec.site, visit=count, batching=batching)
     scores = sums.result(codec.W_dec)
@@ -79,6 +89,7 @@ def attribute_features(
         codec=codec.name,
         codec_fingerprint=codec.fingerprint,
         models=(origin_of(model).name,),
+        underpowered=is_underpowered(explain_variance(fit.models[0].result())[None]),
     )
 
 

@@ -40,7 +40,9 @@ def cap_latent(
         positions: on which tokens; by default those that the codec was trained on.
 
     Returns:
-        One intervention, on any model whose site has the axes of the codec's.
+        One intervention, on models whose site has the axes of the codec's; where the codec knows
+        its weights, on these and on what was attached to them, merged or folded into them, unless
+        it was loaded with allow_other_model=True.
 
     Raises:
         CodecError: a latent that the codec does not have.
@@ -60,7 +62,8 @@ def cap_latent(
         f"latent {own} of codec {codec.fingerprint} held {side} {float(threshold)!r}",
     )
     where = codec.positions if positions is None else positions
-    made_for = MadeFor(axes=codec.site.axes)
+    weights = () if codec.base_fingerprint is None else (codec.base_fingerprint,)
+    made_for = MadeFor(weights=weights, axes=codec.site.axes)
     return (Intervention(codec.site, operator, where, made_for=made_for, label="latent"),)
 
 
@@ -69,18 +72,19 @@ class _Excess:
 
     def __init__(self, codec: SparseCodec, latent: int, threshold: float, sign: float) -> None:
         self.codec, self.latent, self.threshold, self.sign = codec, latent, threshold, sign
+        self._scales: bool | None = None
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         like = self.codec.W_dec
-        rows = x.to(like.device, like.dtype)
-        code = self.codec.encode_latents(rows, [self.latent])[:, 0]
+        # Half precision is the codec's own affair: it may normalise before it rounds.
+        rows = x.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        code = self.codec.encode_latents(rows, [self.latent])[:, 0].to(rows)
         moved = -self.sign * (self.sign * (code - self.threshold)).relu()
-        return (moved * _scale_of(self.codec, rows)).to(x)
+        return (moved * self._scale(rows)).to(x)
 
-
-def _scale_of(codec: SparseCodec, rows: Float[Tensor, "n d"]) -> Tensor | float:
-    """What a codec that normalises rows multiplies each one's reconstruction by."""
-    if getattr(codec, "normalization", "none") == "none":
-        return 1.0
-    scale = codec.encode_sparse(rows, k=1).scale
-    return torch.ones(len(rows)).to(rows) if scale is None else scale[:, 0]
+    def _scale(self, rows: Float[Tensor, "n d"]) -> Tensor | float:
+        """What a codec that scales rows multiplies each one's reconstruction by."""
+        if self._scales is None:  # asked of one row: to find the largest code is to make them all
+            self._scales = self.codec.encode_sparse(rows[:1], k=1).scale is not None
+        scale = self.codec.encode_sparse(rows, k=1).scale if self._scales else None
+        return 1.0 if scale is None else scale[:, 0].to(rows)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Float64, Int8, Int64
 from scipy import sparse
 from torch import Tensor
 
+from emlens.activations import ReadingPlan, plan_reading
 from emlens.codecs import SparseCodec
 from emlens.data import Batching, Chat
 from emlens.features.accumulate import ChangeSums, PromptSums
@@ -75,7 +76,8 @@ def compare_features(
         seed: of the flipped signs.
 
     Raises:
-        CodecError: the models lack the codec's site, or have another width there.
+        CodecError: the models lack the codec's site, have another width there, or the base is
+            another one than it was trained on.
         ValueError: positions that a chat does not have, or prompts in `tuned_chats` that are not
             those of `chats`.
 
@@ -93,14 +95,7 @@ def compare_features(
     else:
         others = _match_prompts(names, tuned_chats)
         sides = ((pair.base, chats, prompts), (pair.tuned, tuned_chats, others))
-        plans = [
-            plan_codes(model, codec, own, positions=positions, batching=batching)
-            for model, own, _ in sides
-        ]
-        base, tuned = (
-            accumulate_codes(work, codec, prompts=own, n_prompts=len(names)).models[0].result()
-            for work, (_, _, own) in zip(plans, sides, strict=True)
-        )
+        base, tuned = _read_own(plan, codec, sides, n_prompts=len(names))
     changes = measure_changes(base, tuned, seed=seed)
     mean_difference = average_activations(tuned) - average_activations(base)
     identity = identify(pair)
@@ -190,6 +185,32 @@ def decoder_cosines(
         sizes = wide.norm(dim=1) * direction.double().norm()
         found.append(torch.where(sizes > 0, wide @ direction.double() / sizes, 0.0))
     return torch.cat(found)
+
+
+def _read_own(
+    plan: ReadingPlan,
+    codec: SparseCodec,
+    sides: Sequence[tuple[Any, Any, Tensor]],
+    *,
+    n_prompts: int,
+) -> tuple[PromptSums, PromptSums]:
+    """Sums of base and tuned, each on its own texts: model, chats and the number of each's prompt.
+
+    A plan of the pair has held the codec against the base; a full fine-tune has other weights.
+    """
+    where = str(plan.positions[0])
+    base, tuned = (
+        accumulate_codes(
+            plan_reading(model, chats, sites=codec.site, positions=where, batching=plan.batching),
+            codec,
+            prompts=prompts,
+            n_prompts=n_prompts,
+        )
+        .models[0]
+        .result()
+        for model, chats, prompts in sides
+    )
+    return base, tuned
 
 
 def _as_matrix(sums: PromptSums) -> Any:

@@ -38,7 +38,8 @@ def check_sae(
         batching: tokens run at once, both models of a pair counted.
 
     Raises:
-        CodecError: the model lacks the codec's site, or has another width there.
+        CodecError: the model lacks the codec's site, has another width there, or is another one
+            than it was trained on.
         ValueError: positions that a chat does not have.
     """
     plan = plan_codes(model, codec, chats, positions=positions, batching=batching)

@@ -45,8 +45,9 @@ class FeatureRanking(Result):
     """Fine-tunes whose scores were averaged, or the one model that was attributed."""
     left_out: tuple[str, ...] = ()
     """Fine-tunes that had no part in it, to be told apart by it later."""
-    underpowered: bool = False
-    """Whether the codec explains too little of one of the models for the order to mean much."""
+    underpowered: bool | None = None
+    """Whether the codec explains too little of one of the models for the order to mean much; None
+    where nobody has looked."""
 
     def __post_init__(self) -> None:
         if self.latents.shape != self.scores.shape:

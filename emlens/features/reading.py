@@ -16,6 +16,7 @@ from emlens.data import Batching, Chat, as_chats, prompt_hash
 from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.encode import encode_rows, split_rows
 from emlens.models.reading import Readable, base_of, count_models
+from emlens.models.views import origin_of
 from emlens.sites import Site
 
 TASK = "encoding (tokens)"
@@ -39,10 +40,12 @@ def plan_codes(
         batching: tokens run at once, all models counted.
 
     Raises:
-        CodecError: the model lacks the site, or has another width there than the codec's.
+        CodecError: the model lacks the site, has another width there than the codec's, or is
+            another one than the codec was trained on.
         ValueError: as `plan_reading` raises.
     """
-    check_fits(codec, base_of(model).cfg)
+    base = base_of(model)
+    check_fits(codec, base.cfg, weights=origin_of(base).lineage)
     where = codec.positions if positions is None else positions
     return plan_reading(model, chats, sites=codec.site, positions=where, batching=batching)
 

@@ -14,6 +14,8 @@ from emlens.codecs import SparseCodec, check_fits
 from emlens.data import BehaviourScores, ContrastTexts, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.features.forced_screen import tokenize_texts
+from emlens.features.health import check_sae
+from emlens.features.results import SaeHealth
 from emlens.features.screen_journal import open_journal
 from emlens.features.screen_results import FeatureScreen
 from emlens.features.screen_settings import ScreenSettings
@@ -22,10 +24,11 @@ from emlens.features.screen_work import ScreenWork
 from emlens.features.steering import check_latents, decoder_directions, draw_directions
 from emlens.models.identity import identify_model
 from emlens.models.pair import ModelPair
+from emlens.models.views import origin_of
 from emlens.runs import RunFolder
 from emlens.sites import check_sites
 
-RESULT_NAME = "screen"
+RESULT_NAME, HEALTH_NAME = "screen", "health"
 
 
 def screen_features(
@@ -46,7 +49,8 @@ def screen_features(
     each side with the largest change: responses are sampled and judged, and the largest strength
     counts whose share of incoherent responses is at most `max_incoherent`, or that of the
     unsteered model plus `extra_incoherent`. Random directions go through both stages in the same
-    way; they are not chosen by the first.
+    way; they are not chosen by the first. How well the codec fits both models on the fixed
+    responses comes with the result (`health`).
 
     Args:
         pair: base and fine-tune.
@@ -60,7 +64,8 @@ def screen_features(
             folder of its own.
 
     Raises:
-        CodecError: a latent that the codec does not have, or another width than that of its site.
+        CodecError: a latent that the codec does not have, another width than that of its site, or a
+            codec of another model.
         ValueError: a class without texts, or two models that do not differ, in units of their
             difference.
         NonFiniteError: strengths under which log-probabilities are no numbers.
@@ -73,7 +78,7 @@ def screen_features(
     """
     chosen = check_latents(codec, latents)
     check_sites([codec.site], pair.base.hook_dict)
-    check_fits(codec, pair.base.cfg)
+    check_fits(codec, pair.base.cfg, weights=origin_of(pair.base).lineage)
     directions = decoder_directions(codec, chosen)
     fixed = tokenize_texts(texts, pair.tokenizer)
     with open_journal(out, _plan(pair, codec, chosen, texts, settings)) as journal:
@@ -88,11 +93,35 @@ def screen_features(
             settings=settings,
             journal=journal,
             unit=unit,
+            health=_check_codec(pair, codec, texts, settings, out),
         )
         screen = work.sample(work.force(fixed, texts))
     if out is not None:
         RunFolder.open(out).save_result(RESULT_NAME, screen)
     return screen
+
+
+def _check_codec(
+    pair: ModelPair,
+    codec: SparseCodec,
+    texts: ContrastTexts,
+    settings: ScreenSettings,
+    out: str | Path | None,
+) -> SaeHealth:
+    """How well the codec fits where the odds are asked; kept in a folder that goes on."""
+    run = None if out is None else RunFolder.open(out)
+    if run is not None and run.has_result(HEALTH_NAME):
+        return run.read_result(HEALTH_NAME, SaeHealth)
+    found = check_sae(
+        pair,
+        codec,
+        chats=(*texts.positive, *texts.negative),
+        positions="response",
+        batching=settings.batching,
+    )
+    if run is not None:
+        run.save_result(HEALTH_NAME, found)
+    return found
 
 
 def _plan(

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.artifacts import Result
+from emlens.features.results import SaeHealth
 from emlens.numerics.intervals import Interval
 from emlens.numerics.rank_test import rank_p_value
 
@@ -88,6 +89,9 @@ class FeatureScreen(Result):
     codec_fingerprint: str
     site: str
     """Where the vectors were added, at every token."""
+    health: SaeHealth
+    """How well the codec fits both models at the response tokens of the fixed texts: where it is
+    `underpowered`, what its latents write is little of what happens there."""
     latents: Int[Tensor, " latent"]
     """In the order given."""
     strengths: Float[Tensor, " strength"]

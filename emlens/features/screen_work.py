@@ -15,6 +15,7 @@ from torch import Tensor
 from emlens.codecs.codec import SparseCodec
 from emlens.data import BehaviourScores, ContrastTexts, as_chats, prompt_hashes, track
 from emlens.features.forced_screen import FixedTexts, ForcedStage
+from emlens.features.results import SaeHealth
 from emlens.features.sampled_screen import JudgedResponse, SampledStage, summarise_responses
 from emlens.features.screen_journal import ScreenJournal
 from emlens.features.screen_results import (
@@ -45,6 +46,7 @@ class ScreenWork:
     settings: ScreenSettings
     journal: ScreenJournal
     unit: float
+    health: SaeHealth
 
     def force(self, fixed: FixedTexts, texts: ContrastTexts) -> FeatureScreen:
         """The first stage, as a result without a second one."""
@@ -74,6 +76,7 @@ class ScreenWork:
             codec=self.codec.name,
             codec_fingerprint=self.codec.fingerprint,
             site=str(self.codec.site),
+            health=self.health,
             latents=torch.tensor(self.latents),
             strengths=torch.tensor(self.settings.strengths, dtype=torch.float64),
             units=self.settings.units,

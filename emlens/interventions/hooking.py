@@ -208,15 +208,25 @@ class _ShiftChange:
         wide = torch.promote_types(values.dtype, torch.float32)
         self.vector = self.vector.to(values.device, wide)
         flat = values.reshape(-1, values.shape[-1]).to(wide)
-        amount = self.amount(flat).to(flat)
-        if amount.shape != flat.shape[:1]:
-            raise WidthError(
-                f"amount: it gave {tuple(amount.shape)} for {len(flat)} values, expected "
-                f"[{len(flat)}], one number each"
-            )
-        if mask is not None:
-            amount = amount * mask.flatten()
+        if mask is None:
+            amount = self._measure(flat)
+        else:
+            # Others are not looked at: where an activation is extreme, as that of a first token,
+            # there may be no such number.
+            amount = flat.new_zeros(len(flat))
+            chosen = mask.flatten().nonzero()[:, 0]
+            if len(chosen):
+                amount = amount.index_copy(0, chosen, self._measure(flat[chosen]))
         return torch.addr(flat, amount, self.vector).to(values.dtype).view(values.shape)
+
+    def _measure(self, values: Tensor) -> Tensor:
+        amount = self.amount(values).to(values)
+        if amount.shape != values.shape[:1]:
+            raise WidthError(
+                f"amount: it gave {tuple(amount.shape)} for {len(values)} values, expected "
+                f"[{len(values)}], one number each"
+            )
+        return amount
 
 
 class _ReplaceChange:

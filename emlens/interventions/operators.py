@@ -122,7 +122,7 @@ class Shift:
 
     vector: Float[Tensor, " d"]
     amount: Callable[[Float[Tensor, "n d"]], Float[Tensor, " n"]]
-    """a, called with the values of every column of a pass, in float32 at least."""
+    """a, called with the values of the tokens that it is to act on, in float32 at least."""
     name: str
     """What `amount` computes, in full: of two operators with one vector it says whether they are
     the same."""

@@ -30,7 +30,8 @@ def check_model(model: Any, intervention: Intervention) -> None:
         raise OtherModelError(
             f"interventions: the {intervention.label} vector at {intervention.site} was made "
             f"{'; and '.join(differs)} (in {origin.name}). Pass allow_other_model=True "
-            "(--allow-other-model) where transfer is what you want to see"
+            "(--allow-other-model) to what makes it, or loads its codec, where transfer is what "
+            "you want to see"
         )
 
 

@@ -13,10 +13,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from emlens.codecs.codec import SparseCodec
+from emlens.codecs.compatibility import check_weights
 from emlens.data.chat import Chat
 from emlens.data.positions import parse_positions
 from emlens.data.prompts import hash_chats
-from emlens.models.host_sites import check_host_site, read_host_site
+from emlens.models.checkpoints import fingerprint_weights
+from emlens.models.host_sites import check_host_site, find_host, read_host_site
 from emlens.models.training_loop import IGNORED, Penalty, TrainingExample, collate_examples
 from emlens.organisms.masks import make_examples
 from emlens.organisms.penalties import Description, find_base, order_rows
@@ -102,9 +104,11 @@ class LatentPenalty:
 
         Raises:
             SiteError: no such site, one of another width, or one that no trained block is below.
+            CodecError: a codec of other weights.
         """
         site = self.codec.site
         check_host_site(model, site, width=self.codec.d_in)
+        check_weights(self.codec, [fingerprint_weights(find_host(model))])
         if site.layer is not None and first_trained > site.layer - (site.stream == "resid_pre"):
             raise SiteError(
                 f"site: {self.codec.name} reads {site}, and block {first_trained} is the first "

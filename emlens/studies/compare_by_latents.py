@@ -21,6 +21,7 @@ from emlens.models.lora import LoraAdapter
 from emlens.models.pair import ModelPair, is_adapter, load_pair
 from emlens.models.protocol import HookedModel
 from emlens.models.source_hash import hash_source
+from emlens.models.views import origin_of
 from emlens.runs import RunFolder
 from emlens.sources import Source
 from emlens.studies.persona_settings import ComparisonSettings, FineTune, FineTunes, Tuned
@@ -98,12 +99,13 @@ def compare_by_latents(
         pairs: the same fine-tunes where they are loaded already.
 
     Raises:
-        CodecError: a codec of another site or width, or a crosscoder.
+        CodecError: a codec of another site, width or model, or a crosscoder.
         PlanChangedError: `out` holds comparisons of another plan.
         ValueError: see `compare_features`; or no prompt that every model answers.
     """
     require_autoencoder(codec)
-    check_fits(codec, base.cfg)
+    loaded: Any = base
+    check_fits(codec, base.cfg, weights=origin_of(loaded).lineage)
     plan = {"kind": "latent_comparisons", **plan_comparison(base, fine_tunes, codec, settings)}
     run = RunFolder.start(out, plan | {"chats_sha256": hash_chats(chats)})
     work = _Comparisons(base, codec, chats, settings, run, pairs or LoadedPairs(base))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens.codecs import SparseCodec
+from emlens.codecs import SparseCodec, allow_other_model
 from emlens.data import Chat
 from emlens.evaluation.calibration import keep_calibration
 from emlens.features import (
@@ -211,7 +211,10 @@ class _Search:
         return self.stages.keep(
             "attribution",
             FeatureRanking,
-            lambda: attribute_features(self._pair(0).tuned, self.codec, texts=paired),
+            # It was held against the base; a full fine-tune has weights of its own.
+            lambda: attribute_features(
+                self._pair(0).tuned, allow_other_model(self.codec), texts=paired
+            ),
         )
 
     def _choose(

@@ -7,6 +7,7 @@ from emlens.data.prompts import hash_chats
 from emlens.features import pair_by_prompt
 from emlens.features.steering import require_autoencoder
 from emlens.models.protocol import HookedModel
+from emlens.models.views import origin_of
 from emlens.models.weight_hash import hash_tensors
 from emlens.studies.compare_by_latents import plan_comparison
 from emlens.studies.follow_latents import FollowedTexts
@@ -29,11 +30,12 @@ def check_search(
     """Refuse a codec that does not fit, and what lacks its texts, before a folder is begun.
 
     Raises:
-        CodecError: a codec of another site or width, or a crosscoder.
+        CodecError: a codec of another site, width or model, or a crosscoder.
         ValueError: fixed responses are missing, too few, or not to the same prompts.
     """
     require_autoencoder(codec)
-    check_fits(codec, base.cfg)
+    loaded: Any = base
+    check_fits(codec, base.cfg, weights=origin_of(loaded).lineage)
     needs = {
         "probe.screen": probe.screen is not None,
         "settings.attribute": settings.attribute,

@@ -62,6 +62,12 @@ def test_a_check_says_how_well_it_fits_and_fails_where_it_does_not(
     assert failed.code == 1
     assert "less than .6 of the variance" in failed.err
     assert "explained_variance" in failed.out
+    save_sae(replace(blind, base_fingerprint="another base"), tmp_path / "foreign")
+    foreign = ["sae", "check", "--sae", tmp_path / "foreign", *given]
+    refused = cli(*foreign)
+    assert (refused.code, refused.out) == (2, "")
+    assert "--allow-other-model" in refused.err
+    assert "less than .6 of the variance" in cli(*foreign, "--allow-other-model").err
     plan = cli("sae", "check", "--sae", trained, *given, "--dry-run", "--json").json
     assert (plan["architecture"], plan["prompts"]) == ("batchtopk", 4)
 

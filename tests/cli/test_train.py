@@ -1,6 +1,7 @@
 """`emlens train` and `transition` on a tiny base: what can be checked, resumed, refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,11 @@ def test_latents_can_be_held_while_a_fine_tune_is_trained(cli: Cli, tiny: Path, 
     (term,) = done.json["penalties"]
     assert (term["kind"], term["hold_down"], term["weight"]) == ("latents", "1,6", 3.0)
     assert term["codec_fingerprint"] == codec.fingerprint
+    save_sae(replace(codec, base_fingerprint="another base"), tmp_path / "foreign")
+    other = ("--latent-sae", tmp_path / "foreign", "--latent-weight", 3, "--max-steps", 2)
+    other = words(tiny, tmp_path / "foreign-run", *other, "--latents", "1")
+    assert "--allow-other-model" in cli(*other).err
+    assert cli(*other, "--allow-other-model", "--json").code == 0
     for latents, said in (("1;6", "--latents 1;6: expected numbers"), ("8", "are no latents of")):
         wrong = cli(*words(tiny, tmp_path / "other", *held, "--latents", latents))
         assert (wrong.code, wrong.out) == (2, "")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from emlens.codecs import CodecError, check_fits
+from emlens.codecs import CodecError, allow_other_model, check_fits
 from emlens.sites import Site
 from tests.codecs.builders import make_crosscoder, make_sae
 
@@ -24,9 +24,9 @@ def make_cfg(**sizes: Any) -> Any:
 def test_a_codec_of_the_models_site_and_width_fits():
     sae = dataclasses.replace(make_sae(), base_fingerprint="abc")
     check_fits(sae, make_cfg())
-    check_fits(sae, make_cfg(), base_fingerprint="abc")
-    check_fits(make_sae(), make_cfg(), base_fingerprint="abc")  # nobody knows its own
-    check_fits(sae, make_cfg(), base_fingerprint="abd", allow_other_model=True)
+    check_fits(sae, make_cfg(), weights=["abc", "abc and what was merged into it"])
+    check_fits(make_sae(), make_cfg(), weights=["abc"])  # nobody knows its own
+    check_fits(allow_other_model(sae), make_cfg(), weights=["abd"])
     check_fits(make_crosscoder(), make_cfg(d_model=6))
     check_fits(dataclasses.replace(make_sae(), site=Site(1, "z")), make_cfg())
 
@@ -38,6 +38,6 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(CodecError, match=r"width 12, but resid_post.3 of the model has width 13"):
         check_fits(sae, make_cfg(d_model=13))
     with pytest.raises(CodecError, match=r"on weights abc, and these are abd.*org/small"):
-        check_fits(sae, make_cfg(), base_fingerprint="abd")
+        check_fits(sae, make_cfg(), weights=["abd"])
     with pytest.raises(CodecError, match=r"lives where the model has no width.*d_mlp"):
         check_fits(dataclasses.replace(sae, site=Site(1, "post")), make_cfg())

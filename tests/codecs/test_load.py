@@ -141,6 +141,29 @@ def test_what_its_configuration_says_is_honoured_or_refused(
         load_sae(folder)
 
 
+@pytest.mark.parametrize(
+    ("lm_name", "positions"),
+    [
+        ("Qwen/Qwen2.5-7B-Instruct", "all[8:]"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "all[8:]"),
+        ("openai/gpt-oss-20b", "all[8:]"),
+        ("Qwen/Qwen2.5-7B", "all"),
+        (None, "all"),
+    ],
+)
+def test_a_copy_of_a_published_codec_leaves_out_first_tokens_as_it_does(
+    tmp_path: Path, lm_name: str | None, positions: str
+):
+    files = dictionary(make_sae("batchtopk"), "BatchTopKSAE", lm_name=lm_name)
+    assert load_sae(write(tmp_path / "copy", files), device="cpu").positions == positions
+
+
+def test_a_codec_that_somebody_else_published_counts_every_token(tmp_path: Path):
+    files = dictionary(make_sae("batchtopk"), "BatchTopKSAE")
+    publish(tmp_path, "someone/saes-qwen", files)
+    assert load_sae("someone/saes-qwen", device="cpu").positions == "all"
+
+
 def test_a_threshold_that_was_never_set_is_refused(tmp_path: Path):
     files = dictionary(make_sae("batchtopk"), "BatchTopKSAE")
     state = state_of(make_sae("batchtopk"), "BatchTopKSAE") | {"threshold": torch.tensor(-1.0)}
@@ -187,7 +210,7 @@ def test_what_was_kept_of_a_conversion_and_is_damaged_is_made_anew(tmp_path: Pat
     (file,) = (tmp_path / "home").glob("emlens/codecs/*/tensors-*")
     file.write_bytes(file.read_bytes()[:-4])
     assert load_sae(folder, device="cpu").fingerprint == first.fingerprint
-    assert first.positions == "all"
+    assert first.positions == "all[8:]"
 
 
 def test_qwen_scope_is_read_by_the_names_of_its_files(tmp_path: Path):

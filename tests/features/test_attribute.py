@@ -92,6 +92,17 @@ def test_scores_are_slopes_of_the_loss_toward_the_mean(tokens):
     assert max(abs(score) for score in scores.values()) > 1e-3
 
 
+def test_a_blind_codec_marks_its_ranking():
+    model, rows = (
+        tuned(),
+        torch.linalg.qr(torch.randn(24, 24, generator=torch.Generator().manual_seed(1))).Q,
+    )
+    both = torch.cat([rows, -rows])  # every vector with both signs leaves nothing unsaid
+    whole = make_codec(d_sae=48, W_dec=both, W_enc=both.mT.clone())
+    for codec, blind in ((CODEC, True), (whole, False)):
+        assert attribute_features(model, codec, texts=TEXTS).underpowered is blind
+
+
 @pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.0", "z.1"])
 def test_gradients_are_those_of_autograd_through_the_whole_model(site):
     model, at = tuned("qwen3"), parse_site(site)

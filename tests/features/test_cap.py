@@ -1,11 +1,13 @@
 """Codes held at a limit: the reconstruction with that one code changed, and all else left alone."""
 
+import dataclasses
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
 
+from emlens.activations import stream_activations
 from emlens.codecs import CodecError, Codes
 from emlens.features.cap import cap_latent
 from emlens.features.steering import require_autoencoder
@@ -31,13 +33,52 @@ def make_overlapping(**changed: Any) -> Any:
     return make_codec(W_enc=W_enc, W_dec=W_dec, b_enc=b_enc, **changed)
 
 
-CODECS = {
+class Scaling:
+    """A codec that is none of ours: what it reads is scaled, and only its codes say so."""
+
+    architecture = "standard"
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "normalization":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def _scale(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 + 0.25 * (x[:, :1] > 0).to(x)
+
+    def encode(self, x: torch.Tensor) -> Codes:
+        scale = self._scale(x)
+        return dataclasses.replace(self.inner.encode(x / scale), scale=scale)
+
+    def encode_latents(self, x: torch.Tensor, latents: Any) -> torch.Tensor:
+        return self.inner.encode_latents(x / self._scale(x), latents)
+
+    def encode_sparse(self, x: torch.Tensor, *, k: int) -> Any:
+        scale = self._scale(x)
+        return dataclasses.replace(self.inner.encode_sparse(x / scale, k=k), scale=scale)
+
+    def decode(self, codes: Codes) -> torch.Tensor:
+        return self.inner.decode(Codes(values=codes.values)) * codes.scale
+
+
+CODECS: dict[str, Any] = {
     "standard": make_overlapping(),
     "topk": make_overlapping(architecture="topk", k=4),
     "jumprelu": make_overlapping(architecture="jumprelu", threshold=torch.full((12,), 0.3)),
     "layer_norm": make_overlapping(normalization="layer_norm"),
+    "gated": make_overlapping(
+        architecture="gated",
+        r_mag=torch.linspace(-0.5, 0.5, 12),
+        b_mag=torch.linspace(-0.2, 0.4, 12),
+    ),
     "rescaled": make_overlapping(normalization="constant_norm_rescale"),
 }
+CODECS["batchtopk"] = dataclasses.replace(CODECS["jumprelu"], architecture="batchtopk")
+CODECS["matryoshka"] = dataclasses.replace(CODECS["jumprelu"], architecture="matryoshka_batchtopk")
+CODECS["somebody else's"] = Scaling(CODECS["standard"])
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +118,29 @@ def test_it_is_the_reconstruction_with_one_code_at_its_limit(model, name, side, 
     still = column == limited[:, latent]
     assert torch.equal(found[still], x[still])
     assert 0 < int(still.sum()) < len(x)
+
+
+def test_no_token_but_those_chosen_is_looked_at(model):
+    half = dataclasses.replace(make_codec(), positions="all[2:]").to(dtype=torch.float16)
+    act = cap_latent(half, PLANTED, threshold=0.0, side="above")
+
+    def enlarge(_module: Any, _args: Any, out: torch.Tensor) -> torch.Tensor:
+        big = out.clone()
+        big[:, 0] = 2e5  # as a first token may be: beyond float16
+        return big
+
+    chats = ["w5 w6 w7 w8", "w9 w10"]
+    handle = model.hook_dict[SITE.hook_name].register_forward_hook(enlarge)
+    try:
+        with intervene(model, act):
+            found = stream_activations(model, chats, sites=SITE, positions="all[2:]")
+        everywhere = cap_latent(half, PLANTED, threshold=0.0, side="above", positions="all")
+        with pytest.raises(CodecError, match="x holds values beyond"), intervene(model, everywhere):
+            stream_activations(model, chats, sites=SITE, positions="all")
+    finally:
+        handle.remove()
+    assert found.mean is not None
+    assert bool(found.mean.isfinite().all())
 
 
 def test_a_tied_encoder_reads_the_limit_afterwards(model):

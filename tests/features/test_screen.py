@@ -1,6 +1,7 @@
 """Screens of tiny pairs with a planted latent, resumed and refused, beside passes done by hand."""
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,7 @@ from emlens.runs import PlanChangedError, RunFolder
 from emlens.studies.effects import measure_odds
 from tests.features.planted import PLANTED, SITE, favoured_words, make_codec, make_pair, make_texts
 
+screen_module = sys.modules[screen_features.__module__]
 CODEC = make_codec()
 LATENTS = (0, 3, PLANTED, 8, 11)
 PROMPTS = [Chat((Message("user", f"w{40 + k} w{50 + k} w{60 + k}"),)) for k in range(4)]
@@ -88,6 +90,27 @@ def run(pair: ModelPair, settings: ScreenSettings = SETTINGS, **more: Any) -> Fe
 @pytest.fixture(scope="module")
 def screen(pair: ModelPair) -> FeatureScreen:
     return run(pair)
+
+
+def test_a_screen_says_how_well_its_codec_fits(pair, screen, tmp_path):
+    assert screen.health.underpowered  # 12 orthonormal vectors of 24
+    assert 0 < float(screen.health.explained_variance.max()) < 0.6
+    assert screen.health.positions == "response"
+    # Every vector with both signs leaves nothing unsaid.
+    both = torch.cat([make_codec(d_sae=24).W_dec, -make_codec(d_sae=24).W_dec])
+    whole = make_codec(d_sae=48, W_dec=both, W_enc=both.mT.clone())
+    settings = replace(SETTINGS, strengths=(1.0,), sampled_strengths=None, n_sampled=0)
+
+    def look() -> FeatureScreen:
+        given = {"latents": (3,), "texts": make_texts(pair), "scores": make_scores(pair)}
+        return screen_features(pair, whole, settings=settings, out=tmp_path / "run", **given)
+
+    found = look()
+    assert not found.health.underpowered
+    assert float(found.health.explained_variance.min()) == pytest.approx(1, abs=1e-4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen_module, "check_sae", lambda *_, **__: 1 / 0)
+        assert look().to_dict() == found.to_dict()
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])

@@ -17,6 +17,7 @@ from emlens.interventions import (
     intervene,
     write_sites,
 )
+from emlens.interventions.hooking import _ShiftChange
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import attach_adapter
 from emlens.models.hooks import watch_sites
@@ -348,6 +349,17 @@ def test_a_shift_moves_each_token_by_what_is_read_of_it():
     expected = x + (x @ reads).square()[..., None] * writes
     found = cache["blocks.1.hook_resid_post"]
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    first = torch.arange(6) < 1
+
+    def extreme(x: torch.Tensor) -> torch.Tensor:
+        assert not bool(x.isnan().any())
+        return x.new_ones(len(x))
+
+    change = _ShiftChange(Shift(writes, extreme, "one"))
+    values = torch.where(first[None, :, None], torch.nan, x)
+    moved = change(values, ~first.expand(2, 6))
+    torch.testing.assert_close(moved[:, 1:], x[:, 1:] + writes)
+    assert torch.equal(change(x, torch.zeros(2, 6, dtype=torch.bool)), x)
     wrong = Shift(writes, lambda x: x[:, :1], "a column")
     with (
         pytest.raises(WidthError, match=r"amount: it gave \(12, 1\) for 12 values"),

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from emlens.codecs import Sae
+from emlens.codecs import CodecError, Sae, allow_other_model
 from emlens.data.chat import Chat, Message
 from emlens.models.checkpoints import Checkpoint
 from emlens.models.training_loop import IGNORED
@@ -182,7 +182,12 @@ def test_terms_that_a_run_cannot_have_are_refused_before_it_is_begun(
     far = LatentPenalty(chats, make_codec("resid_post.7"), weight=1, hold_down=(1,))
     with pytest.raises(SiteError, match=r"no resid_post.7, its blocks are 0 to 1"):
         train(tiny_base, chats, tmp_path / "run", far)
+    foreign = make_codec(base_fingerprint="another base")
+    with pytest.raises(CodecError, match=r"on weights another base, and these are .*allow_other"):
+        train(tiny_base, chats, tmp_path / "run", LatentPenalty(chats, foreign, 1, (1,)))
     assert not (tmp_path / "run").exists()
+    for codec in (make_codec(base_fingerprint=tiny_base.fingerprint), allow_other_model(foreign)):
+        LatentPenalty(chats, codec, 1, (1,)).check_model(tiny_base.model, first_trained=0)
 
 
 def test_penalties_that_hold_nothing_are_refused(chats: list[Chat]):

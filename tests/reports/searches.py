@@ -85,6 +85,7 @@ def make_screen(**changed: Any) -> FeatureScreen:
         "latents": torch.tensor(LATENTS),
         "strengths": torch.tensor(STRENGTHS).double(),
         **{"units": "delta_norm", "unit_norm": 2.5, "n_texts": (20, 20)},
+        "health": make_health(positions="response"),
         **{"before": before, "steered": place(effects), "controls": place(chance)},
         **{"sampled": tuple(curves), "sampled_before": (plain, plain)},
         **{"n_prompts": 4, "n_shared_prompts": 0, "seed": 0},
