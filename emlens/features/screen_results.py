@@ -4,7 +4,7 @@ It computes nothing but changes and ranks: `screen_features` makes one.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -209,11 +209,15 @@ def _size(point: SampledPoint) -> tuple[float, float]:
 
 
 def _describe(curve: SampledCurve | None) -> dict[str, Any]:
-    names = ("strength", "incoherent", "behaviour", "effect")
-    empty: dict[str, Any] = {"sampled": curve is not None} | dict.fromkeys(names) | {"p": None}
+    names = ("strength", "incoherent", "behaviour", "effect", "effect_low", "effect_high")
+    p = None if curve is None else curve.p
+    empty: dict[str, Any] = {"sampled": curve is not None} | dict.fromkeys(names) | {"p": p}
     if curve is None or curve.chosen is None:
         return empty
     point = curve.points[curve.chosen]
-    shown = {name: asdict(point)[name] for name in names[:-1]}
-    effect = None if point.effect is None else point.effect.value
-    return empty | shown | {"effect": effect, "p": curve.p}
+    shown = {name: getattr(point, name) for name in names[:3]}
+    if point.effect is None:
+        return empty | shown
+    ends = ("value", "low", "high")
+    found = [getattr(point.effect, end) for end in ends]
+    return empty | shown | dict(zip(names[3:], found, strict=True))

@@ -242,6 +242,7 @@ def test_a_screen_survives_a_file(screen, tmp_path):
     row = next(r for r in found.rows() if r["latent"] == PLANTED and r["side"] == "tuned")
     assert row["strength"] == 4.0
     assert row["p"] == pytest.approx(1 / 17)
+    assert row["effect_low"] < row["effect"] < row["effect_high"]
 
 
 def point(strength: float, incoherent: float, effect: float = 0.0) -> SampledPoint:

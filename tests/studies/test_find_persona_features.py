@@ -95,6 +95,7 @@ def test_the_planted_latent_is_first_by_change_by_contrast_and_by_effect(found):
     row = found.rows()[0]
     assert row["induces"] == pytest.approx(float(found.screen.forced_effect("base")[0]))
     assert row["induces_p"] == pytest.approx(1 / 17)
+    assert (row["induces_sampled"], row["repairs_sampled_p"]) == (None, None)
     assert found.cards is not None
     assert found.cards.cards[0].latent == PLANTED
     assert len(found.cards.cards) == 2
@@ -230,6 +231,15 @@ def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: 
     found = find_persona_features(base, tunes, probe=probe, **given)
     assert found.screen is not None
     assert [point.n_scored for point in found.screen.sampled_before] == [2, 2]
+    (row,) = found.rows()
+    for name, side in (("induces", "base"), ("repairs", "tuned")):
+        curve = found.screen.curve(row["latent"], side=side)
+        assert curve.p is not None
+        assert row[f"{name}_sampled_p"] == curve.p
+        point = None if curve.chosen is None else curve.points[curve.chosen]
+        assert row[f"{name}_incoherent"] == (None if point is None else point.incoherent)
+        effect = None if point is None else point.effect
+        assert row[f"{name}_sampled"] == (None if effect is None else effect.value)
     with pytest.raises(PlanChangedError, match="judge was"):
         find_persona_features(
             base, tunes, probe=replace(probe, judge=HashJudge(id="other")), **given
