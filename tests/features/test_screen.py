@@ -41,6 +41,7 @@ SETTINGS = ScreenSettings(
     sampling=Sampling(n=2, temperature=0.4, max_new_tokens=6),
     sampled_strengths=(1.0, 4.0),
     n_sampled=2,
+    n_controls=16,
 )
 
 
@@ -184,6 +185,68 @@ def test_behaviour_is_that_of_responses_made_under_the_latent(pair, screen, monk
         torch.testing.assert_close(found[0], sign * expected, rtol=1e-5, atol=1e-6)
         lengths = torch.stack(found).norm(dim=1) / screen.unit_norm
         assert torch.allclose(lengths, torch.tensor([1.0, 4.0] * 18, dtype=torch.float64))
+
+
+def test_controls_go_on_by_what_latents_go_on_by(pair):
+    found = run(pair, replace(SETTINGS, n_controls=20))
+    for side in ("base", "tuned"):
+        effects = found.control_curves(side).amax(1)
+        best = [c.control for c in found.sampled if c.side == side and c.latent is None]
+        assert best == effects.argsort(descending=True).tolist()[:16]
+        assert best != list(range(16))
+    # Two of five latents went on, and sixteen of twenty controls; of forty it would be as many.
+    assert found.favours_latents
+    assert not replace(found, controls=torch.cat([found.controls] * 2, 2)).favours_latents
+
+
+@pytest.mark.parametrize(
+    ("n_latents", "n_sampled", "n_controls"),
+    [(20, 1, 320), (20, 20, 16), (200, 20, 160), (3, 2, 24), (3, 20, 16), (50, 0, 16)],
+)
+def test_the_share_of_controls_that_goes_on_is_that_of_the_latents(
+    n_latents, n_sampled, n_controls
+):
+    settings = replace(SETTINGS, n_controls=None, n_sampled=n_sampled)
+    assert settings.count_controls(n_latents) == n_controls
+    assert replace(settings, n_controls=99).count_controls(n_latents) == 99
+
+
+def test_latents_that_are_only_random_directions_beat_the_controls_as_often_as_p_says(screen):
+    """Both stages agree, so that the best of the first are good at the second, too."""
+    generator = torch.Generator().manual_seed(0)
+    n, n_best = 20, 2
+    settings = replace(SETTINGS, n_controls=None, n_sampled=n_best)
+    like, unlike = [], []
+    for _ in range(300):
+        effects = torch.randn(n + settings.count_controls(n), generator=generator).double()
+        noise = torch.randn(len(effects), generator=generator).double()
+        judged = (0.9 * effects + 0.4 * noise).tolist()
+        forced = replace(
+            screen,
+            latents=torch.arange(n),
+            strengths=torch.ones(1).double(),
+            before=torch.zeros(2, 2).double(),
+            steered=as_odds(effects[:n]),
+            controls=as_odds(effects[n:]),
+        )
+        chosen = [curve(k, judged[k]) for k in forced.top(n_best, side="base")]
+        for found, numbers in (
+            (like, forced.top_controls(16, side="base")),
+            (unlike, range(16)),
+        ):
+            chance = [curve(None, judged[n + k]) for k in numbers]
+            found += [p for p in rank_curves((*chosen, *chance)) if p is not None]
+    smallest = 1 / 17 + 1e-9
+    assert sum(p <= smallest for p in like) / 600 == pytest.approx(1 / 17, abs=0.03)
+    assert sum(like) / 600 == pytest.approx(9 / 17, abs=0.06)
+    # Held against controls that nothing chose, chance alone is a finding every other time.
+    assert sum(p <= smallest for p in unlike) / 600 > 0.3
+
+
+def as_odds(effects: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities whose log-odds rise by so much: on the base, at one strength."""
+    rows = torch.stack([effects, torch.zeros_like(effects)])
+    return torch.stack([rows, -rows])[..., None]
 
 
 def test_a_latent_that_was_lowered_is_tried_by_negative_strengths(pair, screen):
