@@ -142,7 +142,7 @@ def read_screen(flags: Any) -> Any:
     from emlens.data import Batching, load_chats
     from emlens.features import ScreenSettings
 
-    if flags.questions is not None and not flags.sampled:
+    if flags.questions and not flags.sampled:
         raise typer.BadParameter("--sampled: missing; --questions are sampled to under so many")
     if flags.strengths is None:
         for flag, given in (("--sampled", flags.sampled), ("--units", flags.units)):

@@ -10,6 +10,7 @@ import torch
 
 from emlens.data import Batching, Chat, ContrastTexts, Message
 from emlens.features import FeatureDiff, attribute_features, check_sae, contrast_features
+from emlens.features.screen_results import SIDES
 from emlens.features.screen_settings import ScreenSettings
 from emlens.models import Sampling
 from emlens.models.pair import load_pair
@@ -275,7 +276,7 @@ def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: 
     assert found.screen is not None
     assert [point.n_scored for point in found.screen.sampled_before] == [2, 2]
     (row,) = found.rows()
-    for name, side in (("induces", "base"), ("repairs", "tuned")):
+    for name, side in zip(("induces", "repairs"), SIDES, strict=True):
         curve = found.screen.curve(row["latent"], side=side)
         assert curve.p is not None
         assert row[f"{name}_sampled_p"] == curve.p
