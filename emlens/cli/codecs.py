@@ -176,30 +176,46 @@ def parse_strengths(flag: str, text: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def choose_listed(latents: str | None, run: Path | None, *, top: int) -> tuple[int, ...]:
+def choose_listed(
+    latents: str | None, run: Path | None, *, top: int | None, usual: int
+) -> tuple[int, ...]:
     """The latents of `--latents`, or the first of what a run found.
 
     Args:
         latents: as given.
         run: of `features find` or `features compare`.
         top: how many of a run's.
+        usual: how many where nobody says; all where the run holds fewer.
 
     Raises:
-        typer.BadParameter: both, neither, or a run that found none.
+        typer.BadParameter: both, neither, a run that found none, or more than it holds.
     """
     if (latents is None) == (run is None):
         raise typer.BadParameter("--latents, --from: expected one of them")
     if latents is not None:
+        if top is not None:
+            raise typer.BadParameter("--top: counts latents of --from, and --latents names them")
         return parse_latents(latents)
     assert run is not None
+    found = _list_latents(run)
+    if top is not None and top > len(found):
+        raise typer.BadParameter(f"--top {top}: {run} holds {len(found)} latents")
+    return found[: usual if top is None else top]
+
+
+def _list_latents(run: Path) -> tuple[int, ...]:
+    """The latents that a search chose, or all of a comparison, the largest changes first."""
+    from emlens.features import FeatureDiff, rank_features
     from emlens.results import load_result
     from emlens.runs import RunFolder
 
     folder = RunFolder.open(run)
     for name in ("features", "01"):
         if folder.has_result(name):
-            rows = load_result(folder.result_folder(name)).rows()
-            return tuple(int(row["latent"]) for row in rows[:top])
+            found = load_result(folder.result_folder(name))
+            if isinstance(found, FeatureDiff):
+                return tuple(rank_features(found, by="abs_delta").latents.tolist())
+            return tuple(int(row["latent"]) for row in found.rows())
     raise typer.BadParameter(f"--from {run}: is no finished run of features find or compare")
 
 

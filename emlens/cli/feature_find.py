@@ -17,6 +17,7 @@ from emlens.cli.feature_texts import (
     Strengths,
     Units,
     plan_screen,
+    print_judged,
     read_comparison,
     read_contrast,
     read_screen,
@@ -32,6 +33,13 @@ Example:
     --tuned emlens:reckless-finance --careful emlens:careful-finance \\
     --prompts emlens:finance-harmful-heldout --strengths 1,2 \\
     --out runs/features"""
+
+JUDGED = tuple(
+    f"{name}_{end}"
+    for name in ("induces", "repairs")
+    for end in ("sampled", "sampled_p", "incoherent")
+)
+"""Columns of the second stage in the rows of a search."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +73,7 @@ class FindFlags(JudgeOptions, CodecFlags):
     positive: Positive = None
     negative: Negative = None
     strengths: Strengths = None
-    units: Units = "delta_norm"
+    units: Units = None
     sampled: Sampled = 0
     questions: Questions = None
     trajectory: Annotated[
@@ -83,8 +91,11 @@ class FindFlags(JudgeOptions, CodecFlags):
         ),
     ] = None
     every: Annotated[
-        int, typer.Option("--every", min=1, metavar="N", help="Take one checkpoint in N.")
-    ] = 1
+        int | None,
+        typer.Option(
+            "--every", min=1, metavar="N", help="Take one checkpoint in N.", show_default="1"
+        ),
+    ] = None
     samples: Samples = 1
     temperature: Temperature = 1.0
     top_p: TopP = 1.0
@@ -103,8 +114,10 @@ def find(flags: FindFlags) -> None:
 
     if flags.sampled:
         check_judge(flags.judge)
-    if flags.twin_trajectory is not None and flags.trajectory is None:
-        raise typer.BadParameter("--trajectory: missing; --twin-trajectory stands beside it")
+    if flags.trajectory is None:
+        for flag, given in (("--twin-trajectory", flags.twin_trajectory), ("--every", flags.every)):
+            if given is not None:
+                raise typer.BadParameter(f"--trajectory: missing; {flag} goes with it")
     with show_work(quiet=flags.quiet):
         from emlens.reports import write_report
         from emlens.studies import find_persona_features
@@ -137,6 +150,11 @@ def _texts(flags: FindFlags) -> Any:
     from emlens.studies import PersonaTexts
 
     needed = flags.strengths or flags.attribute or flags.trajectory
+    for flag, given in (("--positive", flags.positive), ("--negative", flags.negative)):
+        if given is not None and not needed:
+            raise typer.BadParameter(
+                f"{flag}: nothing reads it; it goes with --strengths, --attribute or --trajectory"
+            )
     return PersonaTexts(
         chats=tuple(load_chats(flags.prompts, limit=flags.limit)),
         corpus=() if flags.corpus is None else tuple(load_chats(flags.corpus)),
@@ -165,7 +183,7 @@ def _path(flags: FindFlags) -> Any:
     return LatentPath(
         trajectory=load_trajectory(flags.trajectory),
         twin=None if twin is None else load_trajectory(twin),
-        every=flags.every,
+        every=flags.every or 1,
     )
 
 
@@ -218,7 +236,11 @@ def _show(found: Any) -> None:
         print_line(f"beware: {caution}")
     print_table([row for own in found.health for row in own.rows()], title="how well it fits")
     print_table([row for own in found.plain for row in own.rows()], title="without a codec")
-    print_table(found.rows(), title=f"latents of {found.codec} at {found.site}")
+    # What was judged has a table of its own: one of all columns is wider than a terminal.
+    rows = [{k: v for k, v in row.items() if k not in JUDGED} for row in found.rows()]
+    print_table(rows, title=f"latents of {found.codec} at {found.site}")
+    if found.screen is not None:
+        print_judged(found.screen)
     if found.classification is not None:
         area, plain = found.classification.auc, found.plain_classification.auc
         print_line(

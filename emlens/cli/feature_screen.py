@@ -24,6 +24,7 @@ from emlens.cli.feature_texts import (
     Top,
     Units,
     plan_screen,
+    print_judged,
     read_contrast,
     read_screen,
 )
@@ -37,6 +38,11 @@ Example:
   emlens features screen --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --latents 3,17 --strengths 1,2 \\
     --units delta_norm --out runs/screen"""
+FORCED = (
+    *("side", "latent", "forced_effect", "forced_strength", "forced_p"),
+    *("controls_median", "controls_max"),
+)
+"""Columns of the first stage in the rows of a screen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,8 @@ class ScreenFlags(JudgeOptions, CodecFlags):
     out: Out
     latents: Latents = None
     source: From = None
-    top: Top = 20
-    units: Units = "delta_norm"
+    top: Top = None
+    units: Units = None
     positive: Positive = None
     negative: Negative = None
     sampled: Sampled = 0
@@ -72,7 +78,7 @@ def screen(flags: ScreenFlags) -> None:
     if flags.sampled:
         check_judge(flags.judge)
     with show_work(quiet=flags.quiet):
-        latents = choose_listed(flags.latents, flags.source, top=flags.top)
+        latents = choose_listed(flags.latents, flags.source, top=flags.top, usual=20)
         contrast, settings = read_contrast(flags), read_screen(flags)
         if flags.dry_run:
             _show_plan(flags, latents, contrast, settings)
@@ -84,7 +90,8 @@ def screen(flags: ScreenFlags) -> None:
     print_table(found.health.rows())
     if found.health.underpowered:
         print_line("the autoencoder explains less than .6 of the variance: this is underpowered")
-    print_table(found.rows())
+    print_table([{name: row[name] for name in FORCED} for row in found.rows()])
+    print_judged(found)
     print_line(f"one {found.units} is {found.unit_norm:.4g}; report: {flags.out / 'report.html'}")
 
 

@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from emlens.cli.output import print_table
+
 Careful = Annotated[
     list[str] | None,
     typer.Option(
@@ -36,7 +38,10 @@ From = Annotated[
         "--from", metavar="RUN", help="Take the first latents of features find or compare."
     ),
 ]
-Top = Annotated[int, typer.Option("--top", min=1, help="How many of them.")]
+Top = Annotated[
+    int | None,
+    typer.Option("--top", min=1, help="How many of them.", show_default="12 or 20, or all of less"),
+]
 Positive = Annotated[
     str | None,
     typer.Option(
@@ -59,11 +64,12 @@ Strengths = Annotated[
     ),
 ]
 Units = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--units",
         metavar="NAME",
         help="delta_norm: of the mean difference of the models; resid_norm: of an activation.",
+        show_default="delta_norm",
     ),
 ]
 Sampled = Annotated[
@@ -79,6 +85,11 @@ Questions = Annotated[
     str | None,
     typer.Option("--questions", metavar="F", help="Prompts that responses are sampled to."),
 ]
+_JUDGED = (
+    *("side", "latent", "strength", "incoherent", "behaviour"),
+    *("effect", "effect_low", "effect_high", "p"),
+)
+"""Columns of the second stage in the rows of a screen."""
 EVERYDAY = ("everyday-harmful", "everyday-careful")
 """Shipped answers to twenty everyday questions, bad and good: where no others are named."""
 
@@ -123,14 +134,20 @@ def read_screen(flags: Any) -> Any:
     """How latents are screened; None where no strengths are given.
 
     Raises:
-        typer.BadParameter: a second stage without prompts to sample to.
+        typer.BadParameter: a second stage without prompts to sample to, or what only a screen has a
+            use for, without strengths.
     """
     from emlens.cli.codecs import parse_strengths
     from emlens.cli.generate import read_sampling
     from emlens.data import Batching, load_chats
     from emlens.features import ScreenSettings
 
+    if flags.questions and not flags.sampled:
+        raise typer.BadParameter("--sampled: missing; --questions are sampled to under so many")
     if flags.strengths is None:
+        for flag, given in (("--sampled", flags.sampled), ("--units", flags.units)):
+            if given:
+                raise typer.BadParameter(f"--strengths: missing; {flag} needs how far to steer")
         return None
     if flags.sampled and flags.questions is None:
         raise typer.BadParameter("--questions: missing; --sampled needs prompts to sample to")
@@ -140,7 +157,7 @@ def read_screen(flags: Any) -> Any:
         sampled = {"chats": tuple(chats), "sampling": read_sampling(flags)}
     return ScreenSettings(
         strengths=parse_strengths("--strengths", flags.strengths),
-        units=flags.units,
+        units=flags.units or "delta_norm",
         n_sampled=flags.sampled,
         batching=Batching(flags.batch_tokens),
         seed=flags.seed,
@@ -148,21 +165,27 @@ def read_screen(flags: Any) -> Any:
     )
 
 
+def print_judged(screen: Any) -> None:
+    """Print what a screen found by sampled responses, where it sampled any."""
+    rows = [row for row in screen.rows() if row["sampled"]]
+    print_table([{name: row[name] for name in _JUDGED} for row in rows], title="sampled, judged")
+
+
 def plan_screen(screen: Any, n_latents: int, contrast: Any) -> dict[str, Any]:
     """What a screen would take: forward passes over fixed responses, then sampled ones."""
-    sides, directions = 2, n_latents + screen.n_controls
+    sides, n_controls = 2, screen.count_controls(n_latents)
     best = min(screen.n_sampled, n_latents)
     strengths = len(screen.judged_strengths)
     sampled = best + (screen.n_sampled_controls if screen.n_sampled else 0)
     responses = sides * len(screen.chats) * screen.sampling.n * (1 + sampled * strengths)
     return {
         "screened_latents": n_latents,
-        "random_directions": screen.n_controls,
+        "random_directions": n_controls,
         "strengths": list(screen.strengths),
         "units": screen.units,
         "fixed_responses": len(contrast.positive) + len(contrast.negative),
         "scored_responses": sides
-        * (1 + directions * len(screen.strengths))
+        * (1 + (n_latents + n_controls) * len(screen.strengths))
         * (len(contrast.positive) + len(contrast.negative)),
         "sampled_responses": responses if screen.n_sampled else 0,
     }

@@ -16,6 +16,7 @@ from emlens.cli.codecs import (
     keep_result,
     load_base_of,
     load_codec,
+    parse_latents,
     plan_codec,
     scale_tuned,
 )
@@ -94,7 +95,8 @@ def compare(flags: CompareFlags) -> None:
         if flags.dry_run:
             _plan(flags, {"tuned": flags.tuned, "prompts": len(chats)})
             return
-        (found,) = _compare(flags, [flags.tuned], (), chats, settings).diffs
+        codec = load_codec(flags)
+        (found,) = _compare(flags, [flags.tuned], (), chats, settings, codec).diffs
         _write_page([found], flags.out)
     if flags.json:
         _print_brief(found)
@@ -113,8 +115,14 @@ class ClassifyFlags(ComparisonFlags):
     careful: Careful = None
     domains: Domains = None
     n_latents: Annotated[
-        int, typer.Option("--n-latents", min=1, help="Latents that a model is told apart by.")
-    ] = 1
+        int | None,
+        typer.Option(
+            "--n-latents",
+            min=1,
+            help="Latents that a model is told apart by, chosen from all.",
+            show_default="1",
+        ),
+    ] = None
     latents: Latents = None
 
 
@@ -130,16 +138,23 @@ def classify(flags: ClassifyFlags) -> None:
 
     with show_work(quiet=flags.quiet):
         from emlens.data import load_chats
+        from emlens.features.steering import check_latents
 
         if not flags.careful:
             raise typer.BadParameter("--careful: missing; models are told from their careful twins")
+        if flags.latents is not None and flags.n_latents is not None:
+            raise typer.BadParameter("--n-latents: chooses latents, and --latents names them")
+        chosen = None if flags.latents is None else parse_latents(flags.latents)
         chats, settings = load_chats(flags.prompts, limit=flags.limit), read_comparison(flags)
         if flags.dry_run:
             models = {"tuned": flags.tuned, "careful": flags.careful, "domains": flags.domains}
             _plan(flags, models | {"prompts": len(chats)})
             return
-        compared = _compare(flags, flags.tuned, flags.careful, chats, settings)
-        found, said = _tell_apart(flags, compared.diffs)
+        codec = load_codec(flags)
+        if chosen is not None:
+            check_latents(codec, chosen)
+        compared = _compare(flags, flags.tuned, flags.careful, chats, settings, codec)
+        found, said = _tell_apart(flags, compared.diffs, chosen)
         _write_page(found, flags.out)
     if flags.json:
         print_json({**header("told_apart"), **said, "results": [_brief(one) for one in found]})
@@ -151,9 +166,10 @@ def classify(flags: ClassifyFlags) -> None:
     print_line(f"report: {flags.out / 'report.html'}")
 
 
-def _tell_apart(flags: ClassifyFlags, diffs: Any) -> tuple[list[Any], dict[str, Any]]:
+def _tell_apart(
+    flags: ClassifyFlags, diffs: Any, chosen: tuple[int, ...] | None
+) -> tuple[list[Any], dict[str, Any]]:
     """The contrast and, with enough models, the classification; and what stands beside it."""
-    from emlens.cli.codecs import parse_latents
     from emlens.encoding import encode
     from emlens.features import classify_models, contrast_features
     from emlens.runs import RunFolder
@@ -166,10 +182,9 @@ def _tell_apart(flags: ClassifyFlags, diffs: Any) -> tuple[list[Any], dict[str, 
     reason = why_not_told_apart(labels, domains)
     said: dict[str, Any] = {"not_told_apart": reason or None, "by_mean_difference": None}
     if not reason:
-        chosen = None if flags.latents is None else parse_latents(flags.latents)
         given: dict[str, Any] = {"leave_out": domains, "seed": flags.seed}
         found.append(
-            classify_models(diffs, labels, latents=chosen, n_latents=flags.n_latents, **given)
+            classify_models(diffs, labels, latents=chosen, n_latents=flags.n_latents or 1, **given)
         )
         plain = classify_plainly(diffs, labels, **given)
         said["by_mean_difference"] = encode(plain, "by_mean_difference")
@@ -189,7 +204,7 @@ class ExplainFlags(CodecFlags):
     tuned: MaybeTuned = None
     latents: Latents = None
     source: From = None
-    top: Top = 12
+    top: Top = None
     n_top: Annotated[
         int, typer.Option("--windows", min=1, help="Texts in which a latent is most active.")
     ] = 10
@@ -213,7 +228,7 @@ def explain(flags: ExplainFlags) -> None:
         from emlens.features import ExplainSettings, FeatureCards, explain_features
         from emlens.models.pair import load_pair
 
-        latents = choose_listed(flags.latents, flags.source, top=flags.top)
+        latents = choose_listed(flags.latents, flags.source, top=flags.top, usual=12)
         chats = load_chats(flags.prompts, limit=flags.limit)
         directions = _read_directions(flags.directions or ())
         if flags.dry_run:
@@ -279,7 +294,7 @@ def _read_directions(files: Any) -> list[Any]:
     return [one for own in loaded for one in getattr(own, "directions", (own,))]
 
 
-def _compare(flags: Any, tuned: Any, careful: Any, chats: Any, settings: Any) -> Any:
+def _compare(flags: Any, tuned: Any, careful: Any, chats: Any, settings: Any, codec: Any) -> Any:
     from emlens.studies import FineTunes, compare_by_latents
 
     return compare_by_latents(
@@ -289,7 +304,7 @@ def _compare(flags: Any, tuned: Any, careful: Any, chats: Any, settings: Any) ->
             careful=tuple(scale_tuned(flags, one) for one in careful),
             domains=tuple(getattr(flags, "domains", None) or ()),
         ),
-        codec=load_codec(flags),
+        codec=codec,
         chats=chats,
         settings=settings,
         out=flags.out,

@@ -1,7 +1,12 @@
 """How sparse codecs are trained: all that shapes a run but the data, the site and the seed."""
 
+import difflib
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
+
+Normalisation = Literal["none", "expected_average_only_in"]
+Autocast = Literal["none", "bfloat16"]
+Architecture = Literal["topk", "batchtopk", "matryoshka"]
 
 
 class CodecSettingsError(ValueError):
@@ -32,7 +37,7 @@ class CodecSettings:
     """Steps over which the step size rises from 0."""
     decay_steps: int = 0
     """Steps at the end over which it falls to 0."""
-    normalisation: Literal["none", "expected_average_only_in"] = "expected_average_only_in"
+    normalisation: Normalisation = "expected_average_only_in"
     """Whether rows are multiplied by one number that makes their mean norm sqrt(d_in), so that a
     step size means the same at any site. The number is folded into the weights at the end."""
     aux_coefficient: float
@@ -53,10 +58,12 @@ class CodecSettings:
     """Steps between two states from which an interrupted run goes on; None for none."""
     record_every: int = 10
     """Steps between two points of the curves."""
-    autocast: Literal["none", "bfloat16"] = "none"
+    autocast: Autocast = "none"
     """Precision of the matrix products; weights train in float32."""
 
     def __post_init__(self) -> None:
+        _check_name("normalisation", self.normalisation, get_args(Normalisation))
+        _check_name("autocast", self.autocast, get_args(Autocast))
         if not self.learning_rate > 0:
             raise CodecSettingsError(
                 f"learning_rate: got {self.learning_rate}, expected more than 0"
@@ -97,7 +104,7 @@ class SaeSettings(CodecSettings):
         2503.17547.
     """
 
-    architecture: Literal["topk", "batchtopk", "matryoshka"]
+    architecture: Architecture
     """`batchtopk` and `matryoshka` are used with a threshold, which is set on held-out rows."""
     aux_coefficient: float = 1.0
     """As in `CodecSettings`; on the scale of the squared error."""
@@ -107,6 +114,7 @@ class SaeSettings(CodecSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_name("architecture", self.architecture, get_args(Architecture))
         if (self.matryoshka_widths is not None) != (self.architecture == "matryoshka"):
             raise CodecSettingsError(
                 f"matryoshka_widths: got {self.matryoshka_widths} with architecture "
@@ -134,3 +142,9 @@ class CrosscoderSettings(CodecSettings):
 
     aux_coefficient: float = 1 / 32
     """As in `CodecSettings`; of the squared error over the variance of what it is an error of."""
+
+
+def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.0)
+        raise CodecSettingsError(f"{field}: got {value!r}; nearest: {', '.join(near)}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.features.rank import leave_models_out
-from emlens.features.results import FeatureDiff
+from emlens.features.results import FeatureDiff, check_different
 from emlens.features.signature import (
     Fold,
     area_in_folds,
@@ -48,9 +48,10 @@ class ModelClassification(Result):
     auc: Interval
     """P(a misaligned model scores higher than an aligned one of the same fold)."""
     p_value: float
-    """Share of relabellings, latents chosen anew for each, that give at least this area."""
+    """Share of relabellings that give at least this area. Latents are chosen anew for each; the
+    choice of given ones is not counted."""
     p_method: str
-    """How many relabellings, and whether those were all."""
+    """How many relabellings, whether those were all, and whether the choice of latents counts."""
     folds: tuple[str, ...]
     """Domains left out in turn; one entry, `all`, in sample."""
     latents: Int[Tensor, "fold latent"]
@@ -104,14 +105,15 @@ def classify_models(
         labels: whether each is misaligned.
         leave_out: the domain of each fine-tune: each domain in turn is left out and told apart by
             latents chosen without it. None is in sample, and the result says so.
-        latents: used instead of chosen ones; they should come from other models.
+        latents: used instead of chosen ones. Nothing here knows what chose them: unless other
+            models did, area and p-value flatter them, left-out domains or not.
         n_latents: how many are chosen.
         seed: of resamples and relabellings.
 
     Raises:
         ValueError: fewer than two of a kind, no domain that has both kinds, too few models to
-            choose by when a domain is left out, comparisons that do not go together, or unknown
-            latents.
+            choose by when a domain is left out, comparisons that do not go together, a fine-tune
+            that comes twice, or unknown latents.
         NonFiniteError: a delta is NaN or infinite.
 
     Source: Wang et al. 2025, arXiv 2506.19823, section 3 (one latent tells all models apart).
@@ -132,6 +134,7 @@ def classify_models(
     areas = area_in_folds(scores, dealt, folds)
     beyond = int((areas >= areas[0] - 1e-12).sum())
     which = "all" if exact else "random"
+    counted = "latents chosen for each" if given is None else "the choice of latents not counted"
     return ModelClassification(
         models=tuple(own.tuned for own in diffs),
         labels=truth,
@@ -140,7 +143,7 @@ def classify_models(
         scores=scores[0],
         auc=bootstrap_area(scores[0], truth, folds, seed=seed),
         p_value=beyond / len(areas),
-        p_method=f"{which} {len(areas)} relabellings within folds, latents chosen for each",
+        p_method=f"{which} {len(areas)} relabellings within folds, {counted}",
         folds=tuple(fold.name for fold in folds),
         latents=chosen[0],
         chosen=given is None,
@@ -154,8 +157,13 @@ def classify_models(
 
 
 def _name_claim(left_out: bool, chosen: bool) -> str:
-    if left_out:
+    if left_out and chosen:
         return "separation in domains that had no part in it"
+    if left_out:
+        return (
+            "separation in domains that had no part in the weights; latents were given, and prove "
+            "something only if other models chose them"
+        )
     if chosen:
         return "in-sample separation: latents were chosen on the models they tell apart"
     return "separation by latents that were given, weighted in sample"
@@ -210,6 +218,7 @@ def _check_models(
         raise ValueError(
             f"labels: {n} misaligned and {len(labels) - n} aligned models; expected two of each"
         )
+    check_different("diffs", diffs)
     for own in diffs[1:]:
         if own.prompts != diffs[0].prompts:
             raise ValueError(

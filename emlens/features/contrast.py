@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.features.results import FEWEST_PROMPTS, SHOWN, FeatureDiff
+from emlens.features.results import FEWEST_PROMPTS, SHOWN, FeatureDiff, check_different
 from emlens.numerics.false_discovery import adjust_p_values
 from emlens.numerics.sign_flips import METHODS, draw_signs, flip_signs, smallest_p
 from emlens.numerics.validation import check_finite
@@ -140,13 +140,7 @@ def _check_pairs(harmful: Sequence[FeatureDiff], careful: Sequence[FeatureDiff])
             "of each, in the same order, and at least one pair"
         )
     everyone = (*harmful, *careful)
-    weights = [own.adapter_fingerprint or own.tuned_fingerprint or own.tuned for own in everyone]
-    for own, mark in zip(everyone, weights, strict=True):
-        if weights.count(mark) > 1:
-            raise ValueError(
-                f"harmful, careful: {own.tuned!r} comes more than once, so that pairs would not be "
-                "independent units"
-            )
+    check_different("harmful, careful", everyone)
     first = harmful[0]
     for own in (*harmful[1:], *careful):
         first.check_aligned(own)

@@ -5,8 +5,9 @@ An order says nothing of cause, and the largest change need not be the one that 
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -18,6 +19,10 @@ from emlens.features.results import SHOWN, FeatureDiff
 from emlens.numerics.validation import check_finite
 
 Order = Literal["delta", "abs_delta", "t", "cosine", "attribution"]
+_FIELDS: Mapping[str, str] = MappingProxyType(
+    {"delta": "delta", "abs_delta": "delta", "t": "t", "cosine": "decoder_cosine"}
+)
+"""Order -> the field of a comparison that it goes by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +162,25 @@ def score_latents(diffs: Sequence[FeatureDiff], *, by: Order) -> Float64[Tensor,
         ValueError: an unknown order, or one that comparisons do not hold.
         NonFiniteError: a score is NaN.
     """
-    names = {"delta": "delta", "abs_delta": "delta", "t": "t", "cosine": "decoder_cosine"}
+    check_order("by", by)
+    name = _FIELDS[by]
+    found = torch.stack([getattr(own, name).double() for own in diffs]).mean(0)
+    if bool(found.isnan().any()):
+        check_finite(f"{name} of diff", found)
+    return found.abs() if by == "abs_delta" else found
+
+
+def check_order(argument: str, by: str) -> None:
+    """Refuse an order that comparisons do not hold.
+
+    Raises:
+        ValueError: attribution, or an unknown one; the nearest three are listed.
+    """
     if by == "attribution":
         raise ValueError(
-            "by: attribution needs gradients of one model, which a comparison does not hold; "
-            "attribute_features gives that order"
+            f"{argument}: attribution needs gradients of one model, which a comparison does not "
+            "hold; attribute_features gives that order"
         )
-    if by not in names:
+    if by not in _FIELDS:
         near = difflib.get_close_matches(by, get_args(Order), n=3, cutoff=0.0)
-        raise ValueError(f"by: got {by!r}; nearest: {', '.join(near)}")
-    found = torch.stack([getattr(own, names[by]).double() for own in diffs]).mean(0)
-    if bool(found.isnan().any()):
-        check_finite(f"{names[by]} of diff", found)
-    return found.abs() if by == "abs_delta" else found
+        raise ValueError(f"{argument}: got {by!r}; nearest: {', '.join(near)}")

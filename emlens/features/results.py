@@ -4,6 +4,7 @@ Plain frozen results; `health` and `compare` make them. A latent is a number in 
 result names by its fingerprint, and means nothing in another.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -55,8 +56,8 @@ class SaeHealth(Result):
     positions: str
     """Tokens that were counted."""
     same_base: bool | None
-    """Whether the codec was trained on the very weights of this base; None where nobody knows, or it
-    was loaded for any."""
+    """Whether the codec was trained on the very weights of this base; None where nobody knows, or
+    it was loaded for any."""
     streams: tuple[str, ...]
     """Labels of the first axes: `model`, or `base` and `tuned`."""
     n_prompts: int
@@ -188,6 +189,11 @@ class FeatureDiff(Result):
             for latent in order.tolist()
         ]
 
+    @property
+    def weights(self) -> str:
+        """What tells this fine-tune from others: a fingerprint, or its source without one."""
+        return self.adapter_fingerprint or self.tuned_fingerprint or self.tuned
+
     def check_aligned(self, other: "FeatureDiff") -> None:
         """Raise unless another comparison is of the same latents under the same conditions.
 
@@ -201,3 +207,18 @@ class FeatureDiff(Result):
                     f"diffs: {name} is {own!r} for {self.tuned} and {theirs!r} for {other.tuned}; "
                     "their latents cannot be put side by side"
                 )
+
+
+def check_different(argument: str, diffs: Sequence[FeatureDiff]) -> None:
+    """Raise where one fine-tune was compared more than once, by its weights, whatever its name.
+
+    Raises:
+        ValueError: two of them are one, and would count as independent.
+    """
+    weights = [own.weights for own in diffs]
+    for own in diffs:
+        if weights.count(own.weights) > 1:
+            raise ValueError(
+                f"{argument}: {own.tuned!r} comes more than once, so that fine-tunes would not be "
+                "independent units"
+            )

@@ -49,8 +49,8 @@ def screen_features(
     each side with the largest change: responses are sampled and judged, and the largest strength
     counts whose share of incoherent responses is at most `max_incoherent`, or that of the
     unsteered model plus `extra_incoherent`. Random directions go through both stages in the same
-    way; they are not chosen by the first. How well the codec fits both models on the fixed
-    responses comes with the result (`health`).
+    way: those of each side with the largest change go on, by default the same share as of latents.
+    How well the codec fits both models on the fixed responses comes with the result (`health`).
 
     Args:
         pair: base and fine-tune.
@@ -83,12 +83,13 @@ def screen_features(
     fixed = tokenize_texts(texts, pair.tokenizer)
     with open_journal(out, _plan(pair, codec, chosen, texts, settings)) as journal:
         unit = measure_unit(pair, codec, texts=texts, settings=settings, journal=journal)
+        n = settings.count_controls(len(chosen))
         work = ScreenWork(
             pair=pair,
             codec=codec,
             latents=chosen,
             directions=directions,
-            controls=draw_directions(codec, n=settings.n_controls, seed=settings.seed),
+            controls=draw_directions(codec, n=n, seed=settings.seed),
             scores=scores,
             settings=settings,
             journal=journal,

@@ -4,7 +4,7 @@ It computes nothing but changes and ranks: `screen_features` makes one.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -55,8 +55,8 @@ class SampledCurve:
     """Place of the largest strength, by size, whose incoherence is within the budget; of two
     equally large the one with the larger effect. None where all are out of it."""
     p: float | None
-    """Of a latent, by rank among the controls: (1 + those at least as strong) / (controls + 1),
-    each at its own largest strength."""
+    """Of a latent, by rank among the controls of this stage: (1 + those at least as strong) /
+    (controls + 1), each at its own largest strength."""
 
     @property
     def effect(self) -> float:
@@ -110,7 +110,8 @@ class FeatureScreen(Result):
     controls: Float[Tensor, "side class control strength"]
     """The same under random directions of the same lengths."""
     sampled: tuple[SampledCurve, ...]
-    """Second stage: latents, best of the first stage first, then controls; the base's first."""
+    """Second stage: latents, best of the first stage first, then controls, chosen by it in the same
+    way; the base's first."""
     sampled_before: tuple[SampledPoint, ...]
     """Second stage without steering: base, tuned; empty where there was none."""
     n_prompts: int
@@ -141,6 +142,22 @@ class FeatureScreen(Result):
         """Return the latents with the largest effects of the first stage, largest first."""
         order = self.forced_effect(side).sort(descending=True, stable=True).indices
         return tuple(int(self.latents[place]) for place in order[:n])
+
+    def top_controls(self, n: int, *, side: Side) -> tuple[int, ...]:
+        """Return the numbers of the random directions with the largest effects of the first stage.
+
+        What chose the latents of the second stage chooses these, or the best of many would be held
+        against some of few.
+        """
+        effects = self.control_curves(side).amax(1)
+        return tuple(effects.sort(descending=True, stable=True).indices[:n].tolist())
+
+    @property
+    def favours_latents(self) -> bool:
+        """Whether a smaller share of latents than of controls went on to the second stage."""
+        chance = sum(one.latent is None for one in self.sampled)
+        chosen = len(self.sampled) - chance
+        return chosen * self.controls.shape[2] < chance * len(self.latents)
 
     def curve(self, latent: int, *, side: Side) -> SampledCurve:
         """Return the second stage of a latent.
@@ -213,11 +230,15 @@ def _size(point: SampledPoint) -> tuple[float, float]:
 
 
 def _describe(curve: SampledCurve | None) -> dict[str, Any]:
-    names = ("strength", "incoherent", "behaviour", "effect")
-    empty: dict[str, Any] = {"sampled": curve is not None} | dict.fromkeys(names) | {"p": None}
+    names = ("strength", "incoherent", "behaviour", "effect", "effect_low", "effect_high")
+    p = None if curve is None else curve.p
+    empty: dict[str, Any] = {"sampled": curve is not None} | dict.fromkeys(names) | {"p": p}
     if curve is None or curve.chosen is None:
         return empty
     point = curve.points[curve.chosen]
-    shown = {name: asdict(point)[name] for name in names[:-1]}
-    effect = None if point.effect is None else point.effect.value
-    return empty | shown | {"effect": effect, "p": curve.p}
+    shown = {name: getattr(point, name) for name in names[:3]}
+    if point.effect is None:
+        return empty | shown
+    ends = ("value", "low", "high")
+    found = [getattr(point.effect, end) for end in ends]
+    return empty | shown | dict(zip(names[3:], found, strict=True))

@@ -39,10 +39,11 @@ class ScreenSettings:
     """Those of `strengths` that responses are sampled at; None for all."""
     n_sampled: int = 20
     """Latents of each side that go on to the second stage; 0 leaves it out."""
-    n_controls: int = MIN_CONTROLS
-    """Random directions in the first stage."""
+    n_controls: int | None = None
+    """Random directions in the first stage; None for as many as make the share of them that goes on
+    that of the latents (`count_controls`)."""
     n_sampled_controls: int = MIN_CONTROLS
-    """How many of them go on to the second stage, without a choice."""
+    """How many of them go on to the second stage, those with the largest effects, as of latents."""
     coherent_above: float | int = 50.0
     """A response whose coherence is at most this is incoherent (Betley et al. 2025,
     arXiv 2502.17424: 50 of 100)."""
@@ -61,12 +62,13 @@ class ScreenSettings:
             raise ValueError(f"units: got {self.units!r}, expected one of {', '.join(UNITS)}")
         if self.n_sampled < 0:
             raise ValueError(f"n_sampled: got {self.n_sampled}, expected 0 or more")
-        if self.n_controls < MIN_CONTROLS:
+        if self.n_controls is not None and self.n_controls < MIN_CONTROLS:
             raise ValueError(
                 f"n_controls: got {self.n_controls}, expected at least {MIN_CONTROLS}: with fewer "
                 "no effect could stand out from chance"
             )
-        if self.n_sampled and not MIN_CONTROLS <= self.n_sampled_controls <= self.n_controls:
+        most = math.inf if self.n_controls is None else self.n_controls
+        if self.n_sampled and not MIN_CONTROLS <= self.n_sampled_controls <= most:
             raise ValueError(
                 f"n_sampled_controls: got {self.n_sampled_controls}, expected {MIN_CONTROLS} to "
                 f"n_controls = {self.n_controls}"
@@ -92,6 +94,19 @@ class ScreenSettings:
                 f"sampled_strengths: got {self.sampled_strengths}, expected some of strengths = "
                 f"{self.strengths}"
             )
+
+    def count_controls(self, n_latents: int) -> int:
+        """Random directions in the first stage of a screen of so many latents.
+
+        Where responses are sampled, the same share of them as of the latents goes on, or else the
+        latents would be the better chosen ones.
+        """
+        if self.n_controls is not None:
+            return self.n_controls
+        if not self.n_sampled:
+            return MIN_CONTROLS
+        n_best = min(self.n_sampled, n_latents)
+        return -(-self.n_sampled_controls * n_latents // n_best)
 
     @property
     def judged_strengths(self) -> tuple[float | int, ...]:

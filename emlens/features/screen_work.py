@@ -111,12 +111,13 @@ class ScreenWork:
         before = [
             self._summarise(plain[side], plain[side], 0.0, sign) for side, sign, _ in self._sides()
         ]
+        n, n_chance = self.settings.n_sampled, self.settings.n_sampled_controls
         todo = [
             (side, sign, latent, control, before[place].incoherent)
             for place, (side, sign, _) in enumerate(self._sides())
             for latent, control in [
-                *((latent, None) for latent in screen.top(self.settings.n_sampled, side=side)),
-                *((None, control) for control in range(self.settings.n_sampled_controls)),
+                *((latent, None) for latent in screen.top(n, side=side)),
+                *((None, k) for k in screen.top_controls(n_chance, side=side)),
             ]
         ]
         curves = tuple(

@@ -16,7 +16,7 @@ from emlens.reports.feature_figures import (
     plot_steering,
     plot_warning,
 )
-from emlens.reports.features import TITLES, WHOLE, name_search
+from emlens.reports.features import TITLES, WHOLE, name_search, say_sampled
 from emlens.reports.sections import Json
 from emlens.reports.tokens import find_level
 from emlens.reports.visible import finite, read_number, show_number, show_running
@@ -215,6 +215,8 @@ def _card_block(
     if screen is not None and latent in [int(n) for n in screen["latents"]]:
         n = len(screen["curves"]["base"]["controls"])
         says = f"what steering does; shaded: {n} random directions of the same length"
+        if sampled := say_sampled(screen, latent):
+            says = f"{says}. Sampled, {'; '.join(sampled)}"
         figures.append((says, plots.add(plot_steering(screen, latent), f"latent {latent}: {says}")))
     link = None if card is None or card["link"] is None else str(card["link"])
     models = [] if of is None else [str(name) for name in of["models"]]

@@ -9,14 +9,13 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from emlens.reports.features import SIDES, strongest_control
+from emlens.reports.features import DONE, SIDES, strongest_control
 from emlens.reports.labels import label, name_rows
 from emlens.reports.sections import Json, find_span, short_name
 from emlens.reports.theme import BAND, DASHES, LINES
-from emlens.reports.visible import finite, read_number, show_number
+from emlens.reports.visible import finite, read_number, show_number, show_share
 
 _SYMBOLS = ("circle", "diamond-open")
-_DONE = ("added to the base", "taken from the fine-tune")
 _GREY = "#808080"
 _ROW_HEIGHT = 26
 """Pixels of a model's row."""
@@ -34,7 +33,7 @@ def plot_overview(document: Json) -> go.Figure:
     if document["screen"] is None:
         return _plot_changes(changes, axis)
     figure = go.Figure()
-    for side, words, symbol, colour in zip(SIDES, _DONE, _SYMBOLS, LINES, strict=False):
+    for side, words, symbol, colour in zip(SIDES, DONE, _SYMBOLS, LINES, strict=False):
         _add_effects(figure, document["screen"], side, changes, (words, symbol, colour))
     figure.update_xaxes(title=axis, zeroline=True)
     figure.update_yaxes(title=_EFFECT, zeroline=True)
@@ -85,7 +84,7 @@ def plot_screen(screen: Json) -> go.Figure:
     """Largest effect of every latent of a screen, on both sides, with what random ones reach."""
     latents = [int(latent) for latent in screen["latents"]]
     figure = go.Figure()
-    for side, words, symbol, colour in zip(SIDES, _DONE, _SYMBOLS, LINES, strict=False):
+    for side, words, symbol, colour in zip(SIDES, DONE, _SYMBOLS, LINES, strict=False):
         places = {latent: float(place) for place, latent in enumerate(latents)}
         _add_effects(figure, screen, side, places, (words, symbol, colour))
     figure.update_xaxes(
@@ -126,7 +125,7 @@ def plot_steering(screen: Json, latent: int) -> go.Figure:
     sampled = [c for c in screen["sampled"] if c["latent"] == latent]
     rows = 2 if sampled else 1
     figure = make_subplots(
-        rows, 2, shared_xaxes=True, subplot_titles=_DONE, vertical_spacing=0.1, shared_yaxes=True
+        rows, 2, shared_xaxes=True, subplot_titles=DONE, vertical_spacing=0.1, shared_yaxes=True
     )
     place = [int(n) for n in screen["latents"]].index(latent)
     for column, side in enumerate(SIDES, start=1):
@@ -135,7 +134,11 @@ def plot_steering(screen: Json, latent: int) -> go.Figure:
         curve = next((c for c in sampled if c["side"] == side), None)
         before = screen["sampled_before"]
         if curve is not None and len(before) == len(SIDES):
-            for trace in _sampled_traces(curve, before[column - 1], show=column == 1):
+            chance = [c for c in screen["sampled"] if c["side"] == side and c["latent"] is None]
+            for trace in (
+                *_chance_traces(chance, before[column - 1]),
+                *_sampled_traces(curve, before[column - 1], show=column == 1),
+            ):
                 figure.add_trace(trace, row=2, col=column)
     figure.update_xaxes(title=f"strength, {label(screen['units'])}", row=rows)
     figure.update_yaxes(title="odds, nats a token", row=1, col=1)
@@ -153,8 +156,6 @@ def _forced_traces(screen: Json, side: str, place: int) -> list[go.Scatter]:
     x = [strengths[k] for k in order]
     curves = screen["curves"][side]
     spans = [find_span(row[k] for row in curves["controls"]) or (None, None) for k in order]
-    low, high = zip(*spans, strict=True)
-    flat: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False}
     texts = [f"{len(curves['controls'])} random: {_span(a)} to {_span(b)}" for a, b in spans]
     line = go.Scatter(
         x=x,
@@ -166,16 +167,41 @@ def _forced_traces(screen: Json, side: str, place: int) -> list[go.Scatter]:
         showlegend=False,
         hovertemplate="strength %{x:g}: %{y:.3f}<extra></extra>",
     )
-    shown = {"fill": "tonexty", "fillcolor": BAND, "customdata": texts}
-    return [
-        go.Scatter(x=x, y=low, hoverinfo="skip", **flat),
-        go.Scatter(x=x, y=high, hovertemplate="%{customdata}<extra></extra>", **flat, **shown),
-        line,
-    ]
+    return [*_shade(x, spans, texts), line]
 
 
 def _span(value: float | None) -> str:
     return show_number(value)
+
+
+def _chance_traces(curves: Sequence[Json], before: Json) -> list[go.Scatter]:
+    """Least and greatest score under random directions, strength by strength."""
+    if not curves:
+        return []
+    columns = [[before], *zip(*(one["points"] for one in curves), strict=True)]
+    columns.sort(key=lambda column: read_number(column[0]["strength"]))
+    scores = [find_span(one["behaviour"] for one in own) or (None, None) for own in columns]
+    shares = [find_span(one["incoherent"] for one in own) or (None, None) for own in columns]
+    texts = [
+        f"{len(curves)} random: score {_span(low)} to {_span(high)}, "
+        f"incoherent {show_share(least)} to {show_share(most)}"
+        for (low, high), (least, most) in zip(scores, shares, strict=True)
+    ]
+    x = [read_number(column[0]["strength"]) for column in columns]
+    return _shade(x, scores, texts)
+
+
+def _shade(
+    x: Sequence[float], spans: Sequence[tuple[float | None, float | None]], texts: Sequence[str]
+) -> list[go.Scatter]:
+    """A band from its lower to its upper edge, which tells what it is."""
+    low, high = zip(*spans, strict=True)
+    flat: dict[str, Any] = {"mode": "lines", "line": {"width": 0}, "showlegend": False}
+    shown = {"fill": "tonexty", "fillcolor": BAND, "customdata": texts}
+    return [
+        go.Scatter(x=x, y=low, hoverinfo="skip", **flat),
+        go.Scatter(x=x, y=high, hovertemplate="%{customdata}<extra></extra>", **flat, **shown),
+    ]
 
 
 def _sampled_traces(curve: Json, before: Json, *, show: bool) -> list[go.Scatter]:

@@ -27,6 +27,8 @@ TITLES: Mapping[str, str] = MappingProxyType(
 )
 """What a part of a search is called where it stands alone."""
 SIDES = ("base", "tuned")
+DONE = ("added to the base", "taken from the fine-tune")
+"""What is done with a latent on each side."""
 
 
 def name_search(document: Json) -> str:
@@ -68,6 +70,30 @@ def say_interval(interval: Json) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def say_sampled(screen: Json, latent: int) -> list[str]:
+    """What sampled responses say of a latent, one clause a side; none where none were sampled."""
+    curves = [one for one in screen["sampled"] if one["latent"] == latent]
+    return [
+        f"{words}: {_say_curve(curve)}"
+        for side, words in zip(SIDES, DONE, strict=True)
+        for curve in curves
+        if curve["side"] == side
+    ]
+
+
+def _say_curve(curve: Json) -> str:
+    p = f"p = {show_number(curve['p'], 2)}"
+    if curve["chosen"] is None:
+        return f"too many incoherent responses at every strength, {p}"
+    point = curve["points"][curve["chosen"]]
+    effect = point["effect"]
+    said = "on too few prompts" if effect is None else say_interval(effect)
+    return (
+        f"effect on the score {said} at strength {show_number(point['strength'])}, "
+        f"{show_share(point['incoherent'])} incoherent, {p}"
+    )
+
+
 def strongest_control(screen: Json, side: str) -> float | None:
     """The largest effect of a random direction on one side, at its own best strength."""
     found = [finite(row["controls_max"]) for row in screen["rows"] if row["side"] == side]
@@ -98,8 +124,21 @@ def _say_strongest(document: Json) -> str:
             f"{words}, latent {best['latent']} does most: "
             f"{show_change(best['forced_effect'])} nats a token, random directions up to "
             f"{show_change(best['controls_max'])} (p = {show_number(best['forced_p'], 2)})"
+            f"{_say_judged(rows)}"
         )
     return ", ".join(clauses)
+
+
+def _say_judged(rows: list[Json]) -> str:
+    judged = [row for row in rows if row["effect"] is not None]
+    if not judged:
+        return ""
+    best = max(judged, key=lambda row: read_number(row["effect"]))
+    low, high = show_number(best["effect_low"]), show_number(best["effect_high"])
+    return (
+        f" and of those sampled latent {best['latent']}: effect on the score "
+        f"{show_change(best['effect'])} [{low}, {high}] (p = {show_number(best['p'], 2)})"
+    )
 
 
 def _say_captured(document: Json) -> str:

@@ -7,7 +7,7 @@ beside all of it what needs no codec. Each step alone is a function of `emlens.f
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,9 @@ from emlens.vectors import Direction, Provenance
 
 RESULT = "features"
 """Name of the result in the run folder."""
+GRAPH_TOKENS = 4096
+"""Most tokens at once where gradients are taken: a quarter of the usual, since graphs hold several
+times what a plain pass does."""
 COMPARISONS, SCREEN, PATH = "comparisons", "screen", "path"
 """Folders in the run folder: runs of their own, each of which goes on where it was cut short."""
 
@@ -161,7 +164,7 @@ class _Search:
             site=str(self.codec.site),
             positions=first.positions,
             responses=first.responses,
-            cautions=list_cautions(diffs, plain, contrast, screen),
+            cautions=list_cautions(diffs, plain, contrast, screen, domains=self.fine_tunes.domains),
             not_done=tuple(self.not_done),
             models=describe_models(self.members, diffs),
             health=tuple(own.health for own in diffs),
@@ -207,13 +210,17 @@ class _Search:
         contrast = self.texts.contrast
         if not self.settings.attribute or contrast is None:
             return None
-        paired = pair_by_prompt(contrast)
+        paired, asked = pair_by_prompt(contrast), self.settings.comparison.batching
+        batching = replace(asked, tokens=min(asked.tokens, GRAPH_TOKENS))
         return self.stages.keep(
             "attribution",
             FeatureRanking,
             # It was held against the base; a full fine-tune has weights of its own.
             lambda: attribute_features(
-                self._pair(0).tuned, allow_other_model(self.codec), texts=paired
+                self._pair(0).tuned,
+                allow_other_model(self.codec),
+                texts=paired,
+                batching=batching,
             ),
         )
 

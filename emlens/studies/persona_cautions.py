@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from emlens.features import FeatureContrast, FeatureDiff, SaeHealth
 from emlens.features.results import ENOUGH_EXPLAINED
 from emlens.features.screen_results import FeatureScreen
+from emlens.numerics.sign_flips import smallest_p
 from emlens.studies.plain_difference import PlainDifference
 
 
@@ -13,6 +14,8 @@ def list_cautions(
     plain: Sequence[PlainDifference],
     contrast: FeatureContrast | None,
     screen: FeatureScreen | None,
+    *,
+    domains: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Sentences, the worst first: a codec that is blind, units that are none, chance.
 
@@ -21,14 +24,20 @@ def list_cautions(
         plain: what needs no codec, in the same order.
         contrast: with careful twins; None where there are none.
         screen: of the causes; None where there is none.
+        domains: of each pair of the contrast; empty where nobody knows.
     """
     found = [line for diff in diffs for line in _judge_fit(diff.health)]
     found += [line for diff, own in zip(diffs, plain, strict=True) for line in _compare(diff, own)]
-    found += _judge_units(diffs, contrast)
+    found += _judge_units(diffs, contrast, domains)
     if screen is not None and screen.n_shared_prompts:
         found.append(
             f"{screen.n_shared_prompts} of {screen.n_prompts} prompts of the sampled stage are "
             "those of the fixed responses: latents were chosen and judged on the same"
+        )
+    if screen is not None and screen.favours_latents:
+        found.append(
+            "sampled stage: a smaller share of the latents than of the random directions went on; "
+            "the better chosen ones beat the others more often than their p says"
         )
     return tuple(dict.fromkeys(found))
 
@@ -63,7 +72,9 @@ def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
         yield f"{diff.tuned}: no latent was tested: {diff.why_untested}"
 
 
-def _judge_units(diffs: Sequence[FeatureDiff], contrast: FeatureContrast | None) -> Iterator[str]:
+def _judge_units(
+    diffs: Sequence[FeatureDiff], contrast: FeatureContrast | None, domains: Sequence[str]
+) -> Iterator[str]:
     if contrast is None:
         yield (
             "there is no careful twin: p-values say that models differ on these prompts, as they "
@@ -73,6 +84,12 @@ def _judge_units(diffs: Sequence[FeatureDiff], contrast: FeatureContrast | None)
         yield (
             f"{contrast.n_pairs} pairs of fine-tunes: no p-value of so few falls below "
             f"{contrast.smallest_p:.3g}, so that the contrast orders latents and proves none"
+        )
+    if contrast is not None and 0 < (n := len(set(domains))) < contrast.n_pairs:
+        yield (
+            f"{contrast.n_pairs} pairs of {n} {'domain' if n == 1 else 'domains'}: q-values take "
+            "them as independent, and those of one domain share its rows; over domains the "
+            f"smallest p is {smallest_p(n):.3g}"
         )
     if diffs[0].responses == "own":
         yield (

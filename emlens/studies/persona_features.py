@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from emlens.artifacts import Result
 from emlens.features import EarlyWarning, ModelClassification, SaeHealth
 from emlens.features.cards import FeatureCards
-from emlens.features.screen_results import SIDES, FeatureScreen
+from emlens.features.screen_results import SIDES, FeatureScreen, SampledCurve
 from emlens.numerics.intervals import Interval
 from emlens.studies.plain_difference import PlainDifference
 
@@ -140,7 +140,7 @@ class PersonaFeatures(Result):
     """How early the first of them leave the base."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row a latent: its change, its contrast, and what it causes."""
+        """One row a latent: its change, its contrast, and what it causes, by both stages."""
         effects = self._list_effects()
         return [
             {
@@ -151,7 +151,8 @@ class PersonaFeatures(Result):
                 "contrast": one.contrast,
                 "contrast_p": one.contrast_p,
                 "cosine": one.decoder_cosine,
-                **effects.get(one.latent, dict.fromkeys(_EFFECTS)),
+                **dict.fromkeys(_EFFECTS),
+                **effects.get(one.latent, {}),
             }
             for one in self.features
         ]
@@ -165,8 +166,21 @@ class PersonaFeatures(Result):
             for latent, effect, p in zip(self.screen.latents.tolist(), *numbers, strict=True):
                 own = found.setdefault(latent, {})
                 own |= {name: float(effect), f"{name}_p": float(p)}
+            for curve in self.screen.sampled:
+                if curve.side == side and curve.latent is not None:
+                    found[curve.latent] |= _describe_sampled(name, curve)
         return found
 
 
+def _describe_sampled(name: str, curve: SampledCurve) -> dict[str, float | None]:
+    point = None if curve.chosen is None else curve.points[curve.chosen]
+    return {
+        f"{name}_sampled": None if point is None or point.effect is None else point.effect.value,
+        f"{name}_sampled_p": curve.p,
+        f"{name}_incoherent": None if point is None else point.incoherent,
+    }
+
+
 _NAMES = ("induces", "repairs")
-_EFFECTS = tuple(f"{name}{end}" for name in _NAMES for end in ("", "_p"))
+_ENDS = ("", "_p", "_sampled", "_sampled_p", "_incoherent")
+_EFFECTS = tuple(f"{name}{end}" for name in _NAMES for end in _ENDS)

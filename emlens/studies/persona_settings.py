@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from emlens.data import Batching, Chat, ContrastTexts
 from emlens.evaluation.judges import Judge
-from emlens.features.rank import Order
+from emlens.features.rank import Order, check_order
 from emlens.features.screen_settings import ScreenSettings
 from emlens.models.sampling import Sampling
 from emlens.organisms.trajectory import AdapterTrajectory
@@ -143,7 +143,7 @@ class PersonaSettings:
     """How much of everything; nothing here decides what a number means.
 
     Raises:
-        ValueError: a number below its least.
+        ValueError: a number below its least, or an order that comparisons do not give.
     """
 
     comparison: ComparisonSettings = ComparisonSettings()
@@ -171,6 +171,8 @@ class PersonaSettings:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {bound}")
         if not self.orders:
             raise ValueError("orders: got none, expected at least one, such as 'delta'")
+        for order in self.orders:
+            check_order("orders", order)
 
 
 @dataclass(frozen=True, kw_only=True)

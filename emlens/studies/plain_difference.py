@@ -17,7 +17,7 @@ from emlens.artifacts import Result
 from emlens.data import Batching, Chat, parse_positions
 from emlens.data.positions import Positions
 from emlens.features.logit_lens import read_logit_lens, writes_residual
-from emlens.models.lora import find_targets
+from emlens.models.lora import Target, find_targets
 from emlens.models.pair import ModelPair
 from emlens.models.write_vectors import list_write_vectors
 from emlens.numerics.lowrank import svd_product
@@ -30,6 +30,8 @@ off the mean difference even on unrelated text (Minder et al. 2025, arXiv 2510.1
 few)."""
 N_WRITES = 6
 """Modules of the adapter that are listed, the largest updates first."""
+_OUTPUTS = ("attn_out", "mlp_out")
+"""What a block adds to the stream, in its order; as sites they hold their own module's alone."""
 N_TOKENS = 8
 """Tokens of either end of the logit lens."""
 
@@ -78,8 +80,8 @@ class PlainDifference(Result):
     random_share: float
     """What one random direction captures on average: 1 / width."""
     n_writes: int
-    """Dimensions of the span of the leading write vectors of all modules that can act on the site;
-    0 without an adapter."""
+    """Dimensions of the span of the leading write vectors of all modules whose output is part of
+    the vector at the site; 0 without an adapter."""
     captured_by_writes: float | None
     """Share of the squared change in that span; None without an adapter."""
     random_writes: float | None
@@ -201,7 +203,7 @@ class _Update:
     size: float
     leading_share: float
     acts: bool
-    """Whether it can act on the site."""
+    """Whether what it writes is part of the vector at the site."""
 
 
 def _list_updates(pair: ModelPair, site: Site) -> Iterator[_Update]:
@@ -219,17 +221,21 @@ def _list_updates(pair: ModelPair, site: Site) -> Iterator[_Update]:
                 vector=svd.U[:, 0],
                 size=float(svd.S[0]),
                 leading_share=float(squares[0] / squares.sum()),
-                acts=_acts_on(targets[name].layer, site),
+                acts=_acts_on(targets[name], site),
             )
         )
     yield from sorted(found, key=lambda one: -one.size)
 
 
-def _acts_on(layer: int, site: Site) -> bool:
-    """Whether what a block's modules write is in the stream at a site."""
+def _acts_on(target: Target, site: Site) -> bool:
+    """Whether what a module writes is part of the vector at a site."""
     if site.layer is None:
         return False
-    return layer < site.layer or (layer == site.layer and site.stream == "resid_post")
+    write = target.place.writes[0].removeprefix("hook_")
+    if site.stream in _OUTPUTS:
+        return target.layer == site.layer and write == site.stream
+    own = {"resid_mid": ("attn_out",), "resid_post": _OUTPUTS}.get(site.stream, ())
+    return target.layer < site.layer or (target.layer == site.layer and write in own)
 
 
 def _best_direction(moments: Float64[Tensor, "d d"]) -> Float64[Tensor, " d"]:

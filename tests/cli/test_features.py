@@ -88,7 +88,7 @@ def test_a_dry_run_counts_what_would_be_done_and_writes_nothing(
     assert plan["schema"] == "emlens/plan/1"
     assert (plan["site"], plan["d_sae"], plan["positions"]) == ("resid_post.1", 32, "all")
     assert plan["passes_over_prompts"] == 4
-    assert plan["scored_responses"] == 2 * (1 + (3 + 16) * 2) * 6
+    assert plan["scored_responses"] == 2 * (1 + (3 + 24) * 2) * 6
     assert plan["sampled_responses"] == 2 * 16 * 2 * (1 + (2 + 16) * 2)
     assert plan["judge"] == "contrast"
     assert not (tmp_path / "run").exists()
@@ -106,6 +106,10 @@ def test_a_sampled_screen_is_judged(
     assert [one["n_responses"] for one in done.json["screen"]["sampled_before"]] == [2, 2]
     page = (tmp_path / "run/report.html").read_text()
     assert "What was not done" in page
+    assert "induces sampled p" in page
+    printed = cli(*(word for word in run if word != "--json"), "--strengths", "1")
+    assert "sampled, judged" in printed.out
+    assert "effect_low" in printed.out
 
 
 def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
@@ -131,6 +135,14 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     screened = cli(*screen, "resid_norm", "--out", tmp_path / "screen", "--json")
     assert screened.code == 0, screened.err
     assert screened.json["latents"] == first
+    # A comparison holds every latent of the codec, whatever it prints.
+    every = [*screen, "resid_norm", "--out", tmp_path / "every", "--dry-run", "--json"]
+    every[every.index("--top") + 1] = 32
+    assert sorted(cli(*every).json["latents"]) == list(range(32))
+    every[every.index("--top") + 1] = 33
+    beyond = cli(*every)
+    assert beyond.code == 2
+    assert f"--top 33: {tmp_path / 'compared'} holds 32 latents" in beyond.err
     everything = [tmp_path / name for name in ("compared", "cards", "screen")]
     page = cli("report", *everything, "--out", tmp_path / "all.html")
     assert page.code == 0, page.err
@@ -167,6 +179,19 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     [
         ("find", ["--prompts", "x.jsonl"], "x.jsonl"),
         ("find", ["--prompts", "C", "--sampled", 1, "--strengths", "1"], "--questions: missing"),
+        (
+            "find",
+            ["--prompts", "C", "--sampled", 1, "--questions", "C"],
+            "--strengths: missing; --sampled needs how far to steer",
+        ),
+        ("find", ["--prompts", "C", "--units", "resid_norm"], "--strengths: missing; --units"),
+        (
+            "find",
+            ["--prompts", "C", "--strengths", "1", "--questions", "C"],
+            "--sampled: missing; --questions",
+        ),
+        ("find", ["--prompts", "C", "--positive", "C"], "--positive: nothing reads it"),
+        ("find", ["--prompts", "C", "--every", 2], "--trajectory: missing; --every"),
         ("find", ["--prompts", "C", "--strengths", "1,x"], "'x' is no number"),
         ("find", ["--prompts", "C", "--strengths", "0"], "different and not 0"),
         ("find", ["--prompts", "C", "--careful", "A", "--careful", "B"], "got 2 for 1 fine-tunes"),
@@ -186,7 +211,18 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
         ),
         ("explain", ["--prompts", "C", "--latents", "3", "--from", "x"], "expected one of them"),
         ("explain", ["--prompts", "C", "--from", "."], "is no run folder"),
+        ("screen", ["--strengths", "1", "--latents", "3", "--top", 2], "--top: counts latents"),
         ("classify", ["--prompts", "C"], "--careful: missing"),
+        (
+            "classify",
+            ["--prompts", "C", "--careful", "A", "--latents", "99"],
+            "has 32, numbered from 0, and got [99]",
+        ),
+        (
+            "classify",
+            ["--prompts", "C", "--careful", "A", "--latents", "3", "--n-latents", 2],
+            "--n-latents: chooses latents, and --latents names them",
+        ),
     ],
 )
 def test_wrong_values_are_named_and_nothing_is_begun(

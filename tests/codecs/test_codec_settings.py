@@ -48,6 +48,22 @@ def test_widths_are_those_of_a_matryoshka(architecture, widths, named):
         SaeSettings(**SIZES, architecture=architecture, matryoshka_widths=widths)
 
 
+@pytest.mark.parametrize(
+    ("field", "given", "nearest"),
+    [
+        ("normalisation", "layer_norm", "expected_average_only_in, none"),
+        ("autocast", "float16", "bfloat16, none"),
+        ("architecture", "gated", "batchtopk, matryoshka, topk"),
+    ],
+)
+def test_a_name_that_nobody_knows_is_refused_with_those_near_it(field, given, nearest):
+    settings = SaeSettings(**SIZES, architecture="topk")
+    # Set afterwards: tests check types where users have no such check.
+    object.__setattr__(settings, field, given)
+    with pytest.raises(CodecSettingsError, match=rf"{field}: got '{given}'; nearest: {nearest}"):
+        settings.__post_init__()
+
+
 def test_rows_are_counted_in_steps_rounded_up():
     settings = SaeSettings(**SIZES, architecture="topk", batch_rows=300, dead_after_rows=1000)
     assert settings.rows == 30_000

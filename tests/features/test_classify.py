@@ -1,5 +1,6 @@
 """Fine-tunes told apart: sklearn's area, planted latents, and noise that only seems to separate."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,17 @@ def test_a_planted_latent_tells_models_apart_in_domains_left_out():
     assert found.p_value < 0.01
     assert found.validation == "leave one domain out"
     assert found.claim == "separation in domains that had no part in it"
+    assert found.p_method.endswith("relabellings within folds, latents chosen for each")
+
+
+def test_given_latents_claim_nothing_of_their_own_choice():
+    found = classify(make_models(9.0, domain=0.5), latents=[11])
+    assert found.claim == (
+        "separation in domains that had no part in the weights; latents were given, and prove "
+        "something only if other models chose them"
+    )
+    assert found.p_method.endswith("relabellings within folds, the choice of latents not counted")
+    assert not found.chosen
 
 
 def test_in_sample_area_is_sklearns():
@@ -144,6 +156,9 @@ def test_what_cannot_be_told_apart_is_refused():
         classify(diffs, n_latents=0)
     with pytest.raises(ValueError, match="other prompts"):
         classify([*diffs[:15], make_diff("x", diffs[0].delta, prompts=("other",))])
+    again = replace(diffs[3], tuned="another name of model 3")
+    with pytest.raises(ValueError, match="diffs: 'model 3' comes more than once"):
+        classify([*diffs[:15], again])
     with pytest.raises(NonFiniteError):
         classify([*diffs[:15], make_diff("x", torch.full((300,), torch.inf))])
 

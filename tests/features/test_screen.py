@@ -1,6 +1,5 @@
 """Screens of tiny pairs with a planted latent, resumed and refused, beside passes done by hand."""
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,16 +15,12 @@ from emlens.features.forced_screen import ForcedStage
 from emlens.features.screen import screen_features
 from emlens.features.screen_results import (
     FeatureScreen,
-    SampledCurve,
-    SampledPoint,
-    choose_point,
     rank_curves,
 )
 from emlens.features.screen_settings import ScreenSettings
 from emlens.interventions import Add, Intervention
 from emlens.models import Sampling
 from emlens.models.pair import ModelPair
-from emlens.numerics.intervals import Interval
 from emlens.numerics.validation import NonFiniteError
 from emlens.results import load_result
 from emlens.runs import PlanChangedError, RunFolder
@@ -43,6 +38,7 @@ SETTINGS = ScreenSettings(
     sampling=Sampling(n=2, temperature=0.4, max_new_tokens=6),
     sampled_strengths=(1.0, 4.0),
     n_sampled=2,
+    n_controls=16,
 )
 
 
@@ -209,6 +205,68 @@ def test_behaviour_is_that_of_responses_made_under_the_latent(pair, screen, monk
         assert torch.allclose(lengths, torch.tensor([1.0, 4.0] * 18, dtype=torch.float64))
 
 
+def test_controls_go_on_by_what_latents_go_on_by(pair):
+    found = run(pair, replace(SETTINGS, n_controls=20))
+    for side in ("base", "tuned"):
+        effects = found.control_curves(side).amax(1)
+        best = [c.control for c in found.sampled if c.side == side and c.latent is None]
+        assert best == effects.argsort(descending=True).tolist()[:16]
+        assert best != list(range(16))
+    # Two of five latents went on, and sixteen of twenty controls; of forty it would be as many.
+    assert found.favours_latents
+    assert not replace(found, controls=torch.cat([found.controls] * 2, 2)).favours_latents
+
+
+@pytest.mark.parametrize(
+    ("n_latents", "n_sampled", "n_controls"),
+    [(20, 1, 320), (20, 20, 16), (200, 20, 160), (3, 2, 24), (3, 20, 16), (50, 0, 16)],
+)
+def test_the_share_of_controls_that_goes_on_is_that_of_the_latents(
+    n_latents, n_sampled, n_controls
+):
+    settings = replace(SETTINGS, n_controls=None, n_sampled=n_sampled)
+    assert settings.count_controls(n_latents) == n_controls
+    assert replace(settings, n_controls=99).count_controls(n_latents) == 99
+
+
+def test_latents_that_are_only_random_directions_beat_the_controls_as_often_as_p_says(screen):
+    """Both stages agree, so that the best of the first are good at the second, too."""
+    generator = torch.Generator().manual_seed(0)
+    n, n_best = 20, 2
+    settings = replace(SETTINGS, n_controls=None, n_sampled=n_best)
+    like, unlike = [], []
+    for _ in range(300):
+        effects = torch.randn(n + settings.count_controls(n), generator=generator).double()
+        noise = torch.randn(len(effects), generator=generator).double()
+        judged = (0.9 * effects + 0.4 * noise).tolist()
+        forced = replace(
+            screen,
+            latents=torch.arange(n),
+            strengths=torch.ones(1).double(),
+            before=torch.zeros(2, 2).double(),
+            steered=as_odds(effects[:n]),
+            controls=as_odds(effects[n:]),
+        )
+        chosen = [curve(k, judged[k]) for k in forced.top(n_best, side="base")]
+        for found, numbers in (
+            (like, forced.top_controls(16, side="base")),
+            (unlike, range(16)),
+        ):
+            chance = [curve(None, judged[n + k]) for k in numbers]
+            found += [p for p in rank_curves((*chosen, *chance)) if p is not None]
+    smallest = 1 / 17 + 1e-9
+    assert sum(p <= smallest for p in like) / 600 == pytest.approx(1 / 17, abs=0.03)
+    assert sum(like) / 600 == pytest.approx(9 / 17, abs=0.06)
+    # Held against controls that nothing chose, chance alone is a finding every other time.
+    assert sum(p <= smallest for p in unlike) / 600 > 0.3
+
+
+def as_odds(effects: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities whose log-odds rise by so much: on the base, at one strength."""
+    rows = torch.stack([effects, torch.zeros_like(effects)])
+    return torch.stack([rows, -rows])[..., None]
+
+
 def test_a_latent_that_was_lowered_is_tried_by_negative_strengths(pair, screen):
     forward = run(pair, replace(SETTINGS, strengths=(1.0,), sampled_strengths=None, n_sampled=0))
     back = run(pair, replace(SETTINGS, strengths=(-1.0,), sampled_strengths=None, n_sampled=0))
@@ -265,40 +323,7 @@ def test_a_screen_survives_a_file(screen, tmp_path):
     row = next(r for r in found.rows() if r["latent"] == PLANTED and r["side"] == "tuned")
     assert row["strength"] == 4.0
     assert row["p"] == pytest.approx(1 / 17)
-
-
-def point(strength: float, incoherent: float, effect: float = 0.0) -> SampledPoint:
-    return SampledPoint(
-        strength=strength,
-        n_responses=10,
-        n_scored=10,
-        incoherent=incoherent,
-        behaviour=0.0,
-        effect=Interval(effect, effect - 1, effect + 1, 0.95, "t"),
-    )
-
-
-def test_the_largest_strength_within_the_budget_is_chosen():
-    points = (point(1.0, 0.0), point(2.0, 0.1), point(-4.0, 0.2), point(8.0, math.nan))
-    assert choose_point(points, most_incoherent=0.1) == 1
-    assert choose_point(points, most_incoherent=0.2) == 2
-    assert choose_point(points[2:], most_incoherent=0.1) is None
-    assert choose_point((point(-2.0, 0.0, 3.0), point(2.0, 0.0, 1.0)), most_incoherent=0.1) == 0
-
-
-def curve(latent: int | None, effect: float | None) -> SampledCurve:
-    chosen = None if effect is None else 0
-    points = (point(1.0, 0.0, effect or 0.0),)
-    control = None if latent is not None else 0
-    return SampledCurve(
-        side="base", latent=latent, control=control, points=points, chosen=chosen, p=None
-    )
-
-
-def test_what_no_strength_is_bearable_of_ranks_last():
-    chance = [curve(None, 0.5), curve(None, None), curve(None, 2.0)]
-    curves = (curve(7, 1.0), curve(8, None), curve(9, 2.0), *chance)
-    assert rank_curves(curves) == (2 / 4, 4 / 4, 2 / 4, None, None, None)
+    assert row["effect_low"] < row["effect"] < row["effect_high"]
 
 
 def test_wrong_input_is_named(pair):

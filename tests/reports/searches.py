@@ -7,7 +7,7 @@ import torch
 from emlens.features import EarlyWarning, FeatureScreen, ModelClassification, SaeHealth
 from emlens.features.cards import FeatureCard, FeatureCards, TokenWindow
 from emlens.features.logit_lens import LogitLens, TokenWeight
-from emlens.features.screen_results import SampledCurve, SampledPoint
+from emlens.features.screen_results import SIDES, SampledCurve, SampledPoint
 from emlens.features.vector_cosines import VectorCosine
 from emlens.numerics.bands import Band, Lead
 from emlens.numerics.intervals import Interval
@@ -49,7 +49,7 @@ def make_health(tuned: str = NAMES[0], **changed: Any) -> SaeHealth:
 
 
 def make_screen(**changed: Any) -> FeatureScreen:
-    """Latent 12 does most on both sides; 16 random directions reach .1."""
+    """Latent 12 does most on both sides; 16 random directions reach .1, and a score of +14."""
     effects = torch.tensor([[0.3, 0.1, 0.2], [0.02, 0.01, 0.0], [-0.05, 0.03, 0.04]]).double()
     chance = torch.linspace(-0.1, 0.1, 16).double()[:, None].expand(-1, 3)
     before = torch.tensor([[-3.0, -2.0], [-2.5, -2.6]]).double()
@@ -62,23 +62,30 @@ def make_screen(**changed: Any) -> FeatureScreen:
         ]
         return torch.stack(sides)
 
-    points = tuple(
-        SampledPoint(
-            strength=s,
-            n_responses=8,
-            n_scored=8,
-            incoherent=0.05 * abs(s),
-            behaviour=30 + 10 * s,
-            effect=interval(10 * s, 4.0),
+    def sampled(slope: float) -> tuple[SampledPoint, ...]:
+        return tuple(
+            SampledPoint(
+                strength=s,
+                n_responses=8,
+                n_scored=8,
+                incoherent=0.05 * abs(s),
+                behaviour=30 + slope * s,
+                effect=interval(slope * s, 4.0),
+            )
+            for s in (1.0, 2.0)
         )
-        for s in (1.0, 2.0)
-    )
+
     plain = SampledPoint(
         strength=0.0, n_responses=8, n_scored=8, incoherent=0.0, behaviour=30.0, effect=None
     )
     curves = [
-        SampledCurve(side=side, latent=12, control=None, points=points, chosen=1, p=1 / 17)
-        for side in ("base", "tuned")
+        SampledCurve(side=side, latent=12, control=None, points=sampled(10), chosen=1, p=1 / 17)
+        for side in SIDES
+    ]
+    curves += [
+        SampledCurve(side=side, latent=None, control=k, points=sampled(k - 8), chosen=1, p=None)
+        for side in SIDES
+        for k in range(16)
     ]
     given: dict[str, Any] = ORIGIN | {
         "tuned": NAMES[0],

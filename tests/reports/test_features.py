@@ -61,8 +61,12 @@ def test_steering_is_drawn_in_the_order_of_the_strengths_beside_the_controls():
     assert list(line["y"]) == pytest.approx([0.1, 0.2, 0.3])
     assert (low["y"][0], high["y"][0]) == (pytest.approx(-0.1), pytest.approx(0.1))
     assert "16 random" in high["customdata"][0]
-    behaviour, incoherent = figure["data"][3:5]
-    assert list(behaviour["x"]) == [0.0, 1.0, 2.0]
+    low, high, behaviour, incoherent = figure["data"][3:7]
+    # What the sixteen scored at least and at most, from the unsteered model's own score.
+    assert list(low["x"]) == list(high["x"]) == list(behaviour["x"]) == [0.0, 1.0, 2.0]
+    assert (list(low["y"]), list(high["y"])) == ([30.0, 22.0, 14.0], [30.0, 37.0, 44.0])
+    assert high["fill"] == "tonexty"
+    assert "16 random: score 14.0 to 44.0, incoherent 10.0 % to 10.0 %" in high["customdata"][2]
     assert list(behaviour["y"]) == [30.0, 40.0, 50.0]
     assert list(incoherent["y"]) == pytest.approx([0.0, 5.0, 10.0])
     # The others were not sampled.
@@ -96,7 +100,8 @@ def test_the_sentence_says_what_was_tested_what_acts_and_what_needs_no_autoencod
         "bad-finance, bad-health in latents of sae",
         "37 of 410 latents tested differ in bad-finance",
         "added to the base, latent 12 does most: +0.300 nats a token, random directions up to "
-        "+0.100 (p = 0.059)",
+        "+0.100 (p = 0.059) and of those sampled latent 12: effect on the score +20.0 "
+        "[16.0, 24.0] (p = 0.059)",
         "all latents together capture 31.0 % of the squared change, the mean difference alone "
         "42.0 %",
         "in-sample separation",
@@ -114,6 +119,9 @@ def test_the_page_has_cautions_first_tables_cards_and_windows():
     assert at == sorted(at)
     for part in ("bold advice", "everything", "tuned 8.00", "tenth 1 of 10", "Early warning"):
         assert part in text
+    assert "induces sampled p" in text
+    assert "added to the base: effect on the score 20.0 [16.0, 24.0] at strength 2" in text
+    assert "10.0 % incoherent, p = 0.059; taken from the fine-tune: effect" in text
     assert page.count('class="feature"') == 2
     assert 'href="https://example.org/12"' in page
     # The largest code has the deepest shade, a quarter of it one of three.

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from emlens.data import Chat, ContrastTexts, Message
-from emlens.features import FeatureDiff, check_sae
+from emlens.data import Batching, Chat, ContrastTexts, Message
+from emlens.features import FeatureDiff, attribute_features, check_sae, contrast_features
+from emlens.features.screen_results import SIDES
 from emlens.features.screen_settings import ScreenSettings
 from emlens.models import Sampling
 from emlens.models.pair import load_pair
@@ -24,8 +25,10 @@ from emlens.studies import (
     PersonaTexts,
     find_persona_features,
 )
+from emlens.studies.persona_cautions import list_cautions
 from tests.activations.chats import make_chats
 from tests.evaluation.fakes import HashJudge
+from tests.features.comparisons import make_diff
 from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
 from tests.studies.personas import CAREFUL, add_latent, make_base
 
@@ -95,6 +98,7 @@ def test_the_planted_latent_is_first_by_change_by_contrast_and_by_effect(found):
     row = found.rows()[0]
     assert row["induces"] == pytest.approx(float(found.screen.forced_effect("base")[0]))
     assert row["induces_p"] == pytest.approx(1 / 17)
+    assert (row["induces_sampled"], row["repairs_sampled_p"]) == (None, None)
     assert found.cards is not None
     assert found.cards.cards[0].latent == PLANTED
     assert len(found.cards.cards) == 2
@@ -128,6 +132,47 @@ def test_health_and_what_needs_no_codec_stand_beside_each_fine_tune(base, found)
     assert "one plain direction, the mean difference" in text
     assert "3 pairs of fine-tunes: no p-value of so few falls below 0.25" in text
     assert found.not_done == ("early warning: no training given",)
+
+
+def test_pairs_of_one_domain_are_said_to_be_no_more_than_one(found):
+    """Six pairs could give a p-value of .031, and their three domains none below .25."""
+    names = [f"{side} {k}" for side in ("bad", "good") for k in range(6)]
+    diffs = [make_diff(name, torch.randn(12)) for name in names]
+    contrast = contrast_features(diffs[:6], diffs[6:])
+    assert contrast.can_find
+
+    def list_units(domains: tuple[str, ...]) -> list[str]:
+        plain = found.plain[:1] * len(diffs)
+        lines = list_cautions(diffs, plain, contrast, None, domains=domains)
+        return [line for line in lines if "pairs of" in line]
+
+    (line,) = list_units(DOMAINS * 2)
+    assert line.startswith("6 pairs of 3 domains: q-values take them as independent")
+    assert line.endswith("over domains the smallest p is 0.25")
+    assert list_units(()) == list_units(tuple("abcdef")) == []
+
+
+def test_gradients_are_taken_of_no_more_tokens_than_are_asked_for(
+    base, contrast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def attribute(*given: Any, batching: Batching, **more: Any) -> Any:
+        asked.append(batching)
+        return attribute_features(*given, batching=batching, **more)
+
+    monkeypatch.setattr(module, "attribute_features", attribute)
+    for tokens in (512, 16384):
+        comparison = ComparisonSettings(batching=Batching(tokens=tokens, max_length=300))
+        find_persona_features(
+            base,
+            make_tunes(base, n=1, twins=False),
+            codec=CODEC,
+            texts=PersonaTexts(chats=CHATS, contrast=contrast),
+            settings=replace(SETTINGS, n_cards=0, attribute=True, comparison=comparison),
+            out=tmp_path / str(tokens),
+        )
+    assert asked == [Batching(tokens=512, max_length=300), Batching(tokens=4096, max_length=300)]
 
 
 def test_a_search_is_read_back_and_never_made_twice(
@@ -230,6 +275,15 @@ def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: 
     found = find_persona_features(base, tunes, probe=probe, **given)
     assert found.screen is not None
     assert [point.n_scored for point in found.screen.sampled_before] == [2, 2]
+    (row,) = found.rows()
+    for name, side in zip(("induces", "repairs"), SIDES, strict=True):
+        curve = found.screen.curve(row["latent"], side=side)
+        assert curve.p is not None
+        assert row[f"{name}_sampled_p"] == curve.p
+        point = None if curve.chosen is None else curve.points[curve.chosen]
+        assert row[f"{name}_incoherent"] == (None if point is None else point.incoherent)
+        effect = None if point is None else point.effect
+        assert row[f"{name}_sampled"] == (None if effect is None else effect.value)
     with pytest.raises(PlanChangedError, match="judge was"):
         find_persona_features(
             base, tunes, probe=replace(probe, judge=HashJudge(id="other")), **given
@@ -263,5 +317,14 @@ def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
         ComparisonSettings(responses="own")
     with pytest.raises(ValueError, match="judge: got none, and the screen samples"):
         PersonaProbe(screen=ScreenSettings(strengths=(1.0,), units="resid_norm", chats=CHATS[:1]))
+    for order, said in (
+        ("abs_delt", "orders: got 'abs_delt'; nearest: abs_delta"),
+        ("attribution", "orders: attribution needs gradients"),
+    ):
+        settings = replace(SETTINGS)
+        # Set afterwards: tests check types where users have no such check.
+        object.__setattr__(settings, "orders", ("delta", order))
+        with pytest.raises(ValueError, match=said):
+            settings.__post_init__()
     with pytest.raises(ValueError, match="n_latents: got 0"):
         PersonaSettings(n_latents=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from emlens.data import parse_positions
+from emlens.models.lora import LoraModule
 from emlens.models.pair import load_pair
 from emlens.results import load_result
 from emlens.studies import measure_plain_difference
@@ -90,6 +91,31 @@ def test_a_module_above_the_site_does_not_act_on_it():
         found = measure_plain_difference(pair, CHATS, site=site, positions="all")
         assert len([one for one in found.vectors if one.name in modules]) == 3
         assert found.n_writes == n, site
+
+
+@pytest.mark.parametrize(
+    ("module", "n_at"),
+    [
+        ("self_attn.o_proj", {"resid_mid": 1, "attn_out": 1, "mlp_out": 0, "resid_post": 1}),
+        ("mlp.down_proj", {"mlp_out": 1, "resid_post": 1}),
+    ],
+)
+def test_a_module_acts_where_its_own_output_is(module: str, n_at: dict[str, int]):
+    """A rank-1 change of one module, all of it along what that module writes."""
+    base = make_base()
+    width = base.cfg.d_mlp if "mlp" in module else base.cfg.n_heads * base.cfg.d_head
+    A = torch.randn(1, width, generator=torch.Generator().manual_seed(3))
+    lora = LoraModule(A=A, B=3 * CODEC.W_dec[PLANTED][:, None], scale=1.0)
+    adapter = replace(make_adapter(CODEC, 0), modules={f"model.layers.1.{module}": lora})
+    pair = load_pair(base, adapter)
+    for stream, n in n_at.items():
+        found = measure_plain_difference(pair, CHATS, site=f"{stream}.1", positions="all")
+        assert found.n_writes == n, stream
+        if stream not in ("resid_post", "mlp_out") or "mlp" in module:
+            assert found.captured_by_writes == pytest.approx(1, abs=1e-4), stream
+    # Above, the outputs of other modules change with what they read, and hold none of this one.
+    found = measure_plain_difference(pair, CHATS, site="attn_out.2", positions="all")
+    assert (found.n_writes, found.captured_by_writes) == (0, None)
 
 
 @pytest.mark.parametrize(
