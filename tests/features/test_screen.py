@@ -1,5 +1,6 @@
 """Screens of tiny pairs with a planted latent, resumed and refused, beside passes done by hand."""
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,12 +16,16 @@ from emlens.features.forced_screen import ForcedStage
 from emlens.features.screen import screen_features
 from emlens.features.screen_results import (
     FeatureScreen,
+    SampledCurve,
+    SampledPoint,
+    choose_point,
     rank_curves,
 )
 from emlens.features.screen_settings import ScreenSettings
 from emlens.interventions import Add, Intervention
 from emlens.models import Sampling
 from emlens.models.pair import ModelPair
+from emlens.numerics.intervals import Interval
 from emlens.numerics.validation import NonFiniteError
 from emlens.results import load_result
 from emlens.runs import PlanChangedError, RunFolder
@@ -326,6 +331,40 @@ def test_a_screen_survives_a_file(screen, tmp_path):
     assert row["effect_low"] < row["effect"] < row["effect_high"]
 
 
+def point(strength: float, incoherent: float, effect: float = 0.0) -> SampledPoint:
+    return SampledPoint(
+        strength=strength,
+        n_responses=10,
+        n_scored=10,
+        incoherent=incoherent,
+        behaviour=0.0,
+        effect=Interval(effect, effect - 1, effect + 1, 0.95, "t"),
+    )
+
+
+def test_the_largest_strength_within_the_budget_is_chosen():
+    points = (point(1.0, 0.0), point(2.0, 0.1), point(-4.0, 0.2), point(8.0, math.nan))
+    assert choose_point(points, most_incoherent=0.1) == 1
+    assert choose_point(points, most_incoherent=0.2) == 2
+    assert choose_point(points[2:], most_incoherent=0.1) is None
+    assert choose_point((point(-2.0, 0.0, 3.0), point(2.0, 0.0, 1.0)), most_incoherent=0.1) == 0
+
+
+def curve(latent: int | None, effect: float | None) -> SampledCurve:
+    chosen = None if effect is None else 0
+    points = (point(1.0, 0.0, effect or 0.0),)
+    control = None if latent is not None else 0
+    return SampledCurve(
+        side="base", latent=latent, control=control, points=points, chosen=chosen, p=None
+    )
+
+
+def test_what_no_strength_is_bearable_of_ranks_last():
+    chance = [curve(None, 0.5), curve(None, None), curve(None, 2.0)]
+    curves = (curve(7, 1.0), curve(8, None), curve(9, 2.0), *chance)
+    assert rank_curves(curves) == (2 / 4, 4 / 4, 2 / 4, None, None, None)
+
+
 def test_wrong_input_is_named(pair):
     texts = make_texts(pair)
     with pytest.raises(CodecError, match=r"has 12, numbered from 0, and got \[12\]"):
@@ -357,21 +396,3 @@ def test_wrong_input_is_named(pair):
     short = replace(make_scores(pair), coherence=lambda _: [1.0])
     with pytest.raises(ValueError, match="coherence gave 1 values for 8 responses"):
         run(pair, scores=short)
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"strengths": (1.0, 0.0)}, "strengths: got"),
-        ({"strengths": (1.0, 1.0)}, "different and not 0"),
-        ({"sampled_strengths": (3.0,)}, "sampled_strengths: got"),
-        ({"n_controls": 15}, "n_controls: got 15, expected at least 16"),
-        ({"n_sampled_controls": 17}, "n_sampled_controls: got 17"),
-        ({"chats": ()}, "chats: got none"),
-        ({"n_sampled": -1}, "n_sampled: got -1"),
-        ({"max_incoherent": 1.5}, "max_incoherent: got 1.5"),
-    ],
-)
-def test_settings_outside_their_range_are_named(changed, said):
-    with pytest.raises(ValueError, match=said):
-        replace(SETTINGS, **changed)
