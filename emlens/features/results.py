@@ -55,8 +55,8 @@ class SaeHealth(Result):
     positions: str
     """Tokens that were counted."""
     same_base: bool | None
-    """Whether the codec was trained on the very weights of this base; None where nobody knows, or it
-    was loaded for any."""
+    """Whether the codec was trained on the very weights of this base; None where nobody knows, or
+    it was loaded for any."""
     streams: tuple[str, ...]
     """Labels of the first axes: `model`, or `base` and `tuned`."""
     n_prompts: int
