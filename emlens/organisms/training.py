@@ -21,6 +21,7 @@ from emlens.models.checkpoints import Checkpoint, load_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.finetune import (
     check_lora_targets,
+    check_start,
     finetune_lora,
     finetune_vector,
     finetune_whole,
@@ -123,6 +124,7 @@ def train_organism(
             compares with the base, where no adapter is trained.
         NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens, of
             a penalty's too.
+        ValueError: `start_from` was trained on another base, or does not fit this one.
         TrainingDivergedError: The loss or gradient is not finite; it names the step, and the last
             good checkpoint where any are kept.
         PlanChangedError: `out` holds a run with another plan.
@@ -132,7 +134,7 @@ def train_organism(
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
     settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
-    start = _find_start(start_from, settings)
+    start = _find_start(start_from, settings, checkpoint)
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
     longest = _find_longest(checkpoint, settings)
     examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
@@ -288,13 +290,22 @@ class _Work:
         return place
 
 
-def _find_start(start_from: str | Path | Source | None, settings: TrainSettings) -> Path | None:
+def _find_start(
+    start_from: str | Path | Source | None, settings: TrainSettings, checkpoint: Checkpoint
+) -> Path | None:
     if start_from is None:
         return None
     if settings.method != "lora":
         raise SettingsError(f"start_from: method {settings.method!r} has no adapter to go on with")
     start = locate_source(start_from)
-    load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    adapter = load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    made = adapter.base_fingerprint
+    if made and made != checkpoint.fingerprint:
+        raise SettingsError(
+            f"start_from: {start_from} was trained on {adapter.base_name}, weights {made}, and "
+            f"{checkpoint.name} is {checkpoint.fingerprint}; name the base that it was trained on"
+        )
+    check_start(checkpoint.model, start)
     return start
 
 

@@ -1,5 +1,6 @@
 """Training an organism: the folder, its record, and what happens when a run is asked for again."""
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -153,6 +154,32 @@ def test_training_can_go_on_from_a_finished_adapter(
     record = json.loads((Path(more.tuned) / "emlens.json").read_text())
     assert record["start_from"] == more.start_from == hashlib.sha256(weights).hexdigest()
     assert first.start_from is None
+
+
+def test_an_adapter_of_another_base_is_refused_before_a_run_is_begun(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    first = train(tiny_base, chats, tmp_path / "one", layers=(1,))
+
+    def go_on(base: Checkpoint) -> TrainingRun:
+        return train_organism(
+            base, chats, settings=SETTINGS, out=tmp_path / "two", start_from=first.tuned, seed=0
+        )
+
+    before = [name for name, _ in tiny_base.model.named_modules()]
+    with pytest.raises(
+        SettingsError, match="start_from: .*trained on emlens:tiny, weights .* is 0f0f"
+    ):
+        go_on(replace(tiny_base, fingerprint="0f0f"))
+    # Where nothing says which base it was, its modules do.
+    (Path(first.tuned) / "emlens.json").unlink()
+    smaller = copy.deepcopy(tiny_base.model)
+    smaller.model.layers = smaller.model.layers[:1]
+    with pytest.raises(ValueError, match=r"the model has no model\.layers\.1\.mlp\.down_proj"):
+        go_on(replace(tiny_base, model=smaller))
+    assert not (tmp_path / "two").exists()
+    assert go_on(tiny_base).steps == 6
+    assert [name for name, _ in tiny_base.model.named_modules()] == before
 
 
 def test_rows_that_cannot_be_used_are_named(
