@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +30,19 @@ from transformers import (
 )
 
 from emlens.data.progress import tell_progress
+from emlens.models.checkpoint_folders import (
+    STATE,
+    drop_resuming,
+    find_checkpoints,
+    find_last_whole,
+    keep_good,
+    save_start,
+)
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that takes no part in the loss (the value that torch's cross-entropy skips)."""
-STATE = "trainer_state.json"
-"""The file that the Trainer writes last into a checkpoint."""
-_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
-"""What only the checkpoint that is gone on from needs; twice the size of the weights."""
 SMOOTHED = 5
 """Steps over whose mean loss an early stop is decided."""
 
@@ -178,7 +181,7 @@ class _FiniteSteps(TrainerCallback):
             raise TrainingDivergedError(
                 f"training diverged at step {state.global_step} of {state.max_steps}: loss {loss}, "
                 f"gradient norm {norm}; lower the learning rate ({args.learning_rate}) or check "
-                f"the base model's weights{self._kept()}"
+                f"the base model's weights{self._kept(state.global_step, loss)}"
             )
         logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
         tell_progress("training (steps)", state.global_step, state.max_steps)
@@ -187,21 +190,18 @@ class _FiniteSteps(TrainerCallback):
             control.should_training_stop = True
             control.should_save = control.should_save or args.save_strategy == "steps"
 
-    def _kept(self) -> str:
-        good = find_checkpoints(self.work) if self.work is not None else {}
-        return f". The last good checkpoint is {good[max(good)]}" if good else ""
+    def _kept(self, step: int, loss: float) -> str:
+        """Say what is left, without the states that made the loss what it is."""
+        # A loss is that of the weights before its step: the state kept there is the broken one.
+        broken = None if np.isfinite(loss) else step - 1
+        good = None if self.work is None else keep_good(self.work, step=broken)
+        return "" if good is None else f". The last good checkpoint is {good}"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object):
         """Of all checkpoints but the last, keep what was trained and the record."""
         for step, folder in find_checkpoints(Path(str(args.output_dir))).items():
             if step < state.global_step:
                 drop_resuming(folder)
-
-
-def drop_resuming(checkpoint: Path) -> None:
-    """Delete what only a run that is gone on with needs of a checkpoint."""
-    for name in _RESUMING:
-        (checkpoint / name).unlink(missing_ok=True)
 
 
 def is_low(losses: Sequence[float], stop_loss: float | None) -> bool:
@@ -258,7 +258,7 @@ def run_trainer(
     with restored_randomness(), tempfile.TemporaryDirectory() as scratch:
         set_seed(run.seed)
         folder = Path(scratch) if settings.checkpoint_every is None or work is None else work
-        last = _last_whole(folder)
+        last = find_last_whole(folder)
         if last is not None and (done := _read_finished(last, settings, len(examples))):
             trainable.load(last)
             return done
@@ -275,19 +275,11 @@ def run_trainer(
         runner.remove_callback(PrinterCallback)
         runner.penalties, runner.trainable = run.penalties, trainable
         if settings.checkpoint_every is not None and last is None:
-            _save_start(trainable, folder)
+            save_start(folder, trainable.save)
         began = time.perf_counter()
         runner.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
         return _make_log(runner.state.log_history, seconds)
-
-
-def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """`checkpoint-STEP` folders by their steps, ascending."""
-    named = (
-        (place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*")
-    )
-    return dict(sorted((int(n), place) for n, place in named if n.isdecimal() and place.is_dir()))
 
 
 def _make_log(history: Sequence[Any], seconds: float) -> TrainingLog:
@@ -316,34 +308,23 @@ def count_steps(settings: TrainerSettings, n: int) -> int:
     return settings.max_steps or math.ceil(settings.epochs * in_epoch)
 
 
-def _is_whole(place: Path) -> bool:
-    try:
-        return isinstance(json.loads((place / STATE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
+def check_device(device: torch.device) -> None:
+    """Refuse a device that the Trainer would move the model away from.
 
-
-def _save_start(trainable: Trainable, folder: Path) -> None:
-    start = folder / "checkpoint-0"
-    start.mkdir(parents=True, exist_ok=True)
-    trainable.save(start)
-    (start / STATE).write_text(json.dumps({"global_step": 0, "log_history": []}))
-
-
-def _last_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from; those that a kill cut short are taken away."""
-    for step, place in reversed(list(find_checkpoints(folder).items())):
-        if _is_whole(place):
-            if step and all((place / name).is_file() for name in _RESUMING[:3]):
-                return place
-        else:
-            shutil.rmtree(place)
-    return None
+    Raises:
+        ValueError: a CUDA device other than the first.
+    """
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"base: it lies on {device}, and the Trainer trains on cuda:0 alone; put it there, and "
+            f"set CUDA_VISIBLE_DEVICES={device.index} to make that device the first"
+        )
 
 
 def _arguments(
     settings: TrainerSettings, folder: Path, *, seed: int, device: torch.device
 ) -> TrainingArguments:
+    check_device(device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -380,7 +361,9 @@ def _arguments(
 def restored_randomness() -> Iterator[None]:
     """Leave the caller's random states alone: the Trainer seeds all of them."""
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Of every device: seeding reaches them all. Before CUDA is in use none has a state.
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices=list(cuda)):
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
+from emlens.models.checkpoint_folders import drop_resuming, find_checkpoints
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.finetune import (
@@ -32,8 +33,7 @@ from emlens.models.training_loop import (
     TrainerRun,
     TrainingExample,
     TrainingLog,
-    drop_resuming,
-    find_checkpoints,
+    check_device,
 )
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
 from emlens.organisms.host_settings import lora_settings, trainer_settings
@@ -133,6 +133,7 @@ def train_organism(
     """
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
+    check_device(checkpoint.model.device)
     settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
     start = _find_start(start_from, settings, checkpoint)
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
@@ -149,6 +150,7 @@ def train_organism(
             "kind": TrainingRun.kind,
             "base": checkpoint.name,
             "base_fingerprint": checkpoint.fingerprint,
+            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
             "data_sha256": data_sha256,
             "settings": settings,
             "penalties": [penalty.describe() for penalty in penalties],

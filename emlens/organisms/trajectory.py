@@ -16,15 +16,15 @@ from torch import Tensor
 
 from emlens.artifacts import JSON_NAME, Result, read_kind, read_result
 from emlens.models.adapter_files import fingerprint_modules, load_adapter
+from emlens.models.checkpoint_folders import find_checkpoints
 from emlens.models.lora import LoraAdapter, LoraModule
-from emlens.models.training_loop import find_checkpoints
 from emlens.runs import RunFolder
 from emlens.sources import Source, locate_source, parse_source
 
 TRAJECTORY_NAME = "trajectory"
 """Of the result in a run folder."""
 _FILES = [f"checkpoint-*/{name}" for name in ("adapter_*", "trainer_state.json")]
-_OWN = [JSON_NAME, "tensors.safetensors", f"results/{TRAJECTORY_NAME}/*"]
+_OWN = [JSON_NAME, "tensors*.safetensors", f"results/{TRAJECTORY_NAME}/*"]
 _PLAN = "manifest.json"
 """Of a run, which names the base that it trained on."""
 

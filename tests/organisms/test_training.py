@@ -168,7 +168,7 @@ def test_an_adapter_of_another_base_is_refused_before_a_run_is_begun(
 
     before = [name for name, _ in tiny_base.model.named_modules()]
     with pytest.raises(
-        SettingsError, match="start_from: .*trained on emlens:tiny, weights .* is 0f0f"
+        SettingsError, match=r"start_from: .*trained on emlens:tiny, weights .* is 0f0f"
     ):
         go_on(replace(tiny_base, fingerprint="0f0f"))
     # Where nothing says which base it was, its modules do.
@@ -263,6 +263,15 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
     described = {"kind": "kl", "weight": 10.0, "chats_sha256": hash_chats(chats[2:])}
     assert run.penalties == (described,)
     assert read_result(tmp_path / "free" / "results" / "training", TrainingRun).penalties == ()
+
+
+def test_a_base_on_a_second_device_is_refused_before_a_run_is_begun(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(type(tiny_base.model), "device", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
+        train(tiny_base, chats, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_layers_of_another_depth_are_refused(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from emlens.organisms import trajectory as trajectory_module
 from emlens.organisms.trajectory import (
     AdapterTrajectory,
     TrajectoryError,
@@ -91,6 +93,23 @@ def test_a_saved_trajectory_is_read_alone_or_out_of_a_run(run: Path, tmp_path: P
         again = load_trajectory(place)
         assert torch.equal(again.modules[1].B, trajectory.modules[1].B)
     assert isinstance(load_result(tmp_path / "run" / "results" / "trajectory"), AdapterTrajectory)
+
+
+def test_every_file_of_a_saved_trajectory_would_be_fetched(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = load_trajectory(run).save(tmp_path / "saved")
+    asked: list[list[str]] = []
+
+    def locate(_source: object, *, allow_patterns: list[str]) -> Path:
+        asked.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(trajectory_module, "locate_source", locate)
+    load_trajectory("org/name")
+    files = [file.name for file in folder.iterdir()]
+    assert list(filter_repo_objects(files, allow_patterns=asked[0])) == files
+    assert len(files) > 1
 
 
 def test_every_step_and_factor_enters_the_fingerprint(run: Path):
