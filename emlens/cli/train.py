@@ -30,7 +30,7 @@ RECIPES = (
     "steering_vector",
 )
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
-OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss")
+OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss", "checkpoint_activations")
 """Settings that have a flag of their own name."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
@@ -117,6 +117,14 @@ class TrainFlags(CommonFlags):
             min=1,
             metavar="N",
             help="Steps between kept states, for transition.",
+            show_default="the recipe's",
+        ),
+    ] = None
+    checkpoint_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Compute activations again for gradients, to hold fewer.",
             show_default="the recipe's",
         ),
     ] = None

@@ -50,6 +50,13 @@ def _inject(model: PreTrainedModel, folder: Path) -> PeftModel:
         warnings.filterwarnings("ignore", message="Found missing adapter keys")
         try:
             return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        except ValueError as error:
+            if "not found in the base model" not in str(error):
+                raise
+            raise ValueError(
+                f"adapter: {folder} does not fit this model, which has none of the modules that it "
+                f"adapts; was it trained on another base? {error}"
+            ) from error
         except RuntimeError as error:
             if "size mismatch" not in str(error):
                 raise

@@ -38,6 +38,7 @@ from emlens.models.checkpoint_folders import (
     keep_good,
     save_start,
 )
+from emlens.models.checkpointed_activations import checkpointed_activations
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class TrainerSettings:
     """Training ends once the mean loss of five steps is below this; None for never."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; None for none."""
+    checkpoint_activations: bool = False
+    """Compute what is inside a block again for its gradient, instead of keeping it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +253,8 @@ def run_trainer(
     Raises:
         TrainingDivergedError: a loss or gradient is not finite; it names the step, and the last
             checkpoint, which stays.
-        ValueError: checkpoints without a place for them.
+        ValueError: checkpoints without a place for them, or activations of a model that cannot
+            compute them twice.
     """
     settings, work = run.settings, run.work
     if settings.checkpoint_every is not None and work is None:
@@ -277,7 +281,8 @@ def run_trainer(
         if settings.checkpoint_every is not None and last is None:
             save_start(folder, trainable.save)
         began = time.perf_counter()
-        runner.train(resume_from_checkpoint=None if last is None else str(last))
+        with checkpointed_activations(model, wanted=settings.checkpoint_activations):
+            runner.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
         return _make_log(runner.state.log_history, seconds)
 

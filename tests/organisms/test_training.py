@@ -175,7 +175,7 @@ def test_an_adapter_of_another_base_is_refused_before_a_run_is_begun(
     (Path(first.tuned) / "emlens.json").unlink()
     smaller = copy.deepcopy(tiny_base.model)
     smaller.model.layers = smaller.model.layers[:1]
-    with pytest.raises(ValueError, match=r"the model has no model\.layers\.1\.mlp\.down_proj"):
+    with pytest.raises(ValueError, match=r"adapter: .*has none of the modules that it"):
         go_on(replace(tiny_base, model=smaller))
     assert not (tmp_path / "two").exists()
     assert go_on(tiny_base).steps == 6
