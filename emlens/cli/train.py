@@ -167,6 +167,8 @@ def train(flags: TrainFlags) -> None:
         return
     every = max(1, training.steps // SHOWN_STEPS)
     rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(training.losses)]
+    for row, value in zip(rows, training.penalty_values, strict=False):
+        row["penalty"] = value
     print_table(rows[::every])
     print_line(f"{training.steps} steps in {training.seconds:.0f} s: {training.tuned}")
     if training.settings.method == "lora":

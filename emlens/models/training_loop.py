@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that takes no part in the loss (the value that torch's cross-entropy skips)."""
+_EXTRA = "penalty"
+"""Name of the extra terms in the Trainer's record, beside its own `loss`."""
 SMOOTHED = 5
 """Steps over whose mean loss an early stop is decided."""
 
@@ -110,6 +112,9 @@ class TrainingLog:
 
     losses: tuple[float, ...]
     """Mean loss per trained token (nats) of each optimiser step, before that step; no penalties."""
+    penalties: tuple[float, ...]
+    """Extra terms of each step together, weights included: the mean of its backward passes. Empty
+    where there are none."""
     gradient_norms: tuple[float, ...]
     """L2 norm of the gradient of each step, before clipping."""
     seconds: float
@@ -219,6 +224,7 @@ class _Runner(Trainer):
     penalties: tuple[Penalty, ...] = ()
     trainable: Trainable
     _step, _inner = -1, 0
+    _extra: Tensor | float = 0.0
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
@@ -230,8 +236,16 @@ class _Runner(Trainer):
         # The last step of an epoch may be of fewer batches.
         accumulated = self.current_gradient_accumulation_steps
         for penalty in self.penalties:
-            (penalty(model, place) / accumulated).backward()
+            value = penalty(model, place) / accumulated
+            value.backward()
+            self._extra = self._extra + value.detach()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Put the extra terms of a step beside its loss, in the record that checkpoints keep."""
+        if self.penalties and "loss" in logs:
+            logs[_EXTRA], self._extra = float(self._extra), 0.0
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
         self.trainable.save(Path(output_dir or str(self.args.output_dir)))
@@ -291,6 +305,7 @@ def _make_log(history: Sequence[Any], seconds: float) -> TrainingLog:
     logged = [row for row in history if "loss" in row]
     return TrainingLog(
         losses=tuple(float(row["loss"]) for row in logged),
+        penalties=tuple(float(row[_EXTRA]) for row in logged if _EXTRA in row),
         gradient_norms=tuple(float(row.get("grad_norm", 0.0)) for row in logged),
         seconds=seconds,
     )

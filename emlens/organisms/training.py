@@ -83,6 +83,8 @@ class TrainingRun(Result):
     """Of the adapter's start and of the order of the rows."""
     losses: tuple[float, ...]
     """Mean loss per trained token (nats) of each optimiser step, before that step."""
+    penalty_values: tuple[float, ...]
+    """Extra terms of each step together, weights included; empty where there are none."""
     gradient_norms: tuple[float, ...]
     """L2 norm of the gradient of each step, before clipping."""
     steps: int
@@ -133,8 +135,7 @@ def train_organism(
     """
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
-    check_device(checkpoint.model.device)
-    settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
+    _check_base(checkpoint, settings)
     start = _find_start(start_from, settings, checkpoint)
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
     longest = _find_longest(checkpoint, settings)
@@ -171,9 +172,7 @@ def train_organism(
         penalties=prepared,
         start=start,
     )
-    made = {"lora": work.train_lora, "vector": work.train_vector, "full": work.train_whole}
-    tuned, log = made[settings.method]()
-    return work.finish(tuned, log)
+    return work.finish(*work.train())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +200,11 @@ class _Work:
             penalties=self.penalties,
             work=self.states,
         )
+
+    def train(self) -> tuple[Path, TrainingLog]:
+        """What came out, and how it went."""
+        made = {"lora": self.train_lora, "vector": self.train_vector, "full": self.train_whole}
+        return made[self.settings.method]()
 
     def train_lora(self) -> tuple[Path, TrainingLog]:
         trained = finetune_lora(
@@ -274,6 +278,7 @@ class _Work:
             start_from=self.run.plan["start_from"],
             seed=self.seed,
             losses=log.losses,
+            penalty_values=log.penalties,
             gradient_norms=log.gradient_norms,
             steps=len(log.losses),
             seconds=log.seconds,
@@ -290,6 +295,11 @@ class _Work:
         place = self.run.path / name
         shutil.rmtree(place, ignore_errors=True)
         return place
+
+
+def _check_base(checkpoint: Checkpoint, settings: TrainSettings) -> None:
+    check_device(checkpoint.model.device)
+    settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
 
 
 def _find_start(

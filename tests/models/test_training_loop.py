@@ -291,6 +291,31 @@ def test_a_penalty_has_its_weight_in_a_step_of_fewer_batches():
     assert gradient(2, 8) == pytest.approx(gradient(4, 1), rel=1e-3)
 
 
+def test_extra_terms_are_logged_by_step_and_go_on_with_a_run(tmp_path: Path):
+    seen: list[int] = []
+
+    def known(model: nn.Module, place: int) -> Tensor:
+        seen.append(place)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        lora = (p.sum() for p in model.parameters() if p.requires_grad)
+        return 1.0 + place + 0.0 * sum(lora, torch.zeros(()))
+
+    kept = replace(TRAINER, checkpoint_every=1, max_steps=4, batch_size=2, gradient_accumulation=2)
+
+    def train(*penalties: Any) -> Any:
+        given = {"lora": LORA, "trainer": kept, "seed": 0, "penalties": penalties}
+        return train_lora(tiny_llama(), made_examples(), work=tmp_path / "work", **given).log
+
+    with pytest.raises(KeyboardInterrupt):
+        train(known)
+    # The mean of two passes: 1 + 2 step, 2 + 2 step.
+    assert train(known).penalties == pytest.approx([1.5, 3.5, 5.5, 7.5])
+    assert seen[6:] == [4, 5, 6, 7]
+    free = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    assert free.log.penalties == ()
+
+
 def test_a_run_that_ended_at_its_last_checkpoint_is_not_trained_on(tmp_path: Path):
     kept = replace(TRAINER, checkpoint_every=2, max_steps=4)
 

@@ -262,6 +262,10 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
     run = read_result(tmp_path / "held" / "results" / "training", TrainingRun)
     described = {"kind": "kl", "weight": 10.0, "chats_sha256": hash_chats(chats[2:])}
     assert run.penalties == (described,)
+    # At the start nothing is left of the base's distance; weighted, in nats a token.
+    assert run.penalty_values[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < max(run.penalty_values) < 100
+    assert len(run.penalty_values) == run.steps
     assert read_result(tmp_path / "free" / "results" / "training", TrainingRun).penalties == ()
 
 

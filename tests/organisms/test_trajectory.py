@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.constant_(parameter, float(step))
         tuned.save_pretrained(str(folder / f"checkpoint-{step}"))
     history = [
-        {"step": 1, "loss": 3.0, "grad_norm": 0.5},
+        {"step": 1, "loss": 3.0, "grad_norm": 0.5, "penalty": 0.25},
         {"step": 2, "loss": 2.0},
         {"step": 2, "train_runtime": 9.0},
     ]
@@ -73,6 +73,8 @@ def test_checkpoints_are_stacked_by_their_steps(run: Path):
     assert trajectory.losses.tolist() == [3.0, 2.0]
     assert trajectory.gradient_norms[0] == 0.5
     assert trajectory.gradient_norms[1].isnan()
+    assert trajectory.penalties[0] == 0.25
+    assert trajectory.penalties[1].isnan()
     norm = (2 * 16 * 2 * 25.0) ** 0.5
     assert trajectory.rows()[1]["norm_B"] == pytest.approx(norm)
 
