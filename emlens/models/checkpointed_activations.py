@@ -31,7 +31,7 @@ def checkpointed_activations(model: nn.Module, *, wanted: bool) -> Iterator[None
     if not wanted:
         yield
         return
-    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    blocks: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise ValueError(
             f"checkpoint_activations: a {type(model).__name__} has no blocks that can be computed "

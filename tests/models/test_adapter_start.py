@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,4 +62,5 @@ def test_an_adapter_fits_its_base_in_any_precision_of_both(tmp_path: Path):
         tensors = {name: t.to(saved) for name, t in load_file(folder / WEIGHTS).items()}
         save_file(tensors, folder / WEIGHTS)
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            check_start(tiny_llama().to(dtype), folder)
+            model: Any = tiny_llama()
+            check_start(model.to(dtype), folder)
