@@ -54,6 +54,7 @@ def wrap_paths(*paths: Tensor, every: int = 1) -> AdapterTrajectory:
         modules=modules,
         logged_steps=torch.zeros(0, dtype=torch.int64),
         losses=torch.zeros(0),
+        penalties=torch.zeros(0),
         gradient_norms=torch.zeros(0),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from emlens.cli.codecs import AllowOther, parse_latents, split_sae
-from emlens.cli.options import Base, CommonFlags, DryRun, Seed, takes_flags
+from emlens.cli.options import Base, CommonFlags, Device, DryRun, Dtype, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
 EXAMPLE = """\b
@@ -30,7 +30,7 @@ RECIPES = (
     "steering_vector",
 )
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
-OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss")
+OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss", "checkpoint_activations")
 """Settings that have a flag of their own name."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
@@ -121,6 +121,16 @@ class TrainFlags(CommonFlags):
             show_default="the recipe's",
         ),
     ] = None
+    checkpoint_activations: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpoint-activations",
+            help="Compute activations again for gradients, to hold fewer.",
+            show_default="the recipe's",
+        ),
+    ] = None
+    dtype: Dtype = "auto"
+    device: Device = "auto"
     seed: Seed = 0
     dry_run: DryRun = False
 
@@ -136,19 +146,20 @@ def train(flags: TrainFlags) -> None:
 
     with show_work(quiet=flags.quiet):
         from emlens.data import load_chats
+        from emlens.models.checkpoints import load_checkpoint
         from emlens.organisms import train_organism
 
         settings, chats = _settings(flags), load_chats(flags.data)
-        penalties = [*_kl_terms(flags), *_latent_terms(flags, chats)]
+        near, held = _kl_terms(flags), _latent_terms(flags, chats)
         if flags.dry_run:
-            _show_plan(flags, settings, chats, [chat for one in penalties for chat in one.chats])
+            _show_plan(flags, settings, chats, near=near, held=held)
             return
         training = train_organism(
-            flags.base,
+            load_checkpoint(flags.base, dtype=flags.dtype, device=flags.device),
             chats,
             settings=settings,
             out=flags.run(),
-            penalties=penalties,
+            penalties=[*near, *held],
             start_from=flags.start_from,
             seed=flags.seed,
         )
@@ -157,6 +168,8 @@ def train(flags: TrainFlags) -> None:
         return
     every = max(1, training.steps // SHOWN_STEPS)
     rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(training.losses)]
+    for row, value in zip(rows, training.penalty_values, strict=False):
+        row["penalty"] = value
     print_table(rows[::every])
     print_line(f"{training.steps} steps in {training.seconds:.0f} s: {training.tuned}")
     if training.settings.method == "lora":
@@ -235,7 +248,7 @@ def parse_layers(text: str) -> Any:
     return tuple(sorted(found))
 
 
-def _show_plan(flags: TrainFlags, settings: Any, chats: Any, kept_near: Any) -> None:
+def _show_plan(flags: TrainFlags, settings: Any, chats: Any, *, near: Any, held: Any) -> None:
     from emlens.models.checkpoints import read_tokenizer
     from emlens.models.memory import read_sizes
     from emlens.organisms.settings import describe_settings
@@ -246,11 +259,17 @@ def _show_plan(flags: TrainFlags, settings: Any, chats: Any, kept_near: Any) -> 
     settings.check_depth(sizes.n_layers)
     tokenizer = read_tokenizer(flags.base)
     length = plan_training(
-        chats, tokenizer, settings=settings, n_ctx=sizes.n_ctx, kept_near=kept_near
+        chats,
+        tokenizer,
+        settings=settings,
+        n_ctx=sizes.n_ctx,
+        kept_near=[chat for term in near for chat in term.chats],
+        held_on=[chat for term in held for chat in term.chats],
     )
     plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
     plan |= {"latent_sae": flags.latent_sae, "latents": flags.latents}
     plan |= {"latent_weight": flags.latent_weight, "start_from": flags.start_from}
+    plan |= {"dtype": flags.dtype, "device": flags.device}
     plan |= describe_settings(settings)
     print_plan(plan, flags.run(), json=flags.json)

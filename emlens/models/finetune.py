@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from emlens.artifacts import write_json_atomic, write_tensors_atomic
+from emlens.models.adapter_start import put_adapter_on
 from emlens.models.training_loop import (
     IGNORED,
     Trainable,
@@ -92,6 +93,20 @@ def check_lora_targets(model: nn.Module, lora: LoraSettings) -> None:
         raise ValueError(f"layers: got {outside}, expected blocks 0 to {n_layers - 1}")
 
 
+def check_start(model: PreTrainedModel, folder: Path) -> None:
+    """Refuse an adapter that training on `model` could not go on with; the model is as it was.
+
+    Args:
+        model: the base.
+        folder: PEFT folder of the adapter.
+
+    Raises:
+        ValueError: it cannot be honoured or does not fit; it names the first module.
+    """
+    with restored_randomness(), _restored(model):
+        put_adapter_on(model, folder).unload()
+
+
 def finetune_lora(
     model: PreTrainedModel,
     examples: Sequence[TrainingExample],
@@ -114,7 +129,8 @@ def finetune_lora(
 
     Raises:
         TrainingDivergedError: A loss or gradient is not finite; it names the step.
-        ValueError: Examples that cannot be trained on, or a module name the model lacks.
+        ValueError: Examples that cannot be trained on, a module name the model lacks, or an
+            adapter that does not fit it.
     """
     if start_from is None:
         check_lora_targets(model, lora)
@@ -233,7 +249,7 @@ def find_gradients(
     check_examples(examples, model.config.get_text_config().vocab_size)
     labelled = sum(int((example.labels[1:] != IGNORED).sum()) for example in examples)
     with _restored(model):
-        tuned: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        tuned: Any = put_adapter_on(model, folder)
         try:
             for example in examples:
                 batch = collate_examples([example])
@@ -295,11 +311,7 @@ def _save_whole(model: nn.Module, folder: Path) -> None:
 
 def _put_on(model: PreTrainedModel, lora: LoraSettings, start_from: Path | None) -> PeftModel:
     if start_from is not None:
-        try:
-            return PeftModel.from_pretrained(model, str(start_from), is_trainable=True)
-        except BaseException:
-            _remove_lora(model)
-            raise
+        return put_adapter_on(model, start_from)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
@@ -311,15 +323,6 @@ def _put_on(model: PreTrainedModel, lora: LoraSettings, start_from: Path | None)
     tuned = get_peft_model(model, config)
     assert isinstance(tuned, PeftModel)
     return tuned
-
-
-def _remove_lora(model: PreTrainedModel) -> None:
-    """Put back the linear modules that an interrupted injection has already wrapped."""
-    for name, module in list(model.named_modules()):
-        base = getattr(module, "base_layer", None)
-        if base is not None:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, base)
 
 
 def _save_lora(tuned: PeftModel, folder: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,15 +30,22 @@ from transformers import (
 )
 
 from emlens.data.progress import tell_progress
+from emlens.models.checkpoint_folders import (
+    STATE,
+    drop_resuming,
+    find_checkpoints,
+    find_last_whole,
+    keep_good,
+    save_start,
+)
+from emlens.models.checkpointed_activations import checkpointed_activations
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that takes no part in the loss (the value that torch's cross-entropy skips)."""
-STATE = "trainer_state.json"
-"""The file that the Trainer writes last into a checkpoint."""
-_RESUMING = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
-"""What only the checkpoint that is gone on from needs; twice the size of the weights."""
+_EXTRA = "penalty"
+"""Name of the extra terms in the Trainer's record, beside its own `loss`."""
 SMOOTHED = 5
 """Steps over whose mean loss an early stop is decided."""
 
@@ -70,6 +76,8 @@ class TrainerSettings:
     """Training ends once the mean loss of five steps is below this; None for never."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints; None for none."""
+    checkpoint_activations: bool = False
+    """Compute what is inside a block again for its gradient, instead of keeping it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,9 @@ class TrainingLog:
 
     losses: tuple[float, ...]
     """Mean loss per trained token (nats) of each optimiser step, before that step; no penalties."""
+    penalties: tuple[float, ...]
+    """Extra terms of each step together, weights included: the mean of its backward passes. Empty
+    where there are none."""
     gradient_norms: tuple[float, ...]
     """L2 norm of the gradient of each step, before clipping."""
     seconds: float
@@ -178,7 +189,7 @@ class _FiniteSteps(TrainerCallback):
             raise TrainingDivergedError(
                 f"training diverged at step {state.global_step} of {state.max_steps}: loss {loss}, "
                 f"gradient norm {norm}; lower the learning rate ({args.learning_rate}) or check "
-                f"the base model's weights{self._kept()}"
+                f"the base model's weights{self._kept(state.global_step, loss)}"
             )
         logger.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, loss)
         tell_progress("training (steps)", state.global_step, state.max_steps)
@@ -187,21 +198,18 @@ class _FiniteSteps(TrainerCallback):
             control.should_training_stop = True
             control.should_save = control.should_save or args.save_strategy == "steps"
 
-    def _kept(self) -> str:
-        good = find_checkpoints(self.work) if self.work is not None else {}
-        return f". The last good checkpoint is {good[max(good)]}" if good else ""
+    def _kept(self, step: int, loss: float) -> str:
+        """Say what is left, without the states that made the loss what it is."""
+        # A loss is that of the weights before its step: the state kept there is the broken one.
+        broken = None if np.isfinite(loss) else step - 1
+        good = None if self.work is None else keep_good(self.work, step=broken)
+        return "" if good is None else f". The last good checkpoint is {good}"
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object):
         """Of all checkpoints but the last, keep what was trained and the record."""
         for step, folder in find_checkpoints(Path(str(args.output_dir))).items():
             if step < state.global_step:
                 drop_resuming(folder)
-
-
-def drop_resuming(checkpoint: Path) -> None:
-    """Delete what only a run that is gone on with needs of a checkpoint."""
-    for name in _RESUMING:
-        (checkpoint / name).unlink(missing_ok=True)
 
 
 def is_low(losses: Sequence[float], stop_loss: float | None) -> bool:
@@ -216,6 +224,7 @@ class _Runner(Trainer):
     penalties: tuple[Penalty, ...] = ()
     trainable: Trainable
     _step, _inner = -1, 0
+    _extra: Tensor | float = 0.0
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
@@ -227,8 +236,16 @@ class _Runner(Trainer):
         # The last step of an epoch may be of fewer batches.
         accumulated = self.current_gradient_accumulation_steps
         for penalty in self.penalties:
-            (penalty(model, place) / accumulated).backward()
+            value = penalty(model, place) / accumulated
+            value.backward()
+            self._extra = self._extra + value.detach()
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Put the extra terms of a step beside its loss, in the record that checkpoints keep."""
+        if self.penalties and "loss" in logs:
+            logs[_EXTRA], self._extra = float(self._extra), 0.0
+        super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None):
         self.trainable.save(Path(output_dir or str(self.args.output_dir)))
@@ -250,7 +267,8 @@ def run_trainer(
     Raises:
         TrainingDivergedError: a loss or gradient is not finite; it names the step, and the last
             checkpoint, which stays.
-        ValueError: checkpoints without a place for them.
+        ValueError: checkpoints without a place for them, or activations of a model that cannot
+            compute them twice.
     """
     settings, work = run.settings, run.work
     if settings.checkpoint_every is not None and work is None:
@@ -258,7 +276,7 @@ def run_trainer(
     with restored_randomness(), tempfile.TemporaryDirectory() as scratch:
         set_seed(run.seed)
         folder = Path(scratch) if settings.checkpoint_every is None or work is None else work
-        last = _last_whole(folder)
+        last = find_last_whole(folder)
         if last is not None and (done := _read_finished(last, settings, len(examples))):
             trainable.load(last)
             return done
@@ -275,25 +293,19 @@ def run_trainer(
         runner.remove_callback(PrinterCallback)
         runner.penalties, runner.trainable = run.penalties, trainable
         if settings.checkpoint_every is not None and last is None:
-            _save_start(trainable, folder)
+            save_start(folder, trainable.save)
         began = time.perf_counter()
-        runner.train(resume_from_checkpoint=None if last is None else str(last))
+        with checkpointed_activations(model, wanted=settings.checkpoint_activations):
+            runner.train(resume_from_checkpoint=None if last is None else str(last))
         seconds = time.perf_counter() - began
         return _make_log(runner.state.log_history, seconds)
-
-
-def find_checkpoints(folder: Path) -> dict[int, Path]:
-    """`checkpoint-STEP` folders by their steps, ascending."""
-    named = (
-        (place.name.removeprefix("checkpoint-"), place) for place in folder.glob("checkpoint-*")
-    )
-    return dict(sorted((int(n), place) for n, place in named if n.isdecimal() and place.is_dir()))
 
 
 def _make_log(history: Sequence[Any], seconds: float) -> TrainingLog:
     logged = [row for row in history if "loss" in row]
     return TrainingLog(
         losses=tuple(float(row["loss"]) for row in logged),
+        penalties=tuple(float(row[_EXTRA]) for row in logged if _EXTRA in row),
         gradient_norms=tuple(float(row.get("grad_norm", 0.0)) for row in logged),
         seconds=seconds,
     )
@@ -316,34 +328,23 @@ def count_steps(settings: TrainerSettings, n: int) -> int:
     return settings.max_steps or math.ceil(settings.epochs * in_epoch)
 
 
-def _is_whole(place: Path) -> bool:
-    try:
-        return isinstance(json.loads((place / STATE).read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
-        return False
+def check_device(device: torch.device) -> None:
+    """Refuse a device that the Trainer would move the model away from.
 
-
-def _save_start(trainable: Trainable, folder: Path) -> None:
-    start = folder / "checkpoint-0"
-    start.mkdir(parents=True, exist_ok=True)
-    trainable.save(start)
-    (start / STATE).write_text(json.dumps({"global_step": 0, "log_history": []}))
-
-
-def _last_whole(folder: Path) -> Path | None:
-    """The checkpoint to go on from; those that a kill cut short are taken away."""
-    for step, place in reversed(list(find_checkpoints(folder).items())):
-        if _is_whole(place):
-            if step and all((place / name).is_file() for name in _RESUMING[:3]):
-                return place
-        else:
-            shutil.rmtree(place)
-    return None
+    Raises:
+        ValueError: a CUDA device other than the first.
+    """
+    if device.type == "cuda" and device.index:
+        raise ValueError(
+            f"base: it lies on {device}, and the Trainer trains on cuda:0 alone; put it there, and "
+            f"set CUDA_VISIBLE_DEVICES={device.index} to make that device the first"
+        )
 
 
 def _arguments(
     settings: TrainerSettings, folder: Path, *, seed: int, device: torch.device
 ) -> TrainingArguments:
+    check_device(device)
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
@@ -380,7 +381,9 @@ def _arguments(
 def restored_randomness() -> Iterator[None]:
     """Leave the caller's random states alone: the Trainer seeds all of them."""
     python, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
+    # Of every device: seeding reaches them all. Before CUDA is in use none has a state.
+    cuda = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    with torch.random.fork_rng(devices=list(cuda)):
         try:
             yield
         finally:

@@ -33,4 +33,5 @@ def trainer_settings(settings: TrainSettings) -> TrainerSettings:
         autocast=settings.autocast,
         stop_loss=settings.stop_loss,
         checkpoint_every=settings.checkpoint_every,
+        checkpoint_activations=settings.checkpoint_activations,
     )

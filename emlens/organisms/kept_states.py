@@ -9,9 +9,9 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens.models.checkpoint_folders import find_checkpoints
 from emlens.models.finetune import read_vector_state
 from emlens.models.trained_vector import TRAINED
-from emlens.models.training_loop import find_checkpoints
 from emlens.sites import Site
 from emlens.vectors import Direction, Provenance
 

@@ -75,6 +75,10 @@ class TrainSettings:
     """Steps between two kept states, from which a run goes on; None for none. Those of a LoRA stay
     as its trajectory, those of a vector or a whole model in `RUN/checkpoints`, each to be loaded as
     the last one is: of a whole model each is as large as the model."""
+    checkpoint_activations: bool = False
+    """Compute what is inside a block again for its gradient, instead of keeping it: less memory for
+    about a third more time, and the same gradients to rounding. The passes of a penalty keep
+    theirs."""
 
     def __post_init__(self) -> None:
         self._check_method()

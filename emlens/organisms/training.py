@@ -17,10 +17,12 @@ from emlens.artifacts import Result
 from emlens.data.chat import Chat, as_chats
 from emlens.data.prompts import hash_chats
 from emlens.models.adapter_files import load_adapter
+from emlens.models.checkpoint_folders import drop_resuming, find_checkpoints
 from emlens.models.checkpoints import Checkpoint, load_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.finetune import (
     check_lora_targets,
+    check_start,
     finetune_lora,
     finetune_vector,
     finetune_whole,
@@ -31,8 +33,7 @@ from emlens.models.training_loop import (
     TrainerRun,
     TrainingExample,
     TrainingLog,
-    drop_resuming,
-    find_checkpoints,
+    check_device,
 )
 from emlens.organisms.adapter_folder import AdapterRecord, write_adapter_folder
 from emlens.organisms.host_settings import lora_settings, trainer_settings
@@ -82,6 +83,8 @@ class TrainingRun(Result):
     """Of the adapter's start and of the order of the rows."""
     losses: tuple[float, ...]
     """Mean loss per trained token (nats) of each optimiser step, before that step."""
+    penalty_values: tuple[float, ...]
+    """Extra terms of each step together, weights included; empty where there are none."""
     gradient_norms: tuple[float, ...]
     """L2 norm of the gradient of each step, before clipping."""
     steps: int
@@ -123,6 +126,7 @@ def train_organism(
             compares with the base, where no adapter is trained.
         NoResponseError: A chat without a response; ChatTooLongError: one with too many tokens, of
             a penalty's too.
+        ValueError: `start_from` was trained on another base, or does not fit this one.
         TrainingDivergedError: The loss or gradient is not finite; it names the step, and the last
             good checkpoint where any are kept.
         PlanChangedError: `out` holds a run with another plan.
@@ -131,8 +135,8 @@ def train_organism(
     """
     rows = as_chats(chats)
     checkpoint = base if isinstance(base, Checkpoint) else load_checkpoint(base)
-    settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
-    start = _find_start(start_from, settings)
+    _check_base(checkpoint, settings)
+    start = _find_start(start_from, settings, checkpoint)
     # Before the folder is begun: what is refused here leaves it free for the plan put right.
     longest = _find_longest(checkpoint, settings)
     examples = make_examples(rows, checkpoint.tokenizer, longest=longest)
@@ -147,6 +151,7 @@ def train_organism(
             "kind": TrainingRun.kind,
             "base": checkpoint.name,
             "base_fingerprint": checkpoint.fingerprint,
+            "dtype": str(checkpoint.model.dtype).removeprefix("torch."),
             "data_sha256": data_sha256,
             "settings": settings,
             "penalties": [penalty.describe() for penalty in penalties],
@@ -167,9 +172,7 @@ def train_organism(
         penalties=prepared,
         start=start,
     )
-    made = {"lora": work.train_lora, "vector": work.train_vector, "full": work.train_whole}
-    tuned, log = made[settings.method]()
-    return work.finish(tuned, log)
+    return work.finish(*work.train())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +200,11 @@ class _Work:
             penalties=self.penalties,
             work=self.states,
         )
+
+    def train(self) -> tuple[Path, TrainingLog]:
+        """What came out, and how it went."""
+        made = {"lora": self.train_lora, "vector": self.train_vector, "full": self.train_whole}
+        return made[self.settings.method]()
 
     def train_lora(self) -> tuple[Path, TrainingLog]:
         trained = finetune_lora(
@@ -270,6 +278,7 @@ class _Work:
             start_from=self.run.plan["start_from"],
             seed=self.seed,
             losses=log.losses,
+            penalty_values=log.penalties,
             gradient_norms=log.gradient_norms,
             steps=len(log.losses),
             seconds=log.seconds,
@@ -288,13 +297,27 @@ class _Work:
         return place
 
 
-def _find_start(start_from: str | Path | Source | None, settings: TrainSettings) -> Path | None:
+def _check_base(checkpoint: Checkpoint, settings: TrainSettings) -> None:
+    check_device(checkpoint.model.device)
+    settings.check_depth(checkpoint.model.config.get_text_config().num_hidden_layers)
+
+
+def _find_start(
+    start_from: str | Path | Source | None, settings: TrainSettings, checkpoint: Checkpoint
+) -> Path | None:
     if start_from is None:
         return None
     if settings.method != "lora":
         raise SettingsError(f"start_from: method {settings.method!r} has no adapter to go on with")
     start = locate_source(start_from)
-    load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    adapter = load_adapter(start, allow_noop=True)  # under the same verdicts as any adapter
+    made = adapter.base_fingerprint
+    if made and made != checkpoint.fingerprint:
+        raise SettingsError(
+            f"start_from: {start_from} was trained on {adapter.base_name}, weights {made}, and "
+            f"{checkpoint.name} is {checkpoint.fingerprint}; name the base that it was trained on"
+        )
+    check_start(checkpoint.model, start)
     return start
 
 

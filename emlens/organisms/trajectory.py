@@ -16,15 +16,15 @@ from torch import Tensor
 
 from emlens.artifacts import JSON_NAME, Result, read_kind, read_result
 from emlens.models.adapter_files import fingerprint_modules, load_adapter
+from emlens.models.checkpoint_folders import find_checkpoints
 from emlens.models.lora import LoraAdapter, LoraModule
-from emlens.models.training_loop import find_checkpoints
 from emlens.runs import RunFolder
 from emlens.sources import Source, locate_source, parse_source
 
 TRAJECTORY_NAME = "trajectory"
 """Of the result in a run folder."""
 _FILES = [f"checkpoint-*/{name}" for name in ("adapter_*", "trainer_state.json")]
-_OWN = [JSON_NAME, "tensors.safetensors", f"results/{TRAJECTORY_NAME}/*"]
+_OWN = [JSON_NAME, "tensors*.safetensors", f"results/{TRAJECTORY_NAME}/*"]
 _PLAN = "manifest.json"
 """Of a run, which names the base that it trained on."""
 
@@ -59,6 +59,9 @@ class AdapterTrajectory(Result):
     """Training steps that loss and gradient norm were logged at; empty where they were not."""
     losses: Float[Tensor, " n"]
     """Nats a trained token, at the logged steps; NaN where it was not logged."""
+    penalties: Float[Tensor, " n"]
+    """Extra terms of the loss together, weights included, at the logged steps; NaN where there were
+    none."""
     gradient_norms: Float[Tensor, " n"]
     """L2, before clipping, at the logged steps; NaN where it was not logged."""
 
@@ -168,14 +171,15 @@ def read_checkpoints(folder: Path, *, name: str) -> AdapterTrajectory:
             "checkpoint_every, or name the folder that the checkpoints are in"
         )
     adapters = {step: _load_checkpoint(place) for step, place in found.items()}
-    logged, losses, norms = _read_history(found)
+    rows = _read_history(found)
     return AdapterTrajectory(
         source=name,
         steps=torch.tensor(sorted(found)),
         modules=stack_adapters(adapters),
-        logged_steps=logged,
-        losses=losses,
-        gradient_norms=norms,
+        logged_steps=torch.tensor([row["step"] for row in rows], dtype=torch.int64),
+        losses=_column(rows, "loss"),
+        penalties=_column(rows, "penalty"),
+        gradient_norms=_column(rows, "grad_norm"),
     )
 
 
@@ -224,15 +228,13 @@ def _load_checkpoint(place: Path) -> LoraAdapter:
         ) from error
 
 
-def _read_history(found: Mapping[int, Path]) -> tuple[Tensor, Tensor, Tensor]:
-    """Logged steps, losses and gradient norms, of the last checkpoint that has a record."""
+def _read_history(found: Mapping[int, Path]) -> list[dict[str, Any]]:
+    """What was logged, of the last checkpoint that has a record."""
     for place in reversed(list(found.values())):
         path = place / "trainer_state.json"
         if path.is_file():
-            rows = _read_log(path)
-            steps = torch.tensor([row["step"] for row in rows], dtype=torch.int64)
-            return steps, _column(rows, "loss"), _column(rows, "grad_norm")
-    return torch.zeros(0, dtype=torch.int64), torch.zeros(0), torch.zeros(0)
+            return _read_log(path)
+    return []
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -286,7 +286,7 @@ def _finish_axes(figure: go.Figure, measure: Measure, series: tuple[Series, ...]
 
 
 def plot_losses(training: Json) -> go.Figure:
-    """Loss of every optimiser step."""
+    """Loss of every optimiser step, and what extra terms added to it."""
     losses = [finite(loss) for loss in training["losses"]]
     steps = list(range(1, len(losses) + 1))
     template = "step %{x}: %{y:.3f} nats<extra></extra>"
@@ -294,9 +294,14 @@ def plot_losses(training: Json) -> go.Figure:
     figure = go.Figure(
         go.Scatter(x=steps, y=losses, mode="lines+markers", line=line, hovertemplate=template)
     )
+    extra = [finite(value) for value in training.get("penalty_values", ())]
+    if extra:
+        figure.data[0].name = "loss"
+        dashed = {"color": LINES[1], "width": 2, "dash": "dash"}
+        figure.add_scatter(x=steps, y=extra, mode="lines", line=dashed, name="penalties, weighted")
     figure.update_xaxes(title="optimiser step")
     figure.update_yaxes(title="loss, nats a token", rangemode="tozero")
-    return figure.update_layout(height=260, showlegend=False)
+    return figure.update_layout(height=260, showlegend=bool(extra))
 
 
 def plot_tokens(logits: Json) -> go.Figure:

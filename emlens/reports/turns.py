@@ -15,7 +15,8 @@ UNITS = MappingProxyType({"odds": "nats a token", "share": "per cent of response
 _NO_TURN = {
     "none": "did not turn: its sharpest bend has a prominence of {prominence}, and paths of noise "
     "reach {critical}",
-    "nothing measured": "nothing measured: the path moves less than the threshold everywhere",
+    "nothing measured": "nothing measured: within a window the path nowhere moves more than the "
+    "threshold; a larger --window or a smaller --threshold keeps more points",
     "too few checkpoints": "too few checkpoints to tell a turn from noise (100 are needed)",
 }
 """Verdicts without a turn, in words."""

@@ -15,8 +15,11 @@ from emlens.studies.solutions import Solution, measure_solution_norm
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 """Norms that are looked at where none are given, as multiples of the larger one's own."""
-EPSILONS = (0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-"""Sizes of the perturbations."""
+EPSILONS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Sizes of the perturbations.
+
+Source: Soligo et al. 2026, arXiv 2602.07852.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def test_a_dry_run_counts_passes_and_responses_and_writes_nothing(
     plan = cli(*run, *api, "--json").json
     assert plan["schema"] == "emlens/plan/1"
     assert (plan["rows"], plan["norms"]) == (3, [0.1, 0.2])
-    assert plan["passes_over_rows"] == 2 * (1 + 2 + 8 * 2) + 1
+    assert plan["passes_over_rows"] == 2 * (1 + 2 + 12 * 2) + 1
     assert plan["passes_over_texts"] == 2 * (2 + 2)
     assert plan["organisms"] == ["base x 1", "general x 1", "narrow x 1", "narrow x 2"]
     assert plan["responses"] == 4 * (3 + 2) * 2

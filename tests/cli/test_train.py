@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from emlens import organisms
 from emlens.cli.train import RECIPES
 from emlens.codecs import Sae, save_sae
 from emlens.data import load_chats
+from emlens.models.checkpoints import Checkpoint
+from emlens.organisms import TrainingRun
 from emlens.organisms.settings import PRESETS
 from emlens.sites import parse_site
 from tests.cli.conftest import Cli
@@ -149,6 +152,8 @@ def test_latents_can_be_held_while_a_fine_tune_is_trained(cli: Cli, tiny: Path, 
     run = tmp_path / "run"
     plan = cli(*words(tiny, run, *held, "--latents", "1, 6", "--dry-run", "--json")).json
     assert (plan["latents"], plan["latent_weight"]) == ("1, 6", 3.0)
+    assert (plan["latent_rows"], plan["latent_tokens"]) == (plan["rows"], plan["tokens"])
+    assert (plan["kl_rows"], plan["kl_tokens"]) == (0, 0)
     done = cli(*words(tiny, run, *held, "--latents", "1,6", "--json"))
     assert done.code == 0, done.err
     (term,) = done.json["penalties"]
@@ -163,6 +168,23 @@ def test_latents_can_be_held_while_a_fine_tune_is_trained(cli: Cli, tiny: Path, 
         wrong = cli(*words(tiny, tmp_path / "other", *held, "--latents", latents))
         assert (wrong.code, wrong.out) == (2, "")
         assert said in " ".join(wrong.err.split())
+
+
+def test_a_base_is_trained_in_the_precision_and_on_the_device_asked_for(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[object] = []
+
+    def record(checkpoint: Checkpoint, *_: object, **__: object) -> TrainingRun:
+        seen.extend((checkpoint.model.dtype, str(checkpoint.model.device), checkpoint.name))
+        raise ValueError("seen")
+
+    monkeypatch.setattr(organisms, "train_organism", record)
+    given = ("--dtype", "bfloat16", "--device", "cpu")
+    assert cli(*words(tiny, tmp_path / "run", *given)).code == 2
+    assert seen == [torch.bfloat16, "cpu", str(tiny / "base")]
+    plan = cli(*words(tiny, tmp_path / "run", *given, "--dry-run", "--json")).json
+    assert (plan["dtype"], plan["device"]) == ("bfloat16", "cpu")
 
 
 def test_a_low_loss_ends_a_run(cli: Cli, tiny: Path, tmp_path: Path):

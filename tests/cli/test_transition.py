@@ -48,6 +48,7 @@ def planted(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         modules=tuple(modules),
         logged_steps=torch.arange(1, N),
         losses=torch.linspace(3, 1, N - 1),
+        penalties=torch.zeros(N - 1),
         gradient_norms=torch.linspace(2, 0.5, N - 1),
     )
     return trajectory.save(tmp_path_factory.mktemp("planted") / "trajectory")

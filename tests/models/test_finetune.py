@@ -41,13 +41,13 @@ TRAINER = TrainerSettings(
 )
 
 
-def tiny_llama() -> PreTrainedModel:
+def tiny_llama(*, n_layers: int = 2, d_mlp: int = 48) -> PreTrainedModel:
     torch.manual_seed(3)
     config = LlamaConfig(
         vocab_size=D_VOCAB,
         hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        intermediate_size=d_mlp,
+        num_hidden_layers=n_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,

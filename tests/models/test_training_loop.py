@@ -6,15 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from emlens.models.checkpoint_folders import find_checkpoints, keep_good
 from emlens.models.finetune import finetune_vector, finetune_whole
 from emlens.models.training_loop import (
     TrainerRun,
     TrainingDivergedError,
     _arguments,
-    find_checkpoints,
+    check_device,
+    restored_randomness,
 )
 from tests.models.test_finetune import (
     LORA,
@@ -75,6 +78,56 @@ def test_divergence_names_the_last_good_checkpoint(tmp_path: Path):
             work=tmp_path,
         )
     assert list(find_checkpoints(tmp_path)) == [0, 2, 4]
+
+
+def test_a_state_whose_loss_is_no_number_is_not_called_good_and_not_gone_on_from(tmp_path: Path):
+    run = make_run(
+        trainer=replace(TRAINER, checkpoint_every=1, learning_rate=1e30), seed=0, work=tmp_path
+    )
+    for _ in range(2):
+        with pytest.raises(TrainingDivergedError, match=r"step 2 of 12.*good checkpoint is .*-0$"):
+            finetune_vector(
+                tiny_llama(),
+                made_examples(),
+                module="model.layers.0.mlp.down_proj",
+                factor=1e10,
+                run=run,
+            )
+        assert list(find_checkpoints(tmp_path)) == [0]
+
+
+def test_states_with_numbers_that_are_none_are_taken_away(tmp_path: Path):
+    for step, value in ((0, 0.0), (2, 1.0), (4, float("inf")), (6, float("nan"))):
+        place = tmp_path / f"checkpoint-{step}"
+        place.mkdir()
+        save_file({"sound": torch.ones(2), "x": torch.full((2,), value)}, place / "v.safetensors")
+    assert keep_good(tmp_path, step=None) == tmp_path / "checkpoint-2"
+    assert list(find_checkpoints(tmp_path)) == [0, 2]
+    assert keep_good(tmp_path, step=2) == tmp_path / "checkpoint-0"
+    assert keep_good(tmp_path, step=0) is None
+    assert not list(find_checkpoints(tmp_path))
+
+
+def test_a_base_that_the_trainer_would_move_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"lies on cuda:1, .*CUDA_VISIBLE_DEVICES=1"):
+        _arguments(TRAINER, tmp_path, seed=0, device=torch.device("cuda:1"))
+    for name in ("cpu", "cuda:0", "cuda"):
+        check_device(torch.device(name))
+
+
+def test_random_states_of_every_device_in_use_are_put_back(monkeypatch: pytest.MonkeyPatch):
+    states = {device: torch.tensor([device]) for device in range(3)}
+    for name, value in {
+        "is_initialized": lambda: True,
+        "device_count": lambda: 3,
+        "get_rng_state": lambda device: states[device].clone(),
+        "set_rng_state": lambda state, device: states[device].copy_(state),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with restored_randomness():
+        for state in states.values():
+            state.fill_(9)
+    assert [int(state) for state in states.values()] == [0, 1, 2]
 
 
 def test_the_recipe_is_the_same_however_many_devices_there_are(
@@ -236,6 +289,31 @@ def test_a_penalty_has_its_weight_in_a_step_of_fewer_batches():
         return trained.log.gradient_norms[0]
 
     assert gradient(2, 8) == pytest.approx(gradient(4, 1), rel=1e-3)
+
+
+def test_extra_terms_are_logged_by_step_and_go_on_with_a_run(tmp_path: Path):
+    seen: list[int] = []
+
+    def known(model: nn.Module, place: int) -> Tensor:
+        seen.append(place)
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        lora = (p.sum() for p in model.parameters() if p.requires_grad)
+        return 1.0 + place + 0.0 * sum(lora, torch.zeros(()))
+
+    kept = replace(TRAINER, checkpoint_every=1, max_steps=4, batch_size=2, gradient_accumulation=2)
+
+    def train(*penalties: Any) -> Any:
+        given = {"lora": LORA, "trainer": kept, "seed": 0, "penalties": penalties}
+        return train_lora(tiny_llama(), made_examples(), work=tmp_path / "work", **given).log
+
+    with pytest.raises(KeyboardInterrupt):
+        train(known)
+    # The mean of two passes: 1 + 2 step, 2 + 2 step.
+    assert train(known).penalties == pytest.approx([1.5, 3.5, 5.5, 7.5])
+    assert seen[6:] == [4, 5, 6, 7]
+    free = train_lora(tiny_llama(), made_examples(), lora=LORA, trainer=TRAINER, seed=0)
+    assert free.log.penalties == ()
 
 
 def test_a_run_that_ended_at_its_last_checkpoint_is_not_trained_on(tmp_path: Path):

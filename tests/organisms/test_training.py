@@ -1,5 +1,6 @@
 """Training an organism: the folder, its record, and what happens when a run is asked for again."""
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -155,6 +156,32 @@ def test_training_can_go_on_from_a_finished_adapter(
     assert first.start_from is None
 
 
+def test_an_adapter_of_another_base_is_refused_before_a_run_is_begun(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
+):
+    first = train(tiny_base, chats, tmp_path / "one", layers=(1,))
+
+    def go_on(base: Checkpoint) -> TrainingRun:
+        return train_organism(
+            base, chats, settings=SETTINGS, out=tmp_path / "two", start_from=first.tuned, seed=0
+        )
+
+    before = [name for name, _ in tiny_base.model.named_modules()]
+    with pytest.raises(
+        SettingsError, match=r"start_from: .*trained on emlens:tiny, weights .* is 0f0f"
+    ):
+        go_on(replace(tiny_base, fingerprint="0f0f"))
+    # Where nothing says which base it was, its modules do.
+    (Path(first.tuned) / "emlens.json").unlink()
+    smaller = copy.deepcopy(tiny_base.model)
+    smaller.model.layers = smaller.model.layers[:1]
+    with pytest.raises(ValueError, match=r"adapter: .*has none of the modules that it"):
+        go_on(replace(tiny_base, model=smaller))
+    assert not (tmp_path / "two").exists()
+    assert go_on(tiny_base).steps == 6
+    assert [name for name, _ in tiny_base.model.named_modules()] == before
+
+
 def test_rows_that_cannot_be_used_are_named(
     tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path
 ):
@@ -235,7 +262,20 @@ def test_a_penalised_organism_stays_nearer_to_its_base(
     run = read_result(tmp_path / "held" / "results" / "training", TrainingRun)
     described = {"kind": "kl", "weight": 10.0, "chats_sha256": hash_chats(chats[2:])}
     assert run.penalties == (described,)
+    # At the start nothing is left of the base's distance; weighted, in nats a token.
+    assert run.penalty_values[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < max(run.penalty_values) < 100
+    assert len(run.penalty_values) == run.steps
     assert read_result(tmp_path / "free" / "results" / "training", TrainingRun).penalties == ()
+
+
+def test_a_base_on_a_second_device_is_refused_before_a_run_is_begun(
+    tiny_base: Checkpoint, chats: list[Chat], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(type(tiny_base.model), "device", torch.device("cuda:1"))
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES=1"):
+        train(tiny_base, chats, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_layers_of_another_depth_are_refused(

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from emlens.organisms import trajectory as trajectory_module
 from emlens.organisms.trajectory import (
     AdapterTrajectory,
     TrajectoryError,
@@ -44,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 torch.nn.init.constant_(parameter, float(step))
         tuned.save_pretrained(str(folder / f"checkpoint-{step}"))
     history = [
-        {"step": 1, "loss": 3.0, "grad_norm": 0.5},
+        {"step": 1, "loss": 3.0, "grad_norm": 0.5, "penalty": 0.25},
         {"step": 2, "loss": 2.0},
         {"step": 2, "train_runtime": 9.0},
     ]
@@ -71,6 +73,8 @@ def test_checkpoints_are_stacked_by_their_steps(run: Path):
     assert trajectory.losses.tolist() == [3.0, 2.0]
     assert trajectory.gradient_norms[0] == 0.5
     assert trajectory.gradient_norms[1].isnan()
+    assert trajectory.penalties[0] == 0.25
+    assert trajectory.penalties[1].isnan()
     norm = (2 * 16 * 2 * 25.0) ** 0.5
     assert trajectory.rows()[1]["norm_B"] == pytest.approx(norm)
 
@@ -91,6 +95,23 @@ def test_a_saved_trajectory_is_read_alone_or_out_of_a_run(run: Path, tmp_path: P
         again = load_trajectory(place)
         assert torch.equal(again.modules[1].B, trajectory.modules[1].B)
     assert isinstance(load_result(tmp_path / "run" / "results" / "trajectory"), AdapterTrajectory)
+
+
+def test_every_file_of_a_saved_trajectory_would_be_fetched(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = load_trajectory(run).save(tmp_path / "saved")
+    asked: list[list[str]] = []
+
+    def locate(_source: object, *, allow_patterns: list[str]) -> Path:
+        asked.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(trajectory_module, "locate_source", locate)
+    load_trajectory("org/name")
+    files = [file.name for file in folder.iterdir()]
+    assert list(filter_repo_objects(files, allow_patterns=asked[0])) == files
+    assert len(files) > 1
 
 
 def test_every_step_and_factor_enters_the_fingerprint(run: Path):

@@ -165,7 +165,7 @@ def test_a_path_of_which_nothing_was_measured_is_drawn_without_a_band():
     )
     figure: Any = plot_bends(as_json(path))
     assert len(figure.data) == 1
-    assert "nothing measured: the path moves less" in say_turn(as_json(path))
+    assert "a larger --window or a smaller --threshold keeps" in say_turn(as_json(path))
     assert "none" in Outline(render_report(make_report(path))).text
 
 

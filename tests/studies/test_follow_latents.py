@@ -31,6 +31,7 @@ def make_trajectory(base: Any, latent: int, *, name: str) -> AdapterTrajectory:
         modules=stack_adapters(adapters),
         logged_steps=none.long(),
         losses=none,
+        penalties=none,
         gradient_norms=none,
     )
 

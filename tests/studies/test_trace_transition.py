@@ -102,6 +102,7 @@ def trajectory(adapter: LoraAdapter) -> AdapterTrajectory:
         modules=tuple(modules),
         logged_steps=torch.zeros(0, dtype=torch.int64),
         losses=torch.zeros(0),
+        penalties=torch.zeros(0),
         gradient_norms=torch.zeros(0),
     )
 
