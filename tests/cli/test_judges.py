@@ -46,6 +46,18 @@ def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
     )
 
 
+def test_a_judge_that_refuses_every_request_ends_without_a_result(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    with serve_chat(lambda *_: failure(400)) as chat:
+        judge = ("--judge", "openai/some-model", "--judge-base-url", chat.url)
+        out = ("--judge-key-env", "", "--out", tmp_path / "run")
+        done = cli(*words(tiny, questions, *judge, *out))
+    assert (done.code, done.out) == (3, "")
+    assert "it refuses every request (400: no)" in done.err
+    assert not (tmp_path / "run" / "results").exists()
+
+
 def test_a_local_judge_may_be_the_base_itself(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):
