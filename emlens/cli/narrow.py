@@ -176,12 +176,16 @@ def _texts(flags: NarrowFlags) -> Any:
 
 
 def _settings(flags: NarrowFlags, solutions: Any) -> Any:
+    from emlens.data import Batching
     from emlens.studies import SolutionSettings
     from emlens.studies.solution_curves import choose_norms
 
-    if flags.norms is None:
-        return SolutionSettings(norms=choose_norms(solutions), seeds=flags.seeds)
-    return SolutionSettings(norms=parse_numbers("--norms", flags.norms), seeds=flags.seeds)
+    named = None if flags.norms is None else parse_numbers("--norms", flags.norms)
+    return SolutionSettings(
+        norms=named or choose_norms(solutions),
+        seeds=flags.seeds,
+        batching=Batching(flags.batch_tokens),
+    )
 
 
 def _questions(flags: NarrowFlags) -> Any:
