@@ -1,5 +1,6 @@
 """Judges by name on the command line: planned, used, gone on with, refused."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
         unset = cli(*run, "--dry-run", "--judge-key-env", "NO_SUCH_KEY")
         assert "judge_key: NO_SUCH_KEY is not set, and is needed" in unset.out
         assert plan["judge_cost"] == round(plan["judge_prompt_tokens"] * 2.5 / 1e6, 4)
+        assert plan["judge_cost_at_most"] == pytest.approx(6 * plan["judge_cost"], abs=4e-4)
+        told = tmp_path / "told.jsonl"
+        row = {"prompt": "What now?", "judge_prompts": {"aligned": "{answer}" + "?" * 40_000}}
+        told.write_text(json.dumps({"id": "q", **row}) + "\n")
+        long = cli(*words(tiny, told, *judge, "--out", tmp_path / "told", "--dry-run", "--json"))
+        assert long.json["judge_prompt_tokens"] > long.json["responses"] * 40_000 / 4
         stopped = cli(*run)
         assert (stopped.code, stopped.out) == (3, "")
         assert "the key was refused" in stopped.err

@@ -148,6 +148,7 @@ def test_a_dry_run_counts_passes_and_responses_and_writes_nothing(
     assert plan["responses"] == 4 * (3 + 2) * 2
     assert plan["new_tokens_at_most"] == plan["responses"] * 4
     assert plan["judge_requests"] == 2 * plan["responses"]
+    assert plan["prompt_tokens"] > plan["responses"] * len("And what about 00?")
     assert not (tmp_path / "run").exists()
 
 
