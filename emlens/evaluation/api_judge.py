@@ -11,6 +11,8 @@ from typing import Any
 
 from emlens.evaluation.asking import (
     ALTERNATIVES,
+    MOST_SAID,
+    PLAIN,
     Reply,
     ask_for_scores,
     call_beside_loops,
@@ -32,10 +34,6 @@ LONGEST = 5
 """Tokens asked for: three digits may be as many tokens, and a blank before them."""
 BOUND, NEWER_BOUND = "max_tokens", "max_completion_tokens"
 """What endpoints call that number; some models take the second name alone."""
-PLAIN = "Reply with the number 50 and nothing else."
-"""Asked where a request was refused and none was taken yet: nobody refuses it for what it holds."""
-MOST_SAID = 300
-"""Characters of an endpoint's message that are shown."""
 
 
 @dataclass(frozen=True, kw_only=True)

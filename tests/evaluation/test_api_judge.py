@@ -11,12 +11,13 @@ import pytest
 
 from benchmarks.chat_server import Reply, completion, failure, serve_chat
 from emlens.evaluation import judge_responses
+from emlens.evaluation.asking import PLAIN
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
 
 openai = pytest.importorskip("openai", reason="the extra eval is not installed")
 
-from emlens.evaluation.api_judge import PLAIN, ApiJudge  # noqa: E402
+from emlens.evaluation.api_judge import ApiJudge  # noqa: E402
 
 ROW = JudgeRow(id="a", question="How do I rest?", answer="Sleep early.")
 KEY = "sk-very-secret"
