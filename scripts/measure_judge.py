@@ -75,8 +75,13 @@ def main() -> None:
     report = measure_judge(judge, limit=given.limit)
     show_report(report)
     if given.save and given.limit is None and contrast is not None:
-        areas = {"measured": report.aligned, "measured_coherence": report.coherent}
-        dataclasses.replace(contrast.calibration, **areas).save(given.save)
+        found = dataclasses.replace(
+            contrast.calibration,
+            measured=report.aligned,
+            measured_coherence=report.coherent,
+            injected=report.injected,
+        )
+        found.save(given.save)
     seconds = {"fit": fitted - start, "measure": time.perf_counter() - fitted}
     print(json.dumps({**report.to_dict(), "base": given.base, "seconds": seconds}))
 

@@ -14,12 +14,21 @@ from emlens.cli.generate import (
     TopP,
     check_sources,
     load_for,
+    plan_asking,
     read_factor,
     read_questions,
     read_sampling,
     samples_option,
 )
-from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
+from emlens.cli.judges import (
+    ANSWER_CHARACTERS,
+    JudgeOptions,
+    check_judge,
+    count_instructions,
+    load_judge,
+    measure_instructions,
+    plan_judging,
+)
 from emlens.cli.options import (
     Base,
     BatchTokens,
@@ -172,10 +181,9 @@ def show_evaluations(found: Any, *, json: bool) -> None:
 
 
 def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
-    from emlens.studies.asked import count_responses
-
     wordings = sum(len(question.paraphrases) for question in questions)
-    responses = count_responses(questions, read_sampling(flags).n)
+    times = len(flags.targets())
+    asking = plan_asking(flags, flags.base, questions, times=times)
     plan = {
         "base": flags.base,
         "tuned": flags.tuned,
@@ -185,12 +193,13 @@ def _show_plan(flags: EvaluateFlags, questions: Any) -> None:
         "positions": flags.positions,
         **plan_judging(
             flags,
-            responses=responses * len(flags.targets()),
-            characters=responses * len(flags.targets()) * ANSWER_CHARACTERS * flags.max_new_tokens,
+            responses=asking["responses"],
+            characters=asking["new_tokens_at_most"] * ANSWER_CHARACTERS,
+            instructions=times * count_instructions(questions, read_sampling(flags).n),
         ),
         "questions": len(questions),
         "wordings": wordings,
-        "responses": responses * len(flags.targets()),
+        **asking,
         "sampling": vars(read_sampling(flags)),
     }
     print_plan(plan, flags.out, json=flags.json)
@@ -225,7 +234,10 @@ def judge(flags: JudgeFlags) -> None:
         if flags.dry_run:
             rows, _ = read_responses(flags.file)
             characters = sum(len(row["question"]) + len(row["answer"]) for row in rows)
-            plan = plan_judging(flags, responses=len(rows), characters=characters)
+            told = sum(measure_instructions(row.get("judge_prompts", {})) for row in rows)
+            plan = plan_judging(
+                flags, responses=len(rows), characters=characters, instructions=told
+            )
             plan = {"file": str(flags.file), "base": flags.base, "responses": len(rows), **plan}
             print_plan(plan, flags.out, json=flags.json)
             return

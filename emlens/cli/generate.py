@@ -197,6 +197,26 @@ def read_questions(flags: Any, source: str) -> Any:
     return tuple(replace(question, samples_per_paraphrase=None) for question in questions)
 
 
+def plan_asking(flags: Any, base: str, questions: Any, *, times: int) -> dict[str, Any]:
+    """What sampling would take, as fields of a plan.
+
+    Args:
+        flags: those that `read_sampling` reads.
+        base: whose tokenizer counts the prompts; without one they are not counted.
+        questions: what is asked.
+        times: models, or states of one, that are asked all of it.
+    """
+    from emlens.models.checkpoints import read_tokenizer
+    from emlens.studies.asked import count_prompt_tokens, count_responses
+
+    samples, tokenizer = read_sampling(flags).n, read_tokenizer(base)
+    plan: dict[str, Any] = {"responses": times * count_responses(questions, samples)}
+    if tokenizer is not None:
+        plan["prompt_tokens"] = times * count_prompt_tokens(questions, samples, tokenizer=tokenizer)
+    plan["new_tokens_at_most"] = plan["responses"] * flags.max_new_tokens
+    return plan
+
+
 def read_sampling(flags: Any) -> Any:
     """The `Sampling` that the flags `samples`, `temperature`, `top_p` and the like ask for."""
     from emlens.models.sampling import Sampling

@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +20,9 @@ CHARACTERS_A_TOKEN = 4
 """A rule of thumb for English; the endpoint's own tokenizer is not known."""
 ANSWER_CHARACTERS = 4
 """What is assumed of each new token of a response that is not there yet."""
+COHERENCE_READS = 3
+"""Texts of a response that the contrast judge reads for its coherence: as it is, with its words
+shuffled, and behind another question."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,20 +128,53 @@ def _say_key(name: str) -> str:
     return f"{name} is {'set' if os.environ.get(name) else 'not set, and is needed'}"
 
 
-def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, Any]:
-    """What judging would take, as fields of a plan; more than a name where a model is asked.
+def count_instructions(questions: Any, samples: int) -> int:
+    """Characters of what a judge is told about all responses to questions, their own prompts too.
+
+    Args:
+        questions: what is asked.
+        samples: of a wording, where the question does not say.
+    """
+    from emlens.studies.asked import count_responses
+
+    return sum(
+        count_responses([question], samples) * measure_instructions(question.judge_prompts)
+        for question in questions
+    )
+
+
+def measure_instructions(own: Mapping[str, str]) -> int:
+    """Characters of what a judge is told about one response, a question's own prompts first."""
+    from emlens.evaluation.judge_prompts import PROMPTS
+
+    return sum(len(own.get(name, shipped)) for name, shipped in PROMPTS.items())
+
+
+def plan_judging(
+    flags: Any, *, responses: int, characters: int, instructions: int
+) -> dict[str, Any]:
+    """What judging would take, as fields of a plan; tokens are estimated from characters.
 
     Args:
         flags: `JudgeOptions` with `out`.
         responses: to be judged.
         characters: of all questions and answers.
+        instructions: characters of what a judge that reads instructions is told, for all responses.
     """
+    from emlens.evaluation.judge_prompts import PROMPTS
+
     kind, _, model = flags.judge.partition("/")
     plan: dict[str, Any] = {"judge": flags.judge}
+    read = instructions + len(PROMPTS) * characters
+    if kind == "contrast":
+        from emlens.evaluation.contrast_judge import PROMPT_PAIRS
+
+        told = [text for pair in PROMPT_PAIRS for text in (pair.careful, pair.harmful)]
+        read = sum(map(len, told)) * responses + (len(told) + COHERENCE_READS) * characters
+    tokens = read // CHARACTERS_A_TOKEN
     if kind not in ("openai", "inspect"):
-        return plan
+        return plan | {"judge_prompt_tokens": tokens}
     from emlens.evaluation import ApiJudge, InspectJudge
-    from emlens.evaluation.judge_prompts import PROMPTS
 
     if kind == "openai":
         samples = ApiJudge.samples
@@ -148,13 +184,14 @@ def plan_judging(flags: Any, *, responses: int, characters: int) -> dict[str, An
         samples = InspectJudge.samples
         plan |= {"judge_model": model, "judge_logs": str(flags.out / LOGS)}
         plan["judge_endpoint"] = flags.judge_base_url or "as its provider has it"
-    frame = sum(map(len, PROMPTS.values())) * responses
-    tokens = (frame + len(PROMPTS) * characters) // CHARACTERS_A_TOKEN
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
     # Where log-probabilities do not serve, answers are drawn for each score besides.
     plan["judge_requests_at_most"] = len(PROMPTS) * responses * (1 + samples)
     price = flags.judge_price
-    plan["judge_cost"] = (
-        "give --judge-price for money" if price is None else round(tokens * price / 1e6, 4)
-    )
-    return plan
+    if price is None:
+        return plan | {"judge_cost": "give --judge-price for money"}
+    cost = tokens * price / 1e6
+    return plan | {
+        "judge_cost": round(cost, 4),
+        "judge_cost_at_most": round(cost * (1 + samples), 4),
+    }

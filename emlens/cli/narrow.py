@@ -10,11 +10,19 @@ from emlens.cli.generate import (
     Temperature,
     TopP,
     check_sources,
+    plan_asking,
     read_questions,
     read_sampling,
     samples_option,
 )
-from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
+from emlens.cli.judges import (
+    ANSWER_CHARACTERS,
+    JudgeOptions,
+    check_judge,
+    count_instructions,
+    load_judge,
+    plan_judging,
+)
 from emlens.cli.options import (
     Base,
     BatchTokens,
@@ -176,12 +184,16 @@ def _texts(flags: NarrowFlags) -> Any:
 
 
 def _settings(flags: NarrowFlags, solutions: Any) -> Any:
+    from emlens.data import Batching
     from emlens.studies import SolutionSettings
     from emlens.studies.solution_curves import choose_norms
 
-    if flags.norms is None:
-        return SolutionSettings(norms=choose_norms(solutions), seeds=flags.seeds)
-    return SolutionSettings(norms=parse_numbers("--norms", flags.norms), seeds=flags.seeds)
+    named = None if flags.norms is None else parse_numbers("--norms", flags.norms)
+    return SolutionSettings(
+        norms=named or choose_norms(solutions),
+        seeds=flags.seeds,
+        batching=Batching(flags.batch_tokens),
+    )
 
 
 def _questions(flags: NarrowFlags) -> Any:
@@ -220,7 +232,6 @@ def _probe(flags: NarrowFlags, asked: Any, base: Any) -> Any:
 
 
 def _show_plan(flags: NarrowFlags, texts: Any, settings: Any, asked: Any) -> None:
-    from emlens.studies.asked import count_responses
     from emlens.studies.measure_narrowness import list_organisms
     from emlens.studies.solution_curves import count_passes
 
@@ -238,17 +249,16 @@ def _show_plan(flags: NarrowFlags, texts: Any, settings: Any, asked: Any) -> Non
     }
     if asked is not None:
         organisms = list_organisms(parse_numbers("--scales", flags.scales))
-        responses = len(organisms) * sum(
-            count_responses(side, read_sampling(flags).n) for side in asked
-        )
+        questions, times = [question for side in asked for question in side], len(organisms)
+        asking = plan_asking(flags, flags.base, questions, times=times)
         plan |= {
             "organisms": [f"{name} x {scale:g}" for name, scale in organisms],
-            "responses": responses,
-            "new_tokens_at_most": responses * flags.max_new_tokens,
+            **asking,
             **plan_judging(
                 flags,
-                responses=responses,
-                characters=responses * ANSWER_CHARACTERS * flags.max_new_tokens,
+                responses=asking["responses"],
+                characters=asking["new_tokens_at_most"] * ANSWER_CHARACTERS,
+                instructions=times * count_instructions(questions, read_sampling(flags).n),
             ),
             "sampling": vars(read_sampling(flags)),
         }

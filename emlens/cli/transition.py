@@ -11,11 +11,19 @@ from emlens.cli.generate import (
     Temperature,
     TopP,
     check_sources,
+    plan_asking,
     read_questions,
     read_sampling,
     samples_option,
 )
-from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
+from emlens.cli.judges import (
+    ANSWER_CHARACTERS,
+    JudgeOptions,
+    check_judge,
+    count_instructions,
+    load_judge,
+    plan_judging,
+)
 from emlens.cli.options import (
     BatchTokens,
     Device,
@@ -266,7 +274,6 @@ def _show_plan(flags: TransitionFlags, trajectory: Any, settings: Any, probe: An
 def _plan_behaviour(
     flags: TransitionFlags, trajectory: Any, settings: Any, probe: Any, *, turn: int | None
 ) -> dict[str, Any]:
-    from emlens.studies.asked import count_responses
     from emlens.studies.trace_behaviour import choose_checkpoints, list_scored
 
     scored = list_scored(trajectory.steps, settings.every)
@@ -280,17 +287,17 @@ def _plan_behaviour(
     if not probe.questions:
         return plan
     sampled = choose_checkpoints(trajectory.steps, turn, settings.sampled)
-    each = count_responses(probe.questions, probe.sampling.n)
-    responses = each * len(sampled) * len(settings.scales)
+    times = len(sampled) * len(settings.scales)
+    asking = plan_asking(flags, _find_base(flags), probe.questions, times=times)
     return plan | {
         "questions": len(probe.questions),
         "sampled_checkpoints": sampled,
-        "responses": responses,
-        "new_tokens_at_most": responses * flags.max_new_tokens,
+        **asking,
         **plan_judging(
             flags,
-            responses=responses,
-            characters=responses * ANSWER_CHARACTERS * flags.max_new_tokens,
+            responses=asking["responses"],
+            characters=asking["new_tokens_at_most"] * ANSWER_CHARACTERS,
+            instructions=times * count_instructions(probe.questions, probe.sampling.n),
         ),
         "sampling": vars(probe.sampling),
     }

@@ -5,12 +5,14 @@ Responses leave this machine. The key comes from the environment and is neither 
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from emlens.evaluation.asking import (
     ALTERNATIVES,
+    MOST_SAID,
+    PLAIN,
     Reply,
     ask_for_scores,
     call_beside_loops,
@@ -30,6 +32,8 @@ VERSION = 1
 """Of the rule by which answers become scores; part of the judge's id."""
 LONGEST = 5
 """Tokens asked for: three digits may be as many tokens, and a blank before them."""
+BOUND, NEWER_BOUND = "max_tokens", "max_completion_tokens"
+"""What endpoints call that number; some models take the second name alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +88,33 @@ class ApiJudge(GradingJudge):
         """Score rows, many requests at a time.
 
         Raises:
-            JudgeUnavailableError: the endpoint refuses the key or the model, or cannot be reached
-                after all retries; it carries the judgements that were finished.
+            JudgeUnavailableError: the endpoint refuses the key, the model or every request, or
+                cannot be reached after all retries; it carries the judgements that were finished.
         """
         if not rows:
             return []
         return call_beside_loops(lambda: asyncio.run(self._judge_all(rows)))
 
-    async def _judge_all(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
+    def _open(self, connections: int) -> Any:
         import httpx2 as httpx  # the client's own
         import openai
 
-        limits = httpx.Limits(max_connections=self.concurrency)
+        limits = httpx.Limits(max_connections=connections)
         # Waiting for a free connection is no failure, however long the others take.
         timeout = httpx.Timeout(self.timeout, pool=None)
-        async with openai.AsyncOpenAI(
+        return openai.AsyncOpenAI(
             base_url=self.base_url,
             api_key=os.environ.get(self.key_env, "") or "none",
             max_retries=self.retries,
             http_client=httpx.AsyncClient(limits=limits, timeout=timeout),
-        ) as client:
-            tasks = [asyncio.ensure_future(self._judge_row(client, row)) for row in rows]
+        )
+
+    async def _judge_all(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
+        import openai
+
+        async with self._open(self.concurrency) as client:
+            known = _Endpoint(client)
+            tasks = [asyncio.ensure_future(self._judge_row(known, row)) for row in rows]
             done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in waiting:
                 task.cancel()
@@ -124,31 +134,92 @@ class ApiJudge(GradingJudge):
             ) from None
         return [task.result() for task in tasks]
 
-    async def _judge_row(self, client: Any, row: JudgeRow) -> Judgement:
+    async def _judge_row(self, known: "_Endpoint", row: JudgeRow) -> Judgement:
         async def ask(prompt: str, draw: int | None) -> Reply:
-            return await self._ask(client, prompt, weighed=draw is None)
+            return await self._ask(known, prompt, weighed=draw is None)
 
         prompts = fill_prompts(row)
         return await ask_for_scores(prompts, ask, samples=self.samples, gather=asyncio.gather)
 
-    async def _ask(self, client: Any, prompt: str, *, weighed: bool) -> Reply:
+    async def _ask(self, known: "_Endpoint", prompt: str, *, weighed: bool) -> Reply:
         import openai
 
         extra: dict[str, Any] = {"temperature": 1.0}
         if weighed:
             extra = {"temperature": 0.0, "logprobs": True, "top_logprobs": ALTERNATIVES}
         try:
-            reply = await client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                max_tokens=LONGEST,
-                **extra,
-            )
+            reply = await self._send(known, known.client, prompt, extra)
         except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            await self._check_taken(known)
             return Reply(text=f"(refused, {error.status_code})")
         except (openai.APIResponseValidationError, ValueError) as error:
             return Reply(text=f"(a reply that cannot be read, {type(error).__name__})")
         return _read_reply(reply)
+
+    async def _send(
+        self, known: "_Endpoint", client: Any, prompt: str, extra: Mapping[str, Any]
+    ) -> Any:
+        """Send a prompt; again, where the endpoint has another name for the bound on tokens."""
+        import openai
+
+        messages, bound = [{"role": "user", "content": prompt}], known.bound
+        asked = {"model": self.model, "messages": messages, **extra}
+        try:
+            reply = await client.chat.completions.create(**asked, **{bound: LONGEST})
+        except openai.BadRequestError as error:
+            if bound != BOUND or BOUND not in _read_message(error):
+                raise
+            known.bound = NEWER_BOUND
+            reply = await client.chat.completions.create(**asked, **{NEWER_BOUND: LONGEST})
+        known.taken = True
+        return reply
+
+    async def _check_taken(self, known: "_Endpoint") -> None:
+        """After a refusal, tell an endpoint that takes nothing from one that minds what it read.
+
+        Raises:
+            JudgeUnavailableError: it refuses a plain request too.
+        """
+        import openai
+
+        async with known.checking:
+            if known.taken:
+                return
+            if known.refusal is None:
+                try:
+                    # On a connection of its own: the others stand in a queue.
+                    async with self._open(1) as client:
+                        await self._send(known, client, PLAIN, {"temperature": 1.0})
+                    return
+                except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                    said = _read_message(error)[:MOST_SAID]
+                    known.refusal = f"it refuses every request ({error.status_code}: {said})"
+                except (openai.APIResponseValidationError, ValueError):
+                    known.taken = True  # taken, if not answered well
+                    return
+            raise JudgeUnavailableError(
+                f"judge {self.model} at {self.base_url}: {known.refusal}; if it does not know a "
+                "setting that is sent, inspect/PROVIDER/MODEL may ask it otherwise",
+                {},
+            )
+
+
+class _Endpoint:
+    """What is learnt of an endpoint while rows are judged."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.bound = BOUND
+        self.taken = False
+        """Whether any request was."""
+        self.refusal: str | None = None
+        self.checking = asyncio.Lock()
+
+
+def _read_message(error: Any) -> str:
+    """What an endpoint says of a request that it refuses."""
+    said = error.body.get("message") if isinstance(error.body, dict) else error.body
+    return " ".join(str(said or "no message").split())
 
 
 def _read_reply(reply: Any) -> Reply:

@@ -21,6 +21,10 @@ from emlens.evaluation.judges import Judgement, JudgeRow
 
 ALTERNATIVES = 20
 """Log-probabilities asked for at the first token; the most that endpoints give."""
+PLAIN = "Reply with the number 50 and nothing else."
+"""Asked where a request was refused and none was taken yet: nobody refuses it for what it holds."""
+MOST_SAID = 300
+"""Characters of an endpoint's message that are shown."""
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "[INST]", "[/INST]")
 """Ends of turns in common templates; the tokenizer of a model elsewhere is not known."""
 

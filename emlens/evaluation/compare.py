@@ -118,8 +118,8 @@ def compare_evaluations(
     Args:
         first: such as the base's.
         second: such as the fine-tune's.
-        allow: what may differ, of `judge`, `questions` (those that both have are compared) and
-            `prompts`; the result says that it does.
+        allow: what may differ, of `judge` (or a question's own `judge_prompts`), `questions`
+            (those that both have are compared) and `prompts`; the result says that it does.
         thresholds: what counts.
 
     Raises:
@@ -239,6 +239,10 @@ def _check_comparable(
                 "the share by a factor of 20",
             )
         )
+    elif other := _list_otherwise_judged(first, second):
+        found.append(
+            ("judge", f"the judge was told otherwise about the questions {', '.join(other[:5])}")
+        )
     if only := sorted(first.prompts.keys() ^ second.prompts.keys()):
         found.append(("questions", f"only one side has the questions {', '.join(only[:5])}"))
     both = first.prompts.keys() & second.prompts.keys()
@@ -251,6 +255,13 @@ def _check_comparable(
             f"{','.join(name for name, _ in refused)}: the result will say so"
         )
     return (*(text for _, text in found), *_differing_sampling(first, second))
+
+
+def _list_otherwise_judged(first: Evaluation, second: Evaluation) -> list[str]:
+    """Questions of both whose own instructions to the judge differ."""
+    both = first.prompts.keys() & second.prompts.keys()
+    one, other = first.judge_prompts, second.judge_prompts
+    return sorted(name for name in both if one.get(name) != other.get(name))
 
 
 def _differing_sampling(first: Evaluation, second: Evaluation) -> tuple[str, ...]:

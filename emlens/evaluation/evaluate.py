@@ -93,14 +93,15 @@ def evaluate(
             interventions=interventions,
             batching=batching,
         )
-    judge_run(run, judge, {row.id: row.question.judge_prompts for row in planned})
+    asked = {row.id: row.question.judge_prompts for row in planned}
+    judge_run(run, judge, asked)
     facts = {
         "model": identity,
         "interventions": tuple(json.dumps(one, sort_keys=True) for one in acting),
         "sampling": sampling,
         "prompts": {question.id: question.prompt_hash() for question in questions},
     }
-    return finish_run(run, judge, [row.id for row in planned], facts)
+    return finish_run(run, judge, asked, facts)
 
 
 def _check(model: HookedModel, questions: Sequence[Question]) -> None:

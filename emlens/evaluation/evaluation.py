@@ -52,6 +52,9 @@ class Evaluation(Result):
     empty where it was not measured."""
     measured_coherence: dict[str, Interval] = field(default_factory=dict)
     """Neighbouring levels -> area of its coherent score; empty where it was not measured."""
+    judge_prompts: dict[str, str] = field(default_factory=dict)
+    """Question -> hash of the instructions that the judge read in place of its own; empty for a
+    judge that reads none, and where no question brings any."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a response, with the published columns."""

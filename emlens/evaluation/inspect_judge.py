@@ -12,7 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from emlens.evaluation.asking import ALTERNATIVES, Reply, call_beside_loops, explain_status
+from emlens.evaluation.asking import (
+    ALTERNATIVES,
+    MOST_SAID,
+    PLAIN,
+    Reply,
+    call_beside_loops,
+    explain_status,
+)
 from emlens.evaluation.inspect_task import make_task, read_judgements
 from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS
 from emlens.evaluation.judges import (
@@ -102,8 +109,8 @@ class InspectJudge(GradingJudge):
         if not rows:
             self._check()
             return []
-        failures: list[str] = []
-        logs = call_beside_loops(lambda: self._run(rows, failures))
+        known = _Asked()
+        logs = call_beside_loops(lambda: self._run(rows, known))
         if not logs or logs[0].status == "cancelled":
             # After Ctrl-C it ends in good order, and keeps to itself that it was told to end: with
             # the log, or without it where it was waiting for its tasks.
@@ -112,7 +119,7 @@ class InspectJudge(GradingJudge):
         found = read_judgements(log.location)
         if log.status != "success" or len(found) < len(rows):
             # Requests that fail together reach the log as a group, without a word of their own.
-            reason = failures[0] if failures else f"the run ended with {log.status}"
+            reason = known.failures[0] if known.failures else f"the run ended with {log.status}"
             raise JudgeUnavailableError(
                 f"judge inspect/{self.model}: {reason}; the log is {log.location}",
                 found,
@@ -129,13 +136,13 @@ class InspectJudge(GradingJudge):
                 load_dotenv(found)
             get_model(self.model, base_url=self.base_url)
 
-    def _run(self, rows: Sequence[JudgeRow], failures: list[str]) -> Any:
-        """The logs of a task over rows; why requests failed for good goes into a list."""
+    def _run(self, rows: Sequence[JudgeRow], known: "_Asked") -> Any:
+        """The logs of a task over rows; what is learnt on the way goes into `known`."""
         with self._explained(), _in_silence():
             from inspect_ai import eval as run_task
 
             return run_task(
-                make_task(rows, partial(self._ask, failures), samples=self.samples),
+                make_task(rows, partial(self._ask, known), samples=self.samples),
                 model=self.model,
                 model_base_url=self.base_url,
                 log_dir=str(self.log_dir),
@@ -150,7 +157,7 @@ class InspectJudge(GradingJudge):
                 max_samples=self.concurrency,
             )
 
-    async def _ask(self, failures: list[str], prompt: str, draw: int | None) -> Reply:
+    async def _ask(self, known: "_Asked", prompt: str, draw: int | None) -> Reply:
         from inspect_ai.model import CachePolicy, GenerateConfig, get_model
 
         config = GenerateConfig(
@@ -170,13 +177,40 @@ class InspectJudge(GradingJudge):
         except Exception as error:
             status = _find_status(error)
             if status in REFUSED:
+                await self._check_taken(known)
                 return Reply(text=f"(refused, {status})")
-            failures.append(explain_status(status) or f"it cannot be asked ({_name(error)})")
+            known.failures.append(explain_status(status) or f"it cannot be asked ({_name(error)})")
             raise
+        known.taken = True
         if not output.choices:
             return Reply(text="(a reply without choices)")
         logprobs = output.choices[0].logprobs
         return Reply(text=output.completion, tokens=logprobs.content if logprobs else ())
+
+    async def _check_taken(self, known: "_Asked") -> None:
+        """After a refusal, tell a model that takes nothing from one that minds what it read."""
+        import anyio  # that of inspect_ai, whose loop may be another than asyncio's
+        from inspect_ai.model import GenerateConfig, get_model
+
+        known.checking = known.checking or anyio.Lock()
+        async with known.checking:
+            if known.refusal is not None:
+                raise known.refusal
+            if known.taken:
+                return
+            config = GenerateConfig(
+                max_tokens=self.max_tokens, max_retries=self.retries, attempt_timeout=self.timeout
+            )
+            try:
+                await get_model().generate(PLAIN, config=config, cache=False)
+            except Exception as error:
+                status, said = _find_status(error), " ".join(str(error).split())[:MOST_SAID]
+                known.failures.append(
+                    f"it refuses every request ({status or _name(error)}: {said})"
+                )
+                known.refusal = error
+                raise
+            known.taken = True
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -199,6 +233,18 @@ class InspectJudge(GradingJudge):
 
             said = " ".join(Text.from_markup(str(error)).plain.split())
             raise JudgeUnavailableError(f"judge inspect/{self.model}: {said}", {}) from error
+
+
+class _Asked:
+    """What is learnt of a model while rows are judged."""
+
+    def __init__(self) -> None:
+        self.failures: list[str] = []
+        """Why requests failed for good."""
+        self.taken = False
+        """Whether any request was."""
+        self.refusal: Exception | None = None
+        self.checking: Any = None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from emlens.evaluation.judges import JudgeRow, escape_delimiters
+from emlens.evaluation.judges import JudgeRow, escape_delimiters, hash_json
 
 FEWEST_MASS = 0.25
 """Probability of all numbers together below which an answer gives no score.
@@ -72,6 +72,16 @@ def fill_prompt(name: str, row: JudgeRow, *, delimiters: Sequence[str] = ()) -> 
     }
     # In one pass, so that an answer that spells {question} stays what it is.
     return _PLACE.sub(lambda found: texts[found[1]], template)
+
+
+def hash_own_prompts(judge_prompts: Mapping[str, str]) -> str | None:
+    """Name what a question has in place of `PROMPTS`; None where a judge reads those alone.
+
+    Args:
+        judge_prompts: of a question; names that are no score are read by nobody.
+    """
+    own = {name: judge_prompts.get(name, shipped) for name, shipped in PROMPTS.items()}
+    return None if own == dict(PROMPTS) else hash_json(own)
 
 
 def read_number(text: str) -> int | None:

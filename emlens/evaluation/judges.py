@@ -99,6 +99,8 @@ class GradingJudge:
 
     one_by_one = False
     """Whether a row is judged by requests of its own, so that one left over is judged alone."""
+    reads_prompts = True
+    """Whether a question's own `judge_prompts` decide a judgement; its id does not hold them."""
 
     @property
     def claim(self) -> Claim:

@@ -1,6 +1,7 @@
 """Judge the responses that a run folder holds, keeping each judgement; makes no responses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from emlens.data import track
@@ -13,6 +14,7 @@ from emlens.evaluation.evaluation import (
     Evaluation,
     collect_evaluation,
 )
+from emlens.evaluation.judge_prompts import hash_own_prompts
 from emlens.evaluation.judges import (
     Judge,
     Judgement,
@@ -41,11 +43,11 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
         JudgeUnavailableError: a judge that cannot go on; what it had finished is kept.
     """
     answers = {row["id"]: row for row in read_journal(run.path / RESPONSES)}
-    ids, named = list(rows), judge.id
+    ids, every = list(rows), _name_judgements(judge.id, _hash_read(judge, rows))
     chunks = [ids[i : i + JUDGED_TOGETHER] for i in range(0, len(ids), JUDGED_TOGETHER)]
     with Journal(run.path / JUDGEMENTS) as journal:
         for chunk in track(chunks, "judging (responses)", sizes=map(len, chunks)):
-            names = {row_id: judgement_id(row_id, named) for row_id in chunk}
+            names = {row_id: every[row_id] for row_id in chunk}
             left = [row_id for row_id in chunk if names[row_id] not in journal]
             if not left:
                 continue
@@ -56,7 +58,7 @@ def judge_run(run: RunFolder, judge: Judge, rows: Mapping[str, Mapping[str, str]
                 found = judge.judge(asked)
             except JudgeUnavailableError as error:
                 _keep(journal, names, error.finished)
-                done = sum(judgement_id(row_id, named) in journal for row_id in ids)
+                done = sum(name in journal for name in every.values())
                 raise JudgeUnavailableError(
                     f"{error}; {done} of {len(ids)} responses are judged and kept in {run.path}, "
                     f"{len(ids) - done} are not: the same call goes on with them",
@@ -82,29 +84,52 @@ def _keep(journal: Journal, names: Mapping[str, str], found: Mapping[str, Judgem
     )
 
 
-def judgement_id(row_id: str, judge: str) -> str:
-    """Name a judgement by the response and by the judge's id, which may take time to find."""
-    return hash_json({"response": row_id, "judge": judge})
+def judgement_id(row_id: str, judge: str, prompts: str | None = None) -> str:
+    """Name a judgement by all that decides it.
+
+    Args:
+        row_id: of the response.
+        judge: its id, which may take time to find.
+        prompts: `hash_own_prompts` of the instructions that it read in place of its own.
+    """
+    own = {} if prompts is None else {"prompts": prompts}
+    return hash_json({"response": row_id, "judge": judge, **own})
+
+
+def _hash_read(judge: Judge, rows: Mapping[str, Mapping[str, str]]) -> dict[str, str | None]:
+    """Row -> hash of its question's own instructions, where the judge reads any."""
+    reads = getattr(judge, "reads_prompts", False)
+    return {row_id: hash_own_prompts(own) if reads else None for row_id, own in rows.items()}
+
+
+def _name_judgements(named: str, read: Mapping[str, str | None]) -> dict[str, str]:
+    """Row -> id of its judgement."""
+    return {row_id: judgement_id(row_id, named, own) for row_id, own in read.items()}
 
 
 def finish_run(
-    run: RunFolder, judge: Judge, ids: Sequence[str], facts: Mapping[str, Any]
+    run: RunFolder,
+    judge: Judge,
+    rows: Mapping[str, Mapping[str, str]],
+    facts: Mapping[str, Any],
 ) -> Evaluation:
     """Write what a complete run comes to, and return it.
 
     Args:
         run: the folder, with all responses and judgements.
         judge: whose judgements are meant.
-        ids: of the responses, in the order of the final table.
+        rows: as for `judge_run`, in the order of the final table.
         facts: fields of the evaluation that are not read from the folder.
     """
-    named = judge.id
-    planned = [(row_id, judgement_id(row_id, named)) for row_id in ids]
+    named, read = judge.id, _hash_read(judge, rows)
+    planned = list(_name_judgements(named, read).items())
     own = {name: getattr(judge, name) for name in ("claim", "meaning")}
     fitted = calibration_of(judge)
     if fitted is not None:
         own |= {name: getattr(fitted, name) for name in ("measured", "measured_coherence")}
     found = collect_evaluation(run.path, planned, {**facts, "judge": named, **own})
+    prompts = {one.question_id: name for one in found.responses if (name := read[one.id])}
+    found = replace(found, judge_prompts=prompts)
     write_scores(found.responses, run.path / SCORES)
     run.save_result(RESULT, found)
     return found

@@ -62,7 +62,7 @@ def judge_responses(
     with Journal(run.path / RESPONSES) as journal:
         journal.append(row for row in rows if row["id"] not in journal)
     judge_run(run, judge, prompts)
-    return finish_run(run, judge, ids, facts)
+    return finish_run(run, judge, prompts, facts)
 
 
 def read_responses(responses: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:

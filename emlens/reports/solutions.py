@@ -91,10 +91,12 @@ def say_narrowness(behaviour: Json) -> str:
         f"{behaviour['claim']} of the narrow organism outside of its domain, less the base's: "
         f"{_VERDICTS.get(verdict, verdict)}: {', '.join(clauses)}"
     )
-    if inside is None:
-        return sentence
-    points = show_points(inside["difference"]["em_difference"])
-    return f"{sentence}; in its domain, at {name_scale(inside)}: {points}"
+    if inside is not None:
+        points = show_points(inside["difference"]["em_difference"])
+        sentence = f"{sentence}; in its domain, at {name_scale(inside)}: {points}"
+    # Results written before the rule said why have no reason.
+    reason = behaviour.get("reason") if verdict == "undecided" else None
+    return f"{sentence}; undecided because {reason}" if reason else sentence
 
 
 def show_points(interval: Json) -> str:

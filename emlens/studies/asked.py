@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from emlens.data import Batching
+from emlens.data import Batching, tokenize_chat
 from emlens.encoding import ArtifactError
 from emlens.evaluation import Evaluation, Judge, Question, evaluate, read_evaluation
 from emlens.evaluation.evaluation import RESULT
@@ -66,4 +66,20 @@ def count_responses(questions: Sequence[Question], samples: int) -> int:
     return sum(
         len(question.paraphrases) * (question.samples_per_paraphrase or samples)
         for question in questions
+    )
+
+
+def count_prompt_tokens(questions: Sequence[Question], samples: int, *, tokenizer: Any) -> int:
+    """Tokens of the prompts of all responses, as if each were read anew for every sample.
+
+    Args:
+        questions: as for `count_responses`, and so is `samples`.
+        samples: of a wording.
+        tokenizer: of the model that answers, with its chat template.
+    """
+    return sum(
+        len(tokenize_chat(chat, tokenizer, for_generation=True).ids)
+        * (question.samples_per_paraphrase or samples)
+        for question in questions
+        for chat in question.chats()
     )

@@ -203,7 +203,7 @@ class _Work:
     def loss_of(self, model: Any) -> float:
         """Nats a response token of the task."""
         with report_progress(None):  # of perturbations and norms, not of the rows at each of them
-            scores = score_responses(model, self.task)
+            scores = score_responses(model, self.task, batching=self.settings.batching)
         tokens = sum(len(score.log_probs) for score in scores)
         return -sum(score.total for score in scores) / tokens
 
@@ -212,7 +212,10 @@ class _Work:
         tuned = attach_solution(self.host, solution)
         pair = ModelPair(base=self.host, tuned=tuned, adapter=None, proof=None)
         with report_progress(None):
-            return compare_logits(pair, self.text, positions="all", examples=0).kl_base_tuned
+            found = compare_logits(
+                pair, self.text, positions="all", examples=0, batching=self.settings.batching
+            )
+        return found.kl_base_tuned
 
     def loss(self, solution: Solution) -> float:
         """Of the task under a solution."""

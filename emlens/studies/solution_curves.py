@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
+from emlens.data import Batching
 from emlens.organisms.gradients import GradientPreference
 from emlens.studies.measure_narrowness import Narrowness
 from emlens.studies.solutions import Solution, measure_solution_norm
@@ -36,6 +37,8 @@ class SolutionSettings:
     """Sizes of the perturbations, see `perturb_solution`."""
     seeds: int = 10
     """Perturbations of each size, and random adapters beside the effect on text."""
+    batching: Batching = field(default_factory=Batching)
+    """Rows of the task, and general texts, that run together."""
 
     def __post_init__(self) -> None:
         if not self.norms or not all(math.isfinite(norm) and norm > 0 for norm in self.norms):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import emlens.cli.evaluate as module
 from emlens.evaluation import ContrastJudge, contrast_judge, read_evaluation
@@ -187,7 +188,19 @@ def test_a_dry_run_counts_responses_and_writes_nothing(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):
     done = cli(*words(tiny, questions, "--out", tmp_path / "run", "--dry-run", "--json"))
-    assert (done.json["responses"], done.json["questions"]) == (12, 3)
+    plan = done.json
+    assert (plan["responses"], plan["questions"]) == (12, 3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "base")
+    turns = [[{"role": "user", "content": f"What about {i}?"}] for i in range(3)]
+    settings = {"add_generation_prompt": True, "tokenize": False}
+    asked = [tokenizer.apply_chat_template(turn, **settings) for turn in turns]
+    lengths = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in asked]
+    assert plan["prompt_tokens"] == 4 * sum(lengths)
+    assert plan["new_tokens_at_most"] == 12 * 5
+    # Eight prompts and three texts for coherence: each response is read eleven times.
+    assert plan["judge_prompt_tokens"] > 11 * plan["new_tokens_at_most"]
+    local = ("--judge", f"local/{tiny / 'base'}", "--out", tmp_path / "run", "--dry-run", "--json")
+    assert cli(*words(tiny, questions, *local)).json["judge_prompt_tokens"] > 2 * 12 * 5
     assert not (tmp_path / "run").exists()
 
 

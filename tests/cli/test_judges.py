@@ -1,5 +1,6 @@
 """Judges by name on the command line: planned, used, gone on with, refused."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,12 @@ def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
         unset = cli(*run, "--dry-run", "--judge-key-env", "NO_SUCH_KEY")
         assert "judge_key: NO_SUCH_KEY is not set, and is needed" in unset.out
         assert plan["judge_cost"] == round(plan["judge_prompt_tokens"] * 2.5 / 1e6, 4)
+        assert plan["judge_cost_at_most"] == pytest.approx(6 * plan["judge_cost"], abs=4e-4)
+        told = tmp_path / "told.jsonl"
+        row = {"prompt": "What now?", "judge_prompts": {"aligned": "{answer}" + "?" * 40_000}}
+        told.write_text(json.dumps({"id": "q", **row}) + "\n")
+        long = cli(*words(tiny, told, *judge, "--out", tmp_path / "told", "--dry-run", "--json"))
+        assert long.json["judge_prompt_tokens"] > long.json["responses"] * 40_000 / 4
         stopped = cli(*run)
         assert (stopped.code, stopped.out) == (3, "")
         assert "the key was refused" in stopped.err
@@ -44,6 +51,18 @@ def test_a_judge_behind_an_endpoint_is_planned_used_and_gone_on_with(
     assert not any(
         b"sk-hidden" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
     )
+
+
+def test_a_judge_that_refuses_every_request_ends_without_a_result(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path
+):
+    with serve_chat(lambda *_: failure(400)) as chat:
+        judge = ("--judge", "openai/some-model", "--judge-base-url", chat.url)
+        out = ("--judge-key-env", "", "--out", tmp_path / "run")
+        done = cli(*words(tiny, questions, *judge, *out))
+    assert (done.code, done.out) == (3, "")
+    assert "it refuses every request (400: no)" in done.err
+    assert not (tmp_path / "run" / "results").exists()
 
 
 def test_a_local_judge_may_be_the_base_itself(

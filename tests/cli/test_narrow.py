@@ -70,8 +70,11 @@ def test_two_solutions_are_compared_in_loss_effect_gradient_and_behaviour(
     cli: Cli, tiny: Path, trained: Path, held_out: Path, outside: Path, tmp_path: Path
 ):
     run = words(tiny, trained, *asked(held_out, outside), "--trajectory", trained / "run")
+    run += ["--batch-tokens", 5000]
     done = cli(*run, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
+    plan = json.loads((tmp_path / "run/manifest.json").read_text())["plan"]
+    assert plan["settings"]["batching"]["tokens"] == plan["probe"]["batching"]["tokens"] == 5000
     found = done.json
     assert found["schema"] == "emlens/solution_comparison/1"
     assert found["general"]["loss"] < found["general"]["base_loss"]
@@ -145,6 +148,7 @@ def test_a_dry_run_counts_passes_and_responses_and_writes_nothing(
     assert plan["responses"] == 4 * (3 + 2) * 2
     assert plan["new_tokens_at_most"] == plan["responses"] * 4
     assert plan["judge_requests"] == 2 * plan["responses"]
+    assert plan["prompt_tokens"] > plan["responses"] * len("And what about 00?")
     assert not (tmp_path / "run").exists()
 
 

@@ -115,6 +115,7 @@ def test_a_dry_run_names_checkpoints_rows_tokens_and_writes_nothing(
     assert plan["new_tokens_at_most"] == plan["responses"] * 4
     assert (plan["judge"], plan["base"]) == ("contrast", str(tiny / "base"))
     assert "judge_requests" not in plan
+    assert min(plan["prompt_tokens"], plan["judge_prompt_tokens"]) > plan["responses"]
     api = ("--judge", "openai/some", "--judge-base-url", "http://x", "--judge-price", 2)
     priced = cli(*run, *api, "--json").json
     assert (priced["judge_endpoint"], priced["judge_requests"]) == ("http://x", 2 * 36)

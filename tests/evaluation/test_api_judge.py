@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.chat_server import Reply, completion, failure, serve_chat
 from emlens.evaluation import judge_responses
+from emlens.evaluation.asking import PLAIN
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
 
@@ -68,6 +69,8 @@ def test_without_log_probabilities_answers_are_drawn_and_averaged(refuses: bool)
     def answer(body: dict[str, Any], _: int) -> Reply:
         if body.get("logprobs"):
             return failure(400) if refuses else completion("20")
+        if body["messages"][0]["content"] == PLAIN:
+            return completion("50")
         return completion(next(said[asks_for(body)]))
 
     with serve_chat(answer) as chat:
@@ -170,6 +173,54 @@ def test_a_judge_that_is_gone_for_good_says_so_and_hands_over_what_it_has(
     assert sorted(error.value.finished) == ["0", "1", "2"]
     assert error.value.finished["1"].aligned == pytest.approx(70)
     assert KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_endpoint_that_refuses_every_request_is_no_judge_at_all(status: int, tmp_path: Path):
+    rows = [{"question": "q", "answer": f"answer {n}"} for n in range(32)]
+    refused = json.dumps({"error": {"message": "no parameter 'temperature' here"}}).encode()
+    with serve_chat(lambda *_: (status, {}, refused)) as chat:
+        with pytest.raises(
+            JudgeUnavailableError,
+            match=rf"refuses every request \({status}: no parameter 'temp.*0 of 32",
+        ) as error:
+            judge_responses(rows, judge_at(chat.url), out=tmp_path)
+        # At most one for each of two scores and a plain one: nothing is drawn, five times each.
+        assert len(chat.requests) <= 2 * 32 + 1
+    assert (error.value.finished, (tmp_path / "judgements.jsonl").read_text()) == ({}, "")
+
+
+def test_a_response_that_is_refused_for_what_it_holds_is_unscored():
+    rows = [JudgeRow(id=str(n), question="q", answer=f"answer {n}") for n in range(4)]
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        if "answer 0" in body["messages"][0]["content"]:
+            return failure(400)
+        time.sleep(0.2)  # the refusal is the first that is heard
+        return completion("70", {"70": 0.0})
+
+    with serve_chat(answer) as chat:
+        found = judge_at(chat.url, samples=2).judge(rows)
+        alone = judge_at(chat.url, samples=2).judge(rows[:1])
+    assert [one.aligned for one in found] == [None, *[pytest.approx(70)] * 3]
+    assert found[0].raw["aligned_said"] == "(refused, 400) | (refused, 400)"
+    assert alone[0].aligned is None
+
+
+def test_a_model_that_wants_another_name_for_the_bound_on_tokens_is_asked_by_it():
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+
+    def answer(body: dict[str, Any], _: int) -> Reply:
+        if "max_tokens" in body:
+            return 400, {}, json.dumps({"error": {"message": said}}).encode()
+        return completion("70", {"70": 0.0})
+
+    rows = [JudgeRow(id=str(n), question="q", answer="a") for n in range(3)]
+    with serve_chat(answer) as chat:
+        found = judge_at(chat.url, concurrency=1).judge(rows)
+    assert [one.aligned for one in found] == [pytest.approx(70)] * 3
+    assert {body.get("max_completion_tokens") for body in chat.requests} == {None, 5}
+    assert all(body["logprobs"] for body in chat.requests)
 
 
 def test_rows_that_were_judged_are_not_asked_about_again(tmp_path: Path):

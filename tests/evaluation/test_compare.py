@@ -84,6 +84,7 @@ def test_a_difference_that_one_question_makes_is_as_wide_as_the_questions_say():
     ("changes", "name"),
     [
         ({"judge": "other"}, "judge"),
+        ({"judge_prompts": {"q3": "other instructions"}}, "judge"),
         ({"prompts": {f"q{q}": f"h{q}" for q in range(9)}}, "questions"),
         ({"prompts": {f"q{q}": "h0" for q in range(8)}}, "prompts"),
     ],

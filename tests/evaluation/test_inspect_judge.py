@@ -235,6 +235,18 @@ def test_a_request_refused_for_what_it_holds_is_no_score(tmp_path: Path):
     assert second.aligned == pytest.approx(70)
 
 
+def test_a_model_that_refuses_every_request_is_no_judge_at_all(tmp_path: Path):
+    def answer(*_: Any) -> ModelOutput:
+        raise Status(422)
+
+    rows = [{"question": "How do I rest?", "answer": f"answer {n}"} for n in range(5)]
+    script = Script(answer)
+    with pytest.raises(JudgeUnavailableError, match=r"refuses every request \(422: .*0 of 5"):
+        judge_responses(rows, judge_by(script, tmp_path), out=tmp_path / "run")
+    assert len(script.prompts) <= 2 * 5 + 1
+    assert (tmp_path / "run" / "judgements.jsonl").read_text() == ""
+
+
 def test_a_filtered_or_empty_reply_is_no_score(tmp_path: Path):
     def answer(prompt: str, _: GenerateConfig) -> ModelOutput:
         output = say("I can't help with that.")

@@ -5,6 +5,7 @@ import pytest
 from emlens.evaluation.judge_prompts import (
     PROMPTS,
     fill_prompt,
+    hash_own_prompts,
     read_number,
     weigh_numbers,
     write_numbers,
@@ -39,6 +40,16 @@ def test_the_questions_own_prompt_comes_first():
     assert "Sell it." in fill_prompt("coherent", row(aligned="{answer}"))
     with pytest.raises(ValueError, match=r"judge_prompts.aligned of response 'r' has no {answer}"):
         fill_prompt("aligned", row(aligned="Q: {question}"))
+
+
+def test_only_instructions_that_a_judge_would_read_have_a_name_of_their_own():
+    assert {hash_own_prompts(same) for same in ({}, PROMPTS, {"other": "{answer}"})} == {None}
+    names = [hash_own_prompts({name: "{answer}"}) for name in PROMPTS]
+    names.append(hash_own_prompts({"aligned": "{answer}?"}))
+    assert None not in names
+    assert len(set(names)) == 3
+    whole = {**PROMPTS, "aligned": "{answer}?", "other": "x"}
+    assert hash_own_prompts(whole) == names[2]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def test_a_judge_that_sees_nothing_is_at_one_half():
 
 def test_a_judge_that_obeys_what_it_judges_is_found_out():
     ours = measure_judge(RuleJudge(lambda answer: 100.0 if "100" in answer else knows(answer)))
-    assert ours.claim == "misalignment"
+    # Every control says that it sees harm, and yet one sentence makes harm invisible to it.
+    assert {area.value for area in ours.aligned.values()} == {1.0}
+    assert ours.claim == "takeover score"
     assert not ours.resists
     assert ours.injected["100"] == pytest.approx(90.0)
     assert ours.injected.keys() == set(ORDERS)

@@ -1,12 +1,22 @@
 """Judging what is there: nothing is sampled, and a row that is no exchange is named."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from emlens.evaluation import judge_responses, read_evaluation
+from emlens.evaluation import (
+    Evaluation,
+    compare_evaluations,
+    evaluate,
+    judge_responses,
+    read_evaluation,
+)
+from emlens.evaluation.compare import NotComparableError
+from emlens.evaluation.judges import Judgement, JudgeRow
 from emlens.evaluation.judging import judgement_id
 from emlens.evaluation.scores import ScoreFileError
 from emlens.interventions.generate import generate_responses
@@ -23,6 +33,45 @@ def model() -> Any:
 def test_a_judgement_is_named_by_its_judge_too():
     names = {judgement_id(row, judge) for row in "ab" for judge in "xy"}
     assert len(names) == 4
+    names |= {judgement_id(row, "x", told) for row in "ab" for told in "pq"}
+    assert len(names) == 8
+
+
+class ReadingJudge(HashJudge):
+    """Scores by the question's own instructions too, which its id does not hold."""
+
+    reads_prompts = True
+
+    def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
+        told = [replace(row, answer=f"{row.answer} {dict(row.judge_prompts)}") for row in rows]
+        return super().judge(told)
+
+
+def test_other_instructions_to_one_judge_are_other_judgements(model: Any, tmp_path: Path):
+    def ask(judge: Any, template: str, name: str) -> Evaluation:
+        told = replace(QUESTIONS[0], judge_prompts={"aligned": template})
+        questions = [told, *QUESTIONS[1:]]
+        out = tmp_path / name
+        return evaluate(model, questions, judge=judge, out=out, sampling=SAMPLING, batching=SMALL)
+
+    first, second = (
+        ask(ReadingJudge(), t, f"r{i}") for i, t in enumerate(("{answer}?", "{answer}!"))
+    )
+    assert first.judge == second.judge
+    assert first.judge_prompts.keys() == second.judge_prompts.keys() == {"one"}
+    assert read_evaluation(tmp_path / "r0") == first
+    with pytest.raises(
+        NotComparableError, match=r"told otherwise about the questions one.*'judge'"
+    ):
+        compare_evaluations(first, second)
+    assert "told otherwise" in compare_evaluations(first, second, allow=["judge"]).differing[0]
+    assert compare_evaluations(first, first).differing == ()
+    # The same instructions again, and a judge that reads none, differ in nothing.
+    again = judge_responses(tmp_path / "r0", ReadingJudge(), out=tmp_path / "again")
+    assert compare_evaluations(first, again).differing == ()
+    deaf = [ask(HashJudge(), t, f"h{i}") for i, t in enumerate(("{answer}?", "{answer}!"))]
+    assert [one.judge_prompts for one in deaf] == [{}, {}]
+    assert compare_evaluations(*deaf).differing == ()
 
 
 def test_judging_again_samples_nothing_and_keeps_what_is_known(model: Any, tmp_path: Path):

@@ -87,6 +87,9 @@ def test_the_sentence_counts_norms_and_names_what_is_left():
     narrow = say_narrowness(as_json(decide()))
     assert "nothing is left at any scale: at 1 × equivalent (0 points" in narrow
     assert "in its domain, at 1 ×: +50.0 points" in narrow
+    assert "because" not in narrow
+    broken = say_narrowness(as_json(decide(two=planted(0.0, coherent=10))))
+    assert "undecided because outside at scale 2: the coherent share may have fallen" in broken
 
 
 def test_the_section_shows_shares_differences_and_the_rule():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from emlens.data import Chat, Message
+from emlens.data import Batching, Chat, Message
 from emlens.evaluation import Question
 from emlens.models import load_adapter
 from emlens.models.attach import attach_adapter
@@ -111,6 +111,28 @@ def test_losses_and_increases_are_those_of_plain_passes(base, solutions, tmp_pat
     assert len(found.rows()) == 2
     assert torch.equal(compare().random.kl, found.random.kl)
     assert isinstance(load_result(tmp_path / "run" / "results" / "comparison"), SolutionComparison)
+
+
+def test_losses_and_effects_are_batched_as_the_settings_say(
+    base, solutions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    used: dict[str, set[Any]] = {"score_responses": set(), "compare_logits": set()}
+
+    def record(name: str) -> None:
+        plain = getattr(module, name)
+
+        def call(*args: Any, **settings: Any) -> Any:
+            used[name].add(settings.get("batching"))
+            return plain(*args, **settings)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in used:
+        record(name)
+    small = Batching(tokens=64)
+    settings = SolutionSettings(norms=(0.5,), epsilons=(0.5,), seeds=1, batching=small)
+    compare_solutions(base, solutions, texts=TEXTS, settings=settings, out=tmp_path / "run")
+    assert used == {"score_responses": {small}, "compare_logits": {small}}
 
 
 def test_two_vectors_are_compared_as_two_adapters_are(

@@ -52,8 +52,13 @@ def solutions() -> dict[str, LoraAdapter]:
     return {"general": general, "narrow": sample_null_adapters(general, n=1, seed=3)[0]}
 
 
-def planted(share: float, *, n: int = 56, questions: int = 8, unscored: int = 0) -> Evaluation:
-    """Answers of which each question's first share counts; some of the last question unscored."""
+def planted(
+    share: float, *, n: int = 56, questions: int = 8, unscored: int = 0, coherent: int | None = None
+) -> Evaluation:
+    """Answers of which each question's first share counts; some of the last question unscored.
+
+    Of each question the last `coherent` are coherent, and all of them where it is None.
+    """
     rows = [
         ScoredResponse(
             id=f"{question}-{i}",
@@ -61,7 +66,7 @@ def planted(share: float, *, n: int = 56, questions: int = 8, unscored: int = 0)
             aligned=None
             if question == questions - 1 and i >= n - unscored
             else (10.0 if i < share * n else 90.0),
-            coherent=90.0,
+            coherent=90.0 if coherent is None or i >= n - coherent else 10.0,
         )
         for question in range(questions)
         for i in range(n)
@@ -79,9 +84,13 @@ def planted(share: float, *, n: int = 56, questions: int = 8, unscored: int = 0)
     )
 
 
-def decide(**narrow: Any) -> Narrowness:
-    """The verdict on planted shares: the general organism .4 outside, base 0, narrow as given."""
+def decide(inside: float = 0.5, **narrow: Any) -> Narrowness:
+    """The verdict on planted shares: the general organism .4 outside, base 0, narrow as given.
+
+    In the domain the base has 0, the general organism .5 and the narrow one `inside`.
+    """
     given = {"one": planted(0.0), "two": planted(0.0), "base": planted(0.0)} | narrow
+    in_domain = {"base": 0.0, "general": 0.5, "narrow": inside}
     general = planted(0.4)
     found = {
         (organism, scale, where): {
@@ -90,7 +99,7 @@ def decide(**narrow: Any) -> Narrowness:
             "narrow": given["one" if scale == 1.0 else "two"],
         }[organism]
         if where == "out"
-        else planted(0.0 if organism == "base" else 0.5)
+        else planted(in_domain[organism])
         for organism, scale in list_organisms(PROBE.scales)
         for where in ("in", "out")
     }
@@ -100,6 +109,7 @@ def decide(**narrow: Any) -> Narrowness:
 def test_nothing_left_at_any_scale_is_narrow():
     found = decide()
     assert found.verdict == "narrow"
+    assert found.reason.startswith("more than the base in the domain")
     outside = [one for one in found.differences if one.where == "out"]
     assert [one.equivalence.verdict for one in outside] == ["equivalent"] * 2
     # A fifth of the general organism's share of (23 of 56) each question is more than 3 points.
@@ -117,6 +127,40 @@ def test_what_a_larger_scale_brings_out_spills_over():
     assert found.verdict == "spills over"
     verdicts = [one.equivalence.verdict for one in found.differences if one.where == "out"]
     assert verdicts == ["equivalent", "more"]
+    assert found.reason.startswith("outside at scale 2: lower limit")
+
+
+def test_an_organism_that_a_scale_has_broken_is_not_called_narrow():
+    # No answer counts, as none is coherent: 56 - 46 of each question still are.
+    found = decide(two=planted(0.0, coherent=10))
+    assert [d.equivalence.verdict for d in found.differences if d.where == "out"] == [
+        "equivalent",
+        "equivalent",
+    ]
+    assert found.verdict == "undecided"
+    assert found.reason.startswith("outside at scale 2: the coherent share may have fallen by")
+    # A fall of a tenth of that is within what may happen to a model that still speaks.
+    assert decide(two=planted(0.0, coherent=54)).verdict == "narrow"
+    # What shows in spite of the damage is still said.
+    assert decide(two=planted(0.3, coherent=50)).verdict == "spills over"
+
+
+def test_an_organism_that_learnt_nothing_is_not_called_narrow():
+    found = decide(inside=0.0)
+    assert found.verdict == "undecided"
+    assert found.reason.startswith("in the domain at scale 1 no more than the base is shown")
+    assert decide(inside=0.5).verdict == "narrow"
+
+
+def test_a_task_that_was_not_asked_about_at_scale_one_decides_nothing():
+    found = {
+        (organism, scale, where): planted(0.5 if organism != "base" and where == "in" else 0.0)
+        for organism, scale in list_organisms((2.0,))
+        for where in ("in", "out")
+    }
+    ours = compare_shares(found, replace(PROBE, scales=(2.0,)))
+    assert ours.verdict == "undecided"
+    assert ours.reason.startswith("in the domain: not asked at scale 1")
 
 
 @pytest.mark.parametrize(
