@@ -23,7 +23,14 @@ from emlens.cli.feature_texts import (
     read_screen,
 )
 from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources
-from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
+from emlens.cli.judges import (
+    ANSWER_CHARACTERS,
+    JudgeOptions,
+    check_judge,
+    load_judge,
+    measure_instructions,
+    plan_judging,
+)
 from emlens.cli.options import Out, Tuned, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
@@ -225,7 +232,9 @@ def _show_plan(flags: FindFlags, texts: Any, screen: Any, path: Any) -> None:
         plan |= plan_screen(screen, flags.n_latents, texts.contrast)
         if n := plan["sampled_responses"]:
             characters = n * ANSWER_CHARACTERS * flags.max_new_tokens
-            plan |= plan_judging(flags, responses=n, characters=characters)
+            plan |= plan_judging(
+                flags, responses=n, characters=characters, instructions=n * measure_instructions({})
+            )
     if path is not None:
         plan |= {"trajectory": flags.trajectory, "checkpoints": len(path.trajectory)}
     print_plan(plan, flags.out, json=flags.json)

@@ -29,7 +29,14 @@ from emlens.cli.feature_texts import (
     read_screen,
 )
 from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources
-from emlens.cli.judges import ANSWER_CHARACTERS, JudgeOptions, check_judge, load_judge, plan_judging
+from emlens.cli.judges import (
+    ANSWER_CHARACTERS,
+    JudgeOptions,
+    check_judge,
+    load_judge,
+    measure_instructions,
+    plan_judging,
+)
 from emlens.cli.options import Out, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
 
@@ -135,5 +142,7 @@ def _show_plan(flags: ScreenFlags, latents: Any, contrast: Any, settings: Any) -
     plan |= plan_screen(settings, len(latents), contrast)
     if n := plan["sampled_responses"]:
         characters = n * ANSWER_CHARACTERS * flags.max_new_tokens
-        plan |= plan_judging(flags, responses=n, characters=characters)
+        plan |= plan_judging(
+            flags, responses=n, characters=characters, instructions=n * measure_instructions({})
+        )
     print_plan(plan, flags.out, json=flags.json)

@@ -15,6 +15,7 @@ from emlens.codecs import SparseCodec, check_fits
 from emlens.data import Batching, Chat, as_chats, prompt_hash
 from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.encode import encode_rows, split_rows
+from emlens.features.steering import require_autoencoder
 from emlens.models.reading import Readable, base_of, count_models
 from emlens.models.views import origin_of
 from emlens.sites import Site
@@ -40,10 +41,11 @@ def plan_codes(
         batching: tokens run at once, all models counted.
 
     Raises:
-        CodecError: the model lacks the site, has another width there than the codec's, or is
-            another one than the codec was trained on.
+        CodecError: a crosscoder; or the model lacks the site, has another width there than the
+            codec's, or is another one than the codec was trained on.
         ValueError: as `plan_reading` raises.
     """
+    require_autoencoder(codec)
     base = base_of(model)
     check_fits(codec, base.cfg, weights=origin_of(base).lineage)
     where = codec.positions if positions is None else positions

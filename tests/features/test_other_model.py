@@ -23,6 +23,7 @@ from emlens.interventions.other_model import OtherModelError
 from emlens.models.pair import ModelPair
 from emlens.models.views import lay_views, origin_of
 from tests.activations.chats import make_chats
+from tests.codecs.builders import make_crosscoder
 from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
 from tests.models.tiny import make_ids, make_tiny, make_tokenizer
 
@@ -99,3 +100,10 @@ def test_leave_for_other_weights_changes_no_code():
     allowed = allow_other_model(FOREIGN)
     assert (allowed.base_fingerprint, allowed.base_name) == (None, "org/other")
     assert allowed.fingerprint == FOREIGN.fingerprint
+
+
+@pytest.mark.parametrize("name", ["check", "compare", "read", "explain"])
+def test_a_crosscoder_is_refused_before_anything_runs(name: str):
+    pair = make_pair(CODEC)
+    with pytest.raises(CodecError, match="a crosscoder reads two models at once"):
+        WAYS_IN[name](pair, make_crosscoder(d_in=CODEC.d_in))
