@@ -140,7 +140,7 @@ class Narrowness(Result):
     """Base, general, then the narrow organism by scale; in the domain, then outside."""
     differences: tuple[NarrowDifference, ...]
     """By scale; in the domain, then outside."""
-    verdict: Verdict
+    verdict: Literal["narrow", "spills over", "undecided"]
     """`spills over` where any scale shows more than the base outside; `narrow` only where all are
     equivalent to it there and have kept its coherence, and scale 1 shows more in the domain."""
     reason: str = ""
