@@ -173,8 +173,7 @@ def noise_dimension(gram: Float64[Tensor, "t t"], *, largest: int) -> int:
     if size < 8:
         return largest
     lengths = step_lengths(gram)
-    # Gram entries carry rounding in proportion to the points' squares; shorter steps are noise of
-    # the arithmetic.
+    # Shorter ones are what is left of the points' squares, and rounding.
     rounding = _ROUNDING * gram.diagonal().max()
     real = lengths.square() > rounding
     place = torch.nonzero(real[2:] & real[1:-1] & real[:-2])[:, 0]

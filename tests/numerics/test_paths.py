@@ -166,6 +166,23 @@ def test_momentum_warm_up_and_a_falling_rate_leave_the_dimension_of_noise(turn: 
     assert noise_dimension(gram_of_path(path), largest=5000) == pytest.approx(1000, rel=0.15)
 
 
+def test_uneven_steps_of_a_straight_path_are_no_noise():
+    generator = torch.Generator().manual_seed(0)
+    lengths = 1 + torch.rand(120, generator=generator, dtype=torch.float64)
+    shape = PathShape(
+        lengths=lengths, steps=torch.arange(121), start=0.0, straightness=0.99, dimension=400
+    )
+    path = sample_null_paths(shape, "straight", n=1, generator=generator)[0]
+    assert noise_dimension(gram_of_path(path), largest=5000) == pytest.approx(400, rel=0.2)
+
+
+def test_a_few_sharp_turns_do_not_rule_the_dimension_of_noise():
+    place = torch.arange(150)
+    angles = math.pi / 2 * ((place >= 40) & (place < 70) | (place >= 110)).double()
+    path = sample_bent_path(angles, width=1000, noise=0.05, seed=0)
+    assert noise_dimension(gram_of_path(path), largest=1000) == pytest.approx(1000, rel=0.2)
+
+
 def test_a_momentum_path_is_a_running_mean_of_its_gradients():
     angles = torch.zeros(30, dtype=torch.float64)
     path = sample_momentum_path(angles, width=4, noise=0.0, every=1, warmup=10)
