@@ -204,7 +204,7 @@ def test_null_paths_with_momentum_have_noise_alike_at_neighbouring_steps():
     path = sample_null_paths(shape, "momentum", n=1, generator=generator)[0]
     found = step_cosines(gram_of_path(path))
     drawn = np.random.default_rng(0).standard_normal((3000, 600))
-    sums = lfilter([0.1], [1.0, -0.9], drawn).reshape(3000, 120, 5).sum(2)
+    sums = np.asarray(lfilter([0.1], [1.0, -0.9], drawn)).reshape(3000, 120, 5).sum(2)
     expected = np.corrcoef(sums.T)
     for lag in (1, 2, 4):
         alike = float(np.diagonal(expected, lag).mean())
