@@ -3,11 +3,13 @@
     OMP_NUM_THREADS=1 python scripts/measure_transition.py [--n 200] [--window 5] [--points 130]
         [--trajectory SOURCE]
 
-Null paths are those that the detector compares with, drawn anew, and an arc that bends slowly by a
-right angle from end to end and turns nowhere, which no null path knows. Turns are right angles, and
-half of one, at steps all along the path, with noise of a tenth of a step. `--trajectory` gives null
-paths the step lengths, straightness and dimension of a real run instead of planted ones. A path
-takes about a second. The last line is one JSON object.
+Null paths are those that the detector compares with, drawn anew, an arc that bends slowly by a
+right angle from end to end and turns nowhere, which no null path knows, and runs of an optimiser
+with momentum and warm-up, a checkpoint every five steps. Turns are right angles, and half of one,
+at steps all along the path, with noise of a tenth of a step; those of the runs are spread over 60
+steps. Windows are in checkpoints. `--trajectory` gives null paths the step lengths, straightness
+and dimension of a real run instead of planted ones. A path takes about a second. The last line is
+one JSON object.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emlens.numerics.bent_paths import sample_bent_path, sample_turn
+from emlens.numerics.bent_paths import sample_bent_path, sample_momentum_path, sample_turn
 from emlens.numerics.intervals import wilson
 from emlens.numerics.null_paths import KINDS, PathShape, sample_null_paths, shape_of_path
 from emlens.organisms.trajectory import AdapterTrajectory, ModuleTrajectory, load_trajectory
@@ -33,6 +35,12 @@ NOISE = 0.1
 """Length of a step's noise, in steps."""
 ANGLES = {"turn by 90 degrees": math.pi / 2, "turn by 45 degrees": math.pi / 4}
 THRESHOLD = 0.03
+EVERY = 5
+"""Training steps from one checkpoint of a run with momentum to the next."""
+SPREAD = 60
+"""Training steps over which such a run turns."""
+RUN_NOISES = (1.5, 5.0)
+"""Noise of its gradients, in gradients: local cosines about -.96 and -.72 over ten steps."""
 STRAIGHTNESS, DIMENSION = 0.5, 300
 """Of planted null paths."""
 
@@ -68,11 +76,24 @@ def sample_nulls(shape: PathShape, n: int) -> Iterator[tuple[str, Tensor]]:
     arc = torch.linspace(0, math.pi / 2, len(shape.lengths), dtype=torch.float64)
     for seed in range(n):
         yield "arc", sample_bent_path(arc, width=WIDTH, noise=NOISE, seed=seed)
+    for noise in RUN_NOISES:
+        for seed in range(n):
+            yield f"run, noise {noise}", sample_run(len(shape.lengths), None, noise, seed)
 
 
-def find_turn(path: Tensor, window: int, seed: int) -> PhaseTransition:
+def sample_run(moves: int, turn: int | None, noise: float, seed: int) -> Tensor:
+    """Checkpoints of a run with momentum, that turns by a right angle about one of them or not."""
+    steps = torch.arange(moves * EVERY, dtype=torch.float64)
+    turned = torch.zeros_like(steps) if turn is None else (steps - turn * EVERY) / SPREAD + 0.5
+    angles = turned.clamp(0, 1) * math.pi / 2
+    return sample_momentum_path(angles, width=WIDTH, noise=noise, every=EVERY, seed=seed)
+
+
+def find_turn(path: Tensor, window: int, seed: int, every: int = 1) -> PhaseTransition:
     """As a user calls it; every path is held against null paths of its own seed."""
-    return measure_transition(wrap_paths(path), window=window, threshold=THRESHOLD, seed=seed)
+    return measure_transition(
+        wrap_paths(path, every=every), window=window * every, threshold=THRESHOLD, seed=seed
+    )
 
 
 def measure_false_alarms(shape: PathShape, n: int, window: int) -> list[dict[str, Any]]:
@@ -80,7 +101,8 @@ def measure_false_alarms(shape: PathShape, n: int, window: int) -> list[dict[str
     found: dict[str, list[bool]] = {}
     for kind, path in sample_nulls(shape, n):
         place = len(found.setdefault(kind, []))
-        found[kind].append(find_turn(path, window, place).verdict == "turn")
+        every = EVERY if kind.startswith("run") else 1
+        found[kind].append(find_turn(path, window, place, every).verdict == "turn")
     return [
         {"paths": kind, "window": window, "n": len(turns), "declared": sum(turns)}
         | dict(zip(("low", "high"), _limits(sum(turns), len(turns)), strict=True))
@@ -91,14 +113,15 @@ def measure_false_alarms(shape: PathShape, n: int, window: int) -> list[dict[str
 def measure_hits(points: int, n: int, window: int) -> list[dict[str, Any]]:
     """Share of planted turns that are declared, and how far from where they are."""
     rows = []
-    for name, angle in ANGLES.items():
-        errors: list[int] = []
+    for name in (*ANGLES, *(f"run, noise {noise}" for noise in RUN_NOISES)):
+        errors: list[float] = []
+        every = 1 if name in ANGLES else EVERY
         for seed in range(n):
             # Anywhere but within two windows of an end.
             at = 2 * window + seed * (points - 4 * window) // n
-            path = sample_turn(points, at=at, width=WIDTH, noise=NOISE, angle=angle, seed=seed)
-            step = find_turn(path, window, seed).step
-            errors += [] if step is None else [abs(step - at)]
+            path = sample_turned(name, points, at, seed)
+            step = find_turn(path, window, seed, every).step
+            errors += [] if step is None else [abs(step / every - at)]
         row = {"paths": name, "window": window, "n": n, "declared": len(errors)}
         row |= dict(zip(("low", "high"), _limits(len(errors), n), strict=True))
         within = sum(error <= window for error in errors)
@@ -107,14 +130,27 @@ def measure_hits(points: int, n: int, window: int) -> list[dict[str, Any]]:
     return rows
 
 
+def sample_turned(name: str, points: int, at: int, seed: int) -> Tensor:
+    """A path of a kind that turns about a point."""
+    if name in ANGLES:
+        return sample_turn(points, at=at, width=WIDTH, noise=NOISE, angle=ANGLES[name], seed=seed)
+    return sample_run(points - 1, at, float(name.split()[-1]), seed)
+
+
 def read_shape(source: str | None, points: int) -> PathShape:
     """Of a real run's B, or steps that shrink to a fifth, half straight."""
     if source is None:
         lengths = torch.linspace(1, 0.2, points - 1, dtype=torch.float64)
-        return PathShape(lengths=lengths, start=0.0, straightness=STRAIGHTNESS, dimension=DIMENSION)
+        return PathShape(
+            lengths=lengths,
+            steps=torch.arange(points),
+            start=0.0,
+            straightness=STRAIGHTNESS,
+            dimension=DIMENSION,
+        )
     trajectory = load_trajectory(source)
     width = sum(module.B[0].numel() for module in trajectory.modules)
-    return shape_of_path(gram_of_trajectory(trajectory, "B"), width=width)
+    return shape_of_path(gram_of_trajectory(trajectory, "B"), trajectory.steps, width=width)
 
 
 def _limits(count: int, n: int) -> tuple[float, float]:

@@ -21,12 +21,39 @@ def sample_bent_path(
         noise: length of what is added to each step in all dimensions, about, in steps.
         seed: of plane and noise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    plane = torch.linalg.qr(torch.randn(width, 2, generator=generator, dtype=torch.float64))[0]
-    moves = torch.stack([angles.cos(), angles.sin()], dim=1) @ plane.T
-    spread = torch.randn(len(angles), width, generator=generator, dtype=torch.float64)
-    moves = moves + noise * spread / math.sqrt(width)
+    moves = _draw_moves(angles, width, noise, seed)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), moves.cumsum(0)])
+
+
+def sample_momentum_path(
+    angles: Float64[Tensor, " n"],
+    *,
+    width: int,
+    noise: float,
+    every: int,
+    momentum: float = 0.9,
+    warmup: int = 5,
+    seed: int = 0,
+) -> Float64[Tensor, "t width"]:
+    """Steps along a running mean of gradients, at a rate that rises and then falls to nothing.
+
+    Args:
+        angles: of each gradient without its noise, in a plane drawn at random, radians.
+        width: numbers in a point.
+        noise: length of what is added to each gradient in all dimensions, about, in gradients.
+        every: steps from one point to the next; the first is at zero.
+        momentum: share of the running mean that a step keeps.
+        warmup: steps until the rate is at its largest, from which it falls in a straight line.
+        seed: of plane and noise.
+    """
+    gradients = _draw_moves(angles, width, noise, seed)
+    mean = torch.zeros(width, dtype=torch.float64)
+    points = torch.zeros(len(angles) + 1, width, dtype=torch.float64)
+    for step, gradient in enumerate(gradients):
+        mean = momentum * mean + (1 - momentum) * gradient
+        rate = min((step + 1) / max(1, warmup), (len(angles) - step) / (len(angles) - warmup))
+        points[step + 1] = points[step] + rate * mean
+    return points[::every]
 
 
 def sample_turn(
@@ -44,3 +71,12 @@ def sample_turn(
     """
     angles = angle * (torch.arange(points - 1) >= at).double()
     return sample_bent_path(angles, width=width, noise=noise, seed=seed)
+
+
+def _draw_moves(angles: Tensor, width: int, noise: float, seed: int) -> Tensor:
+    """Vectors of length one at their angles, with noise [n width]."""
+    generator = torch.Generator().manual_seed(seed)
+    plane = torch.linalg.qr(torch.randn(width, 2, generator=generator, dtype=torch.float64))[0]
+    moves = torch.stack([angles.cos(), angles.sin()], dim=1) @ plane.T
+    spread = torch.randn(len(angles), width, generator=generator, dtype=torch.float64)
+    return moves + noise * spread / math.sqrt(width)

@@ -22,10 +22,16 @@ from emlens.numerics.paths import (
     step_lengths,
 )
 
-NullKind = Literal["straight", "random_walk", "growth", "decay"]
+NullKind = Literal["straight", "random_walk", "growth", "decay", "momentum"]
 """A straight line with noise; no trend at all; a line without noise; a straight line with noise
-whose steps shrink to nothing."""
+whose steps shrink to nothing; a straight line whose noise an optimiser with momentum has averaged
+since step 0, so that its first steps are less alike than later ones."""
 KINDS: tuple[NullKind, ...] = get_args(NullKind)
+MOMENTUM = 0.9
+"""Share of the running mean of gradients that a training step keeps: beta_1 of Adam (Kingma and Ba
+2015, arXiv 1412.6980, section 2), which fine-tunes seldom change."""
+_NOISE_RANGE = (-4.0, 4.0)
+"""Decimal logarithms of noise over trend in a gradient, between which it is looked for."""
 _TOGETHER = 25
 """Paths that are drawn at once: memory grows with them and with the square of the points."""
 
@@ -48,6 +54,8 @@ class PathShape:
 
     lengths: Float64[Tensor, " n"]
     """Of its steps."""
+    steps: Int[Tensor, " t"]
+    """Training step of each point."""
     start: float
     """Norm of its first point."""
     straightness: float
@@ -56,17 +64,21 @@ class PathShape:
     """That its noise spreads over."""
 
 
-def shape_of_path(gram: Float64[Tensor, "t t"], *, width: int) -> PathShape:
+def shape_of_path(
+    gram: Float64[Tensor, "t t"], steps: Int[Tensor, " t"], *, width: int
+) -> PathShape:
     """Measure what null paths need.
 
     Args:
         gram: Inner products of the path's points.
+        steps: The training step of each point, ascending.
         width: Numbers in a point.
     """
     cosines = step_cosines(gram).diagonal(1)
     known = cosines[~cosines.isnan()]
     return PathShape(
         lengths=step_lengths(gram),
+        steps=steps,
         start=math.sqrt(max(0.0, float(gram[0, 0]))),
         straightness=min(1.0, max(0.0, float(known.median()))) if len(known) else 0.0,
         dimension=noise_dimension(gram, largest=width),
@@ -81,9 +93,14 @@ def sample_null_paths(
     noise = _random_directions(n, moved + 1, shape.dimension, generator)
     # A coordinate of its own for the trend: in many dimensions noise has no part in it.
     noise = torch.cat([noise, torch.zeros(n, moved + 1, 1, dtype=torch.float64)], dim=2)
-    kept = {"random_walk": 0.0, "growth": 1.0}.get(kind, shape.straightness)
-    moves = math.sqrt(1 - kept) * noise[:, 1:]
-    moves[..., -1] = math.sqrt(kept)
+    if kind == "momentum":
+        trend, mixing = _average(shape)
+        moves = mixing @ noise[:, 1:]
+        moves[..., -1] = trend
+    else:
+        kept = {"random_walk": 0.0, "growth": 1.0}.get(kind, shape.straightness)
+        moves = math.sqrt(1 - kept) * noise[:, 1:]
+        moves[..., -1] = math.sqrt(kept)
     lengths = shape.lengths
     if kind == "decay":
         lengths = lengths * torch.linspace(1, 0, moved + 1, dtype=torch.float64)[:-1]
@@ -102,7 +119,7 @@ def null_prominences(
     seed: int = 0,
 ) -> dict[str, Float64[Tensor, " n"]]:
     """Prominence of the sharpest bend of null paths, by kind; 0 where no point moves far enough."""
-    shape = shape_of_path(gram, width=width)
+    shape = shape_of_path(gram, steps, width=width)
     generator = torch.Generator().manual_seed(seed)
     sizes = [len(part) for part in torch.arange(n).split(_TOGETHER)]
     return {
@@ -148,6 +165,28 @@ def measure_bends(
         n_uneven=found.n_uneven + len(steps) - len(real),
         n_small=found.n_small,
     )
+
+
+def _average(shape: PathShape) -> tuple[Float64[Tensor, " n"], Float64[Tensor, "n n"]]:
+    """What momentum makes of gradients between points: their trend, and the mixing of their noise.
+
+    Noise is as strong as the path's straightness says; where the noise alone would be straighter
+    than the path, there is next to no trend. The mixing is a root of the covariance of the moves,
+    which gives Gaussian noise its law without a draw for each training step.
+    """
+    until = torch.arange(1, int(shape.steps[-1]) + 1)
+    # A gradient's weight in the point `age` steps on, its own step included: the sum of its shares.
+    age = (shape.steps[:, None] - until + 1).clamp(min=0)
+    weights = (1 - MOMENTUM ** age.double()).diff(dim=0)
+    trend, covariance = weights.sum(1), weights @ weights.T
+    low, high = _NOISE_RANGE
+    for _ in range(40):
+        middle = (low + high) / 2
+        moved = trend[:, None] * trend + 10 ** (2 * middle) * covariance
+        norms = moved.diagonal().sqrt()
+        found = float((moved.diagonal(1) / (norms[1:] * norms[:-1])).median())
+        low, high = (middle, high) if found > shape.straightness else (low, middle)
+    return trend, 10**low * torch.linalg.cholesky(covariance)
 
 
 def _random_directions(

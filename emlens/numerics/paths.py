@@ -154,27 +154,53 @@ def step_cosines(gram: Float64[Tensor, "t t"]) -> Float64[Tensor, "t-1 t-1"]:
 
 
 def noise_dimension(gram: Float64[Tensor, "t t"], *, largest: int) -> int:
-    """Dimensions that the noise of a path's steps spreads over: one over the mean squared cosine.
+    """Dimensions that the noise of a path's steps spreads over, whatever trend it is laid upon.
 
-    Of changes from one step to the next, each at length one, so that neither a trend nor a single
-    turn counts; changes that share a step are left out. `largest` where there is no noise.
+    Steps are taken at length one, so that no schedule of their lengths counts, then their second
+    differences, to which neither a straight trend nor one that curves evenly adds much, and which
+    momentum leaves all but uncorrelated. Between directions of isotropic noise the squared cosine
+    is on average one over the dimension: that mean is taken for each difference, over those that
+    share no step with it, and the answer is one over the median of the means, so that the few
+    differences at a turn, at the warm-up or among the last tiny steps do not rule it.
+
+    Args:
+        gram: Inner products of the path's points.
+        largest: What to answer where there is no noise; more is never answered.
+
+    Source: this project.
     """
     size = len(gram)
-    if size < 5:
+    if size < 8:
         return largest
-    changes = torch.zeros(size - 2, size, dtype=gram.dtype)
-    place = torch.arange(size - 2)
-    changes[place, place], changes[place, place + 1], changes[place, place + 2] = 1.0, -2.0, 1.0
-    inner = changes @ gram @ changes.T
-    real = inner.diagonal() > _ROUNDING * gram.diagonal().max()
-    if int(real.sum()) < 4:
+    lengths = step_lengths(gram)
+    # Shorter ones are what is left of the points' squares, and rounding.
+    rounding = _ROUNDING * gram.diagonal().max()
+    real = lengths.square() > rounding
+    place = torch.nonzero(real[2:] & real[1:-1] & real[:-2])[:, 0]
+    changes = torch.zeros(len(place), size - 1, dtype=gram.dtype)
+    row = torch.arange(len(place))
+    for shift, sign in enumerate((1.0, -2.0, 1.0)):
+        changes[row, place + shift] = sign / lengths[place + shift]
+    on_points = _steps_to_points(changes)
+    inner = on_points @ gram @ on_points.T
+    shortest = torch.stack([lengths[place + shift] for shift in range(3)]).amin(0)
+    kept = inner.diagonal() * shortest.square() > rounding
+    inner, place = inner[kept][:, kept], place[kept]
+    apart = (place[:, None] - place[None, :]).abs() > 2
+    count = apart.sum(1)
+    if not bool((count > 0).any()):
         return largest
-    inner, place = inner[real][:, real], place[real]
     norms = inner.diagonal().sqrt()
     squares = (inner / (norms[:, None] * norms[None, :])).square()
-    apart = (place[:, None] - place[None, :]).abs() > 2
-    mean = float(squares[apart].mean()) if bool(apart.any()) else 0.0
-    return largest if mean * largest <= 1 else max(2, round(1 / mean))
+    means = (squares * apart).sum(1)[count > 0] / count[count > 0]
+    typical = float(means.median())
+    return largest if typical * largest <= 1 else max(2, round(1 / typical))
+
+
+def _steps_to_points(weights: Float64[Tensor, "n m"]) -> Float64[Tensor, "n m+1"]:
+    """Sums of steps as sums of points: a step is its second point less its first."""
+    nothing = weights.new_zeros(len(weights), 1)
+    return torch.cat([nothing, weights], dim=1) - torch.cat([weights, nothing], dim=1)
 
 
 @lru_cache(maxsize=8)

@@ -97,7 +97,7 @@ def measure_transition(
     The local cosine is lc(t) = cos(v[t-k] - v[t], v[t+k] - v[t]), with v a factor of every module
     laid end to end. A turn is declared where the largest lc stands out of the median by more than
     in 95 % of 200 null paths of each kind with the run's own step lengths: straight with noise, a
-    random walk, growth alone, steps that shrink.
+    random walk, growth alone, steps that shrink, noise that momentum has averaged since step 0.
 
     Args:
         trajectory: its checkpoints.

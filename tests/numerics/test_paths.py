@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import lfilter
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from emlens.numerics.bent_paths import sample_bent_path, sample_turn
+from emlens.numerics.bent_paths import sample_bent_path, sample_momentum_path, sample_turn
 from emlens.numerics.null_paths import (
     KINDS,
     BendSettings,
@@ -156,6 +157,62 @@ def test_the_dimension_of_noise_is_found_beside_trend_and_turn(dimension: int):
     assert noise_dimension(gram_of_path(path), largest=500) == pytest.approx(dimension, rel=0.25)
 
 
+@pytest.mark.parametrize("turn", [None, 200])
+def test_momentum_warm_up_and_a_falling_rate_leave_the_dimension_of_noise(turn: int | None):
+    step = torch.arange(550).double()
+    turned = torch.zeros(550) if turn is None else ((step - turn) / 60 + 0.5).clamp(0, 1)
+    path = sample_momentum_path(turned.double() * math.pi / 2, width=1000, noise=0.7, every=5)
+    assert len(path) == 111
+    assert noise_dimension(gram_of_path(path), largest=5000) == pytest.approx(1000, rel=0.15)
+
+
+def test_uneven_steps_of_a_straight_path_are_no_noise():
+    generator = torch.Generator().manual_seed(0)
+    lengths = 1 + torch.rand(120, generator=generator, dtype=torch.float64)
+    shape = PathShape(
+        lengths=lengths, steps=torch.arange(121), start=0.0, straightness=0.99, dimension=400
+    )
+    path = sample_null_paths(shape, "straight", n=1, generator=generator)[0]
+    assert noise_dimension(gram_of_path(path), largest=5000) == pytest.approx(400, rel=0.2)
+
+
+def test_a_few_sharp_turns_do_not_rule_the_dimension_of_noise():
+    place = torch.arange(150)
+    angles = math.pi / 2 * ((place >= 40) & (place < 70) | (place >= 110)).double()
+    path = sample_bent_path(angles, width=1000, noise=0.05, seed=0)
+    assert noise_dimension(gram_of_path(path), largest=1000) == pytest.approx(1000, rel=0.2)
+
+
+def test_a_momentum_path_is_a_running_mean_of_its_gradients():
+    angles = torch.zeros(30, dtype=torch.float64)
+    path = sample_momentum_path(angles, width=4, noise=0.0, every=1, warmup=10)
+    trend = torch.linalg.vector_norm(path.diff(dim=0), dim=1)
+    rates = np.minimum(np.arange(1, 31) / 10, (30 - np.arange(30)) / 20)
+    # scipy's filter is the recursion of the mean.
+    means = lfilter([0.1], [1.0, -0.9], np.ones(30))
+    np.testing.assert_allclose(trend, rates * means, rtol=1e-10)
+    sparse = sample_momentum_path(angles, width=4, noise=0.0, every=5, warmup=10)
+    assert torch.equal(sparse, path[::5])
+
+
+def test_null_paths_with_momentum_have_noise_alike_at_neighbouring_steps():
+    steps = torch.arange(0, 605, 5)
+    shape = PathShape(
+        lengths=torch.ones(120).double(), steps=steps, start=0.0, straightness=0.0, dimension=3000
+    )
+    generator = torch.Generator().manual_seed(0)
+    path = sample_null_paths(shape, "momentum", n=1, generator=generator)[0]
+    found = step_cosines(gram_of_path(path))
+    drawn = np.random.default_rng(0).standard_normal((3000, 600))
+    sums = np.asarray(lfilter([0.1], [1.0, -0.9], drawn)).reshape(3000, 120, 5).sum(2)
+    expected = np.corrcoef(sums.T)
+    for lag in (1, 2, 4):
+        alike = float(np.diagonal(expected, lag).mean())
+        assert float(found.diagonal(lag).mean()) == pytest.approx(alike, abs=0.02)
+    # The first two are less alike than any two later on: the mean begins at nothing.
+    assert float(found[0, 1]) == pytest.approx(expected[0, 1], abs=0.05)
+
+
 def test_without_noise_the_dimension_is_the_largest():
     straight = torch.outer(torch.arange(30.0).double(), torch.ones(4).double())
     assert noise_dimension(gram_of_path(straight), largest=77) == 77
@@ -167,7 +224,8 @@ def test_without_noise_the_dimension_is_the_largest():
 @pytest.mark.parametrize("kind", KINDS)
 def test_null_paths_keep_lengths_and_straightness(kind: str):
     lengths = torch.linspace(1, 3, 120, dtype=torch.float64)
-    shape = PathShape(lengths=lengths, start=2.0, straightness=0.5, dimension=300)
+    steps = torch.arange(121) * 20
+    shape = PathShape(lengths=lengths, steps=steps, start=2.0, straightness=0.5, dimension=300)
     path = sample_null_paths(shape, kind, n=1, generator=torch.Generator().manual_seed(0))[0]  # pyright: ignore[reportArgumentType]
     gram = gram_of_path(path)
     assert float(gram[0, 0].sqrt()) == pytest.approx(2.0)
@@ -180,7 +238,11 @@ def test_null_paths_keep_lengths_and_straightness(kind: str):
 @pytest.mark.parametrize("dimension", [2, 7, 400])
 def test_null_directions_have_the_cosines_of_isotropic_noise(dimension: int):
     shape = PathShape(
-        lengths=torch.ones(100).double(), start=0.0, straightness=0.0, dimension=dimension
+        lengths=torch.ones(100).double(),
+        steps=torch.arange(101),
+        start=0.0,
+        straightness=0.0,
+        dimension=dimension,
     )
     path = sample_null_paths(shape, "random_walk", n=1, generator=torch.Generator().manual_seed(3))[
         0
@@ -194,10 +256,14 @@ def test_null_directions_have_the_cosines_of_isotropic_noise(dimension: int):
 def test_the_shape_of_a_path_is_what_was_planted():
     generator = torch.Generator().manual_seed(0)
     shape = PathShape(
-        lengths=torch.linspace(2, 1, 150).double(), start=1.0, straightness=0.4, dimension=90
+        lengths=torch.linspace(2, 1, 150).double(),
+        steps=torch.arange(151),
+        start=1.0,
+        straightness=0.4,
+        dimension=90,
     )
     path = sample_null_paths(shape, "straight", n=1, generator=generator)[0]
-    found = shape_of_path(gram_of_path(path), width=5000)
+    found = shape_of_path(gram_of_path(path), shape.steps, width=5000)
     np.testing.assert_allclose(found.lengths, shape.lengths, rtol=1e-9)
     assert found.start == pytest.approx(1.0)
     assert found.straightness == pytest.approx(0.4, abs=0.04)
@@ -208,10 +274,10 @@ def test_the_shape_of_a_path_is_what_was_planted():
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_paths_at_once_have_the_prominences_of_each(kind: NullKind, normalised: bool):
     lengths = torch.linspace(1, 0.01, 60).double()
-    shape = PathShape(lengths=lengths, start=0.0, straightness=0.6, dimension=9)
+    steps = torch.arange(61)
+    shape = PathShape(lengths=lengths, steps=steps, start=0.0, straightness=0.6, dimension=9)
     generator = torch.Generator().manual_seed(5)
     paths = sample_null_paths(shape, kind, n=4, generator=generator)
-    steps = torch.arange(61)
     for threshold in (0.0, 0.1, 5.0):
         bends = BendSettings(window=4, threshold=threshold, normalised=normalised)
         found = prominences_of_paths(paths, steps, bends)

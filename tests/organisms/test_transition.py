@@ -9,8 +9,17 @@ import torch
 from torch import Tensor
 
 from emlens.artifacts import read_result
-from emlens.numerics.bent_paths import sample_turn
-from emlens.numerics.null_paths import KINDS, NullKind, PathShape, sample_null_paths
+from emlens.numerics.bent_paths import sample_momentum_path, sample_turn
+from emlens.numerics.null_paths import (
+    KINDS,
+    BendSettings,
+    NullKind,
+    PathShape,
+    null_prominences,
+    prominences_of_paths,
+    sample_null_paths,
+)
+from emlens.numerics.paths import gram_of_path
 from emlens.organisms import transition
 from emlens.organisms.transition import (
     PhaseTransition,
@@ -50,18 +59,35 @@ def test_planted_right_angles_are_found_within_a_window(window: int):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fresh_null_paths_are_seldom_taken_for_turns(kind: NullKind):
-    turns = 0
+    steps = torch.arange(120) * 5
     shape = PathShape(
-        lengths=torch.linspace(1, 0.2, 119).double(), start=0.0, straightness=0.5, dimension=300
+        lengths=torch.linspace(1, 0.2, 119).double(),
+        steps=steps,
+        start=0.0,
+        straightness=0.7,
+        dimension=300,
     )
-    for seed in range(4):
-        path = sample_null_paths(
-            shape, kind, n=1, generator=torch.Generator().manual_seed(1000 + seed)
-        )[0]
-        found = measure_transition(wrap_paths(path), window=5, threshold=0.03)
-        turns += found.verdict == "turn"
-    # At one in twenty, more than two of four happens once in 2,000 times.
-    assert turns <= 2
+    bends = BendSettings(window=25, threshold=0.03)
+    first, *fresh = (
+        sample_null_paths(shape, kind, n=n, generator=torch.Generator().manual_seed(seed))
+        for seed, n in ((1000, 1), (1001, 100), (1002, 100))
+    )
+    nulls = null_prominences(gram_of_path(first[0]), steps, bends, width=WIDTH, n=100)
+    critical = max(float(found.quantile(transition.LEVEL)) for found in nulls.values())
+    found = torch.cat([prominences_of_paths(paths, steps, bends) for paths in fresh])
+    # At one in twenty, more than twenty of 200 happens once in 700 times.
+    assert int((found > critical).sum()) <= 20
+
+
+@pytest.mark.parametrize("noise", [1.5, 5.0])
+@pytest.mark.parametrize("turn", [None, 250])
+def test_a_run_with_momentum_and_warm_up_turns_only_where_it_does(noise: float, turn: int | None):
+    step = torch.arange(550).double()
+    turned = torch.zeros(550) if turn is None else ((step - turn) / 60 + 0.5).clamp(0, 1)
+    path = sample_momentum_path(turned.double() * math.pi / 2, width=2000, noise=noise, every=5)
+    found = measure_transition(wrap_paths(path, every=5), window=30, threshold=0.03)
+    assert found.verdict == ("none" if turn is None else "turn")
+    assert turn is None or abs((found.step or 0) - turn) <= 30
 
 
 def test_a_turn_survives_saving_and_shows_its_rows(tmp_path):
