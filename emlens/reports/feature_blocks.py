@@ -117,12 +117,12 @@ def make_feature_block(document: Json, plots: Plots) -> FeatureBlock:
     if kind == "early_warning":
         return FeatureBlock(**shared, warnings=[_warning(document, plots)])
     table = make_table(TITLES[kind], document["rows"][:SHOWN_ROWS])
+    health = [document["health"]] if "health" in document else []
     if kind == "feature_screen":
         says = "largest effect of each latent; lines: what the strongest random direction reaches"
         overview = (says, plots.add(plot_screen(document), says))
         cards = [_card_block(int(latent), plots, screen=document) for latent in document["latents"]]
-        return FeatureBlock(**shared, overview=overview, tables=[table], cards=cards)
-    health = [document["health"]] if "health" in document else []
+        return FeatureBlock(**shared, health=health, overview=overview, tables=[table], cards=cards)
     return FeatureBlock(**shared, health=health, tables=[table])
 
 

@@ -132,6 +132,11 @@ def test_the_page_has_cautions_first_tables_cards_and_windows():
     assert "attribution: not asked for" in text
 
 
+def test_a_screen_alone_says_how_well_its_codec_fits():
+    text = Outline(page_of(make_screen())).text
+    assert text.index("How well") < text.index("added to the base")
+
+
 def test_stages_beside_the_whole_are_shown_once():
     search = make_search()
     alone, beside = page_of(search), page_of(search, search.screen, search.cards, *search.warnings)
