@@ -23,7 +23,7 @@ from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from transformer_lens.utilities.attention import complex_attn_linear
 
 from emlens.models.layout import to_matrix
-from emlens.models.products import multiply
+from emlens.models.products import multiply, multiply_together
 from emlens.models.rotary import AttentionMask, RotaryTables, SharedTables
 
 
@@ -125,18 +125,33 @@ class _FusedForward:
         return torch.empty(0), torch.empty(0)
 
     def _project_all(self: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple:
-        prefix = "_" if self.grouped else ""
-        q = tell(self, "hook_q", self._project(query, "W_Q", "b_Q"))
-        k = tell(self, "hook_k", self._project(key, f"{prefix}W_K", f"{prefix}b_K"))
-        v = tell(self, "hook_v", self._project(value, f"{prefix}W_V", f"{prefix}b_V"))
+        if query is key is value and query.ndim == 3:
+            q, k, v = self._project_together(query)
+        else:
+            inputs = (query, key, value)
+            pairs = zip(inputs, self._weights_in(), strict=True)
+            q, k, v = (self._project(x, *weights) for x, weights in pairs)
+        q, k, v = tell(self, "hook_q", q), tell(self, "hook_k", k), tell(self, "hook_v", v)
         if self.q_norm is not None:
             # Flattened to [batch * pos * head, d_head], as the host's hook points see it.
             q = self.q_norm(q.flatten(0, 2)).view(q.shape)
             k = self.k_norm(k.flatten(0, 2)).view(k.shape)
         return q, k, v
 
-    def _project(self: Any, x: Tensor, weight: str, bias: str) -> Tensor:
-        W, b = _parameter(self, weight), _parameter(self, bias)
+    def _weights_in(self: Any) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of queries, keys and values, as they are stored."""
+        prefix = "_" if self.grouped else ""
+        names = ("W_Q", "b_Q"), (f"{prefix}W_K", f"{prefix}b_K"), (f"{prefix}W_V", f"{prefix}b_V")
+        return [(_parameter(self, weight), _parameter(self, bias)) for weight, bias in names]
+
+    def _project_together(self: Any, x: Tensor) -> list[Tensor]:
+        weights = self._weights_in()
+        matrices = [to_matrix(W, "heads_out") for W, _ in weights]
+        found = multiply_together(x, matrices, [b.flatten() for _, b in weights])
+        shapes = [(W.shape[0], W.shape[2]) for W, _ in weights]
+        return [out.unflatten(-1, shape) for out, shape in zip(found, shapes, strict=True)]
+
+    def _project(self: Any, x: Tensor, W: Tensor, b: Tensor) -> Tensor:
         if x.ndim == 4:  # split or per-head inputs, switched on by the user
             return complex_attn_linear(x, W, b)
         out = multiply(x, to_matrix(W, "heads_out"), b.flatten())

@@ -3,7 +3,7 @@
 Of few rows a product spends about half of its time on that: see the benchmarks' page.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -26,7 +26,7 @@ class PackedWeights:
 
     def __init__(self, room: int = ROOM) -> None:
         self._room = room
-        self._held: dict[tuple[int, torch.Size, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._held: dict[tuple[tuple, ...], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -41,14 +41,23 @@ class PackedWeights:
         self, weight: Float[Tensor, "d_out d_in"], *, rows: int
     ) -> Float[Tensor, "d_out d_in"]:
         """Return the weight rearranged for so many rows, or as it is for want of room."""
-        key = weight.data_ptr(), weight.shape, weight.stride()
+        packed = self.pack_together([weight], rows=rows)
+        return weight if packed is None else packed
+
+    def pack_together(
+        self, weights: Sequence[Float[Tensor, "_ d_in"]], *, rows: int
+    ) -> Float[Tensor, "d_outs d_in"] | None:
+        """Return weights of one input under one another, rearranged; None for want of room."""
+        key = tuple((one.data_ptr(), one.shape, one.stride()) for one in weights)
         if key in self._held:
             return self._held[key][0]
-        if weight.nbytes > self._room:
-            return weight
-        self._room -= weight.nbytes
-        packed = _rearrange(weight, rows)
-        self._held[key] = packed, weight  # held, so that nothing else can have its address
+        size = sum(one.nbytes for one in weights)
+        if size > self._room:
+            return None
+        self._room -= size
+        whole = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        packed = _rearrange(whole, rows)
+        self._held[key] = packed, tuple(weights)  # so that nothing else can have their addresses
         return packed
 
 

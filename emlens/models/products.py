@@ -4,6 +4,7 @@ Of half-precision inputs the result is what processors with such instructions, a
 up in float32 and rounded once. Where gradients are wanted torch's own products are used.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -39,6 +40,27 @@ def multiply(
         weight = packed.pack(weight, rows=max(1, x.numel() // x.shape[-1]))
         return _multiply_by_onednn(x, weight, bias)
     return _multiply_once(x, weight, bias)
+
+
+def multiply_together(
+    x: Float[Tensor, "*batch d_in"],
+    weights: Sequence[Float[Tensor, "_ d_in"]],
+    biases: Sequence[Float[Tensor, " _"]],
+) -> tuple[Float[Tensor, "*batch _"], ...]:
+    """Return x weight^T + bias for each; one product, and views of it, where that is faster.
+
+    A call for few rows costs as much as 200 more columns do: `PackedWeights` lay them side by side.
+    """
+    packed, whole = packed_weights_in_use(), None
+    if packed is not None and all(
+        _takes_onednn(x, weight) and not _widens(x, weight) for weight in weights
+    ):
+        whole = packed.pack_together(weights, rows=max(1, x.numel() // x.shape[-1]))
+    if whole is not None:
+        bias = torch.cat(list(biases))
+        out = _multiply_by_onednn(x, whole, None if _is_nothing(bias, x) else bias)
+        return out.split([len(weight) for weight in weights], dim=-1)
+    return tuple(multiply(x, *pair) for pair in zip(weights, biases, strict=True))
 
 
 def _multiply_once(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

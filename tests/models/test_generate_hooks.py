@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from emlens.data import Positions
+from emlens.models import products
 from emlens.models.adapter_files import load_adapter
 from emlens.models.attach import acts_on_rows, adapter_on_rows, attach_adapter
 from emlens.models.generate import Sampling, generate_tokens
@@ -147,3 +148,29 @@ def test_an_adapter_on_some_rows_stays_on_them_to_the_end():
         alone = generate_tokens(model, ids, mask, keys=keys, **settings)
         for row in range(4):
             assert torch.equal(both.ids[first + row], alone.ids[row])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("point", ["hook_q", "hook_k", "hook_v"])
+def test_queries_keys_and_values_made_together_are_told_apart(
+    kind: str, point: str, monkeypatch: pytest.MonkeyPatch
+):
+    model: Any = lay_views(make_tiny(kind), None)
+    ids, mask = pad_prompts((9, 4, 7))
+
+    def change(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        return out.flip(-1) * 2
+
+    def run() -> list[Tensor]:
+        handle = getattr(model.blocks[0].attn, point).register_forward_hook(change)
+        with monkeypatch.context() as patch:
+            seen = record_logits(patch)
+            generate_tokens(model, ids, mask, sampling=greedy(6))
+        handle.remove()
+        return seen
+
+    apart = run()
+    monkeypatch.setattr(products, "LARGE", 1)
+    together = run()
+    assert len(together) == len(apart) == 6
+    torch.testing.assert_close(torch.stack(together), torch.stack(apart), rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emlens.models import packed_weights, products
 from emlens.models.packed_weights import PackedWeights, packed_weights_in_use
-from emlens.models.products import multiply
+from emlens.models.products import multiply, multiply_together
 
 pytestmark = pytest.mark.skipif(not products._has_onednn(), reason="this torch has no such product")
 D_IN = 64
@@ -101,3 +101,27 @@ def test_temporary_float32_forms_of_weights_are_not_kept(
     with torch.no_grad(), PackedWeights().used():
         multiply(draw(32, D_IN).bfloat16(), draw(16, D_IN).bfloat16())
     assert packed == []
+
+
+@pytest.mark.parametrize("room", [1 << 30, 40 * 4 * D_IN])
+def test_products_of_one_input_are_made_together_where_there_is_room(packed: list[int], room: int):
+    weights = [draw(48, D_IN), draw(24, D_IN, seed=1), draw(16, D_IN, seed=2)]
+    biases = [draw(len(weight), seed=3 + len(weight)) for weight in weights]
+    x = draw(2, 3, D_IN, seed=4)
+    with torch.no_grad(), PackedWeights(room=room).used():
+        for _ in range(2):
+            found = multiply_together(x, weights, biases)
+            for out, weight, bias in zip(found, weights, biases, strict=True):
+                exact = F.linear(x.double(), weight.double(), bias.double())
+                torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    # Where all do not fit together, those that fit alone are rearranged: the second and the third.
+    assert len(packed) == (1 if room > 40 * 4 * D_IN else 2)
+
+
+def test_without_rearranged_weights_each_product_is_its_own(packed: list[int]):
+    weights, x = [draw(8, D_IN), draw(4, D_IN, seed=1)], draw(2, D_IN, seed=2)
+    with torch.no_grad():
+        found = multiply_together(x, weights, [torch.zeros(8), torch.ones(4)])
+    torch.testing.assert_close(found[1], x @ weights[1].mT + 1, rtol=1e-5, atol=1e-5)
+    assert packed == []
+    assert all(out.is_contiguous() for out in found)
