@@ -57,7 +57,7 @@ def decode_active(
     if len(codes.latents) > DENSE_SHARE * n * codes.d_sae:
         dense = codes.values.new_zeros(n, codes.d_sae)
         dense[codes.rows, codes.latents] = codes.values
-        return multiply(dense, W_dec.mT, b_dec)
+        return multiply(dense, W_dec.mT, b_dec, loose=True)
     starts = codes.counts.cumsum(0) - codes.counts
     found = F.embedding_bag(
         codes.latents, W_dec, starts, per_sample_weights=codes.values, mode="sum"

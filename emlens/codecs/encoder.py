@@ -47,7 +47,9 @@ class Encoder:
         if self.rectifier.gain is not None:
             return list_active(self._rectify(rows, slice(None)))
         # The bias is added to what is found alone: over all it is one more pass over memory.
-        found = list_above(multiply(rows, self.weight.mT), self.rectifier.floor - self.bias)
+        found = list_above(
+            multiply(rows, self.weight.mT, loose=True), self.rectifier.floor - self.bias
+        )
         return dataclasses.replace(found, values=found.values + self.bias[found.latents])
 
     def encode_latents(
@@ -82,7 +84,7 @@ class Encoder:
 
     def _rectify(self, rows: Tensor, latents: slice | Tensor) -> Tensor:
         """Codes of some latents as if no other were there."""
-        pre = multiply(rows, self.weight[:, latents].mT, self.bias[latents])
+        pre = multiply(rows, self.weight[:, latents].mT, self.bias[latents], loose=True)
         return self.rectifier[latents](pre)
 
 
@@ -102,7 +104,7 @@ def decode_codes(
         b_dec: its bias.
     """
     if indices is None:
-        return multiply(values, W_dec.mT, b_dec)
+        return multiply(values, W_dec.mT, b_dec, loose=True)
     if not len(values):
         return values.new_zeros(0, len(b_dec))
     return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec

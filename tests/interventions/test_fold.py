@@ -285,14 +285,13 @@ def test_smollm2_with_a_direction_out_of_every_write_hooked_folded_and_exported(
     with intervene(model, chosen):
         hooked, new = model(ids), decode(model)
     folded = fold_into_weights(model, chosen)
-    assert (folded(ids) - hooked).abs().max() <= 1e-5 * hooked.abs().max()
+    assert float((folded(ids) - hooked).abs().max()) <= 1e-4
     assert torch.equal(decode(folded), new)
     save_checkpoint(folded, tmp_path / "out")
     theirs = reload(tmp_path / "out")
     assert theirs.config.tie_word_embeddings is False
     with torch.no_grad():
         exact, own = reload(tmp_path / "out", torch.float64)(ids).logits, theirs(ids).logits
-    assert (own - hooked).abs().max() <= 1e-5 * hooked.abs().max()
-    # At most twice as far from float64 as Hugging Face itself: 1.5 times when this was written.
+    assert float((own - hooked).abs().max()) <= 1e-4
     for logits in (hooked, folded(ids)):
-        assert (logits - exact).abs().max() <= 2 * (own - exact).abs().max()
+        assert (logits - exact).abs().max() <= (own - exact).abs().max()

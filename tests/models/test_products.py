@@ -75,13 +75,27 @@ def test_float32_is_multiplied_by_onednn(
     weight, bias = (draw(*s, seed=1, dtype=torch.float32) for s in ((17, 40), (17,)))
     with torch.no_grad(), PackedWeights().used() if in_use else nullcontext():
         for given in (bias, None):
-            found = multiply(x, weight, given)
+            found = multiply(x, weight, given, loose=not in_use)
             exact = F.linear(x.double(), weight.double(), None if given is None else given.double())
             assert (found.dtype, found.shape) == (torch.float32, exact.shape)
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
-        strided = multiply(x.t().contiguous().t() if x.ndim == 2 else x, weight.mT.clone().mT, bias)
-        torch.testing.assert_close(strided, multiply(x, weight, bias))
+        strided = x.t().contiguous().t() if x.ndim == 2 else x
+        again = multiply(strided, weight.mT.clone().mT, bias, loose=not in_use)
+        torch.testing.assert_close(again, multiply(x, weight, bias, loose=not in_use))
     assert unable == [torch.float64, torch.float64]  # the test's own
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_float32_is_torchs_own_where_inputs_are_long_or_nothing_loose_is_asked(
+    unable: list[torch.dtype], monkeypatch: pytest.MonkeyPatch, in_use: bool
+):
+    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "LONGEST", 39 if in_use else 40)
+    x, weight = (draw(*s, 40, seed=0, dtype=torch.float32) for s in ((3,), (17,)))
+    with torch.no_grad(), PackedWeights().used() if in_use else nullcontext():
+        found = multiply(x, weight, loose=in_use)
+    assert unable == [torch.float32]
+    assert torch.equal(found, F.linear(x, weight))
 
 
 def test_without_onednn_torch_multiplies(
@@ -109,7 +123,7 @@ def test_where_gradients_are_wanted_torch_multiplies(
     assert unable[1:] == [torch.float32]
     assert trained.grad is not None
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        assert multiply(x.float(), trained).dtype == torch.bfloat16
+        assert multiply(x.float(), trained, loose=True).dtype == torch.bfloat16
 
 
 def test_a_processor_that_multiplies_half_precision_does_so(
