@@ -177,7 +177,7 @@ def linear_weights(hf: PreTrainedModel) -> list[Tensor]:
 def sweep_weights(weights: Sequence[Tensor], rows: int) -> Callable[[], None]:
     """The multiplications of one forward pass over ``rows`` tokens and nothing else: the bound.
 
-    By `products.multiply`, which is torch's own product wherever that is the faster one.
+    By `products.multiply`, as a forward pass asks for it.
     """
     widths = {weight.shape[1] for weight in weights}
     like = weights[0]
