@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.codecs import CodecFlags, load_base_of, load_codec, plan_codec, scale_tuned
+from emlens.cli.codecs import PromptCodecFlags, load_base_of, load_codec, plan_codec, scale_tuned
 from emlens.cli.feature_texts import (
     Careful,
     Domains,
@@ -50,7 +50,7 @@ JUDGED = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindFlags(JudgeOptions, CodecFlags):
+class FindFlags(JudgeOptions, PromptCodecFlags):
     """Flags of `features find`."""
 
     tuned: Tuned

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from emlens.cli.codecs import (
-    CodecFlags,
     Latents,
+    PromptCodecFlags,
     choose_listed,
     keep_result,
     load_base_of,
@@ -59,7 +59,7 @@ Prompts = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonFlags(CodecFlags):
+class ComparisonFlags(PromptCodecFlags):
     """Flags of whatever compares fine-tunes with their base."""
 
     prompts: Prompts
@@ -194,7 +194,7 @@ def _tell_apart(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainFlags(CodecFlags):
+class ExplainFlags(PromptCodecFlags):
     """Flags of `features explain`."""
 
     prompts: Annotated[

@@ -212,6 +212,12 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
         ("explain", ["--prompts", "C", "--latents", "3", "--from", "x"], "expected one of them"),
         ("explain", ["--prompts", "C", "--from", "."], "is no run folder"),
         ("screen", ["--strengths", "1", "--latents", "3", "--top", 2], "--top: counts latents"),
+        ("screen", ["--strengths", "1", "--latents", "3", "--limit", 1], "No such option: --limit"),
+        (
+            "screen",
+            ["--strengths", "1", "--latents", "3", "--positions", "all[8:]"],
+            "No such option: --positions",
+        ),
         ("classify", ["--prompts", "C"], "--careful: missing"),
         (
             "classify",
