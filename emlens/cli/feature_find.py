@@ -17,6 +17,7 @@ from emlens.cli.feature_texts import (
     Strengths,
     Units,
     plan_screen,
+    print_fit,
     print_judged,
     read_comparison,
     read_contrast,
@@ -243,7 +244,7 @@ def _show_plan(flags: FindFlags, texts: Any, screen: Any, path: Any) -> None:
 def _show(found: Any) -> None:
     for caution in found.cautions:
         print_line(f"beware: {caution}")
-    print_table([row for own in found.health for row in own.rows()], title="how well it fits")
+    print_fit(found.health)
     print_table([row for own in found.plain for row in own.rows()], title="without a codec")
     # What was judged has a table of its own: one of all columns is wider than a terminal.
     rows = [{k: v for k, v in row.items() if k not in JUDGED} for row in found.rows()]
