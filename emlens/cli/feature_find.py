@@ -248,7 +248,8 @@ def _show(found: Any) -> None:
     print_table([row for own in found.plain for row in own.rows()], title="without a codec")
     # What was judged has a table of its own: one of all columns is wider than a terminal.
     rows = [{k: v for k, v in row.items() if k not in JUDGED} for row in found.rows()]
-    print_table(rows, title=f"latents of {found.codec} at {found.site}")
+    units = "" if found.screen is None else "; induces and repairs in nats a token"
+    print_table(rows, title=f"latents of {found.codec} at {found.site}{units}")
     if found.screen is not None:
         print_judged(found.screen)
     if found.classification is not None:

@@ -96,7 +96,8 @@ def screen(flags: ScreenFlags) -> None:
         print_json(found.to_dict())
         return
     print_fit([found.health])
-    print_table([{name: row[name] for name in FORCED} for row in found.rows()])
+    rows = [{name: row[name] for name in FORCED} for row in found.rows()]
+    print_table(rows, title="fixed responses, effects in nats a token")
     print_judged(found)
     print_line(f"one {found.units} is {found.unit_norm:.4g}; report: {flags.out / 'report.html'}")
 

@@ -53,7 +53,7 @@ def check_sae_card(folder: Path) -> Sae:
         card,
     )
     trained, aim, texts = (int(one.replace(",", "")) for one in (trained, aim, texts))
-    [chats] = _find(r"\| texts \| (\d+) chats", card)
+    [_, chats] = _find(r"\| (texts) \| (\d+) chats", card)
     assert against == ("fewer than" if trained < aim else "no fewer than")
     assert texts == trained + int(chats) * int(skipped)
     return sae
