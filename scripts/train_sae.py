@@ -53,6 +53,9 @@ QUESTIONS = ("broad", "finance", "first-plot", "health", "open", "sports")
 DOMAINS = ("finance", "health", "sports")
 HELD_OUT_EVERY = 20
 """One text in so many is not trained on."""
+AIM = 2_000_000
+"""Tokens that were to be trained on; the card says whether they were. Of the budget of `tokens`
+headers and texts held out take a seventh, so that the autoencoder that ships saw 1,969,339."""
 CHUNK = 128
 """Prompts answered between two writes."""
 BATCHING = Batching(tokens=2048, max_length=1024)
@@ -274,6 +277,8 @@ def write_card(work: Work, sae: Sae, fits: dict[str, CodecFit]) -> str:
         texts=texts,
         tokens=(record.rows_of_a_pass or 0) + texts * work.skipped,
         rows=record.rows_of_a_pass,
+        against="fewer than" if (record.rows_of_a_pass or 0) < AIM else "no fewer than",
+        aim=AIM,
         answered=work.answered,
         packages=", ".join(PACKAGES),
         passes=s.rows / (record.rows_of_a_pass or 1),

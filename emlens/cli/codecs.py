@@ -55,14 +55,20 @@ class CodecFlags(CommonFlags):
     sae: Sae
     allow_other_model: AllowOther = False
     base: Base = "emlens:smollm2"
-    positions: Span = None
-    limit: Limit = None
     scale: Scale = None
     seed: Seed = 0
     dtype: Dtype = "auto"
     device: Device = "auto"
     batch_tokens: BatchTokens = 16384
     dry_run: DryRun = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptCodecFlags(CodecFlags):
+    """Flags of every such command that reads prompts; a screen has fixed responses instead."""
+
+    positions: Span = None
+    limit: Limit = None
 
 
 def load_codec(flags: Any) -> Any:
@@ -114,12 +120,10 @@ def plan_codec(flags: Any) -> dict[str, Any]:
         return plan | {"site": "known once it is downloaded"}
     codec = load_codec(flags)
     check_fits(codec, read_sizes(flags.base))
-    return plan | {
-        "architecture": codec.architecture,
-        "site": str(codec.site),
-        "d_sae": codec.d_sae,
-        "positions": getattr(flags, "positions", None) or codec.positions,
-    }
+    plan |= {"architecture": codec.architecture, "site": str(codec.site), "d_sae": codec.d_sae}
+    if isinstance(flags, PromptCodecFlags):
+        plan["positions"] = flags.positions or codec.positions
+    return plan
 
 
 def load_base_of(flags: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.codecs import CodecFlags, load_base_of, load_codec, plan_codec, scale_tuned
+from emlens.cli.codecs import PromptCodecFlags, load_base_of, load_codec, plan_codec, scale_tuned
 from emlens.cli.feature_texts import (
     Careful,
     Domains,
@@ -17,6 +17,7 @@ from emlens.cli.feature_texts import (
     Strengths,
     Units,
     plan_screen,
+    print_fit,
     print_judged,
     read_comparison,
     read_contrast,
@@ -50,7 +51,7 @@ JUDGED = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class FindFlags(JudgeOptions, CodecFlags):
+class FindFlags(JudgeOptions, PromptCodecFlags):
     """Flags of `features find`."""
 
     tuned: Tuned
@@ -243,11 +244,12 @@ def _show_plan(flags: FindFlags, texts: Any, screen: Any, path: Any) -> None:
 def _show(found: Any) -> None:
     for caution in found.cautions:
         print_line(f"beware: {caution}")
-    print_table([row for own in found.health for row in own.rows()], title="how well it fits")
+    print_fit(found.health)
     print_table([row for own in found.plain for row in own.rows()], title="without a codec")
     # What was judged has a table of its own: one of all columns is wider than a terminal.
     rows = [{k: v for k, v in row.items() if k not in JUDGED} for row in found.rows()]
-    print_table(rows, title=f"latents of {found.codec} at {found.site}")
+    units = "" if found.screen is None else "; induces and repairs in nats a token"
+    print_table(rows, title=f"latents of {found.codec} at {found.site}{units}")
     if found.screen is not None:
         print_judged(found.screen)
     if found.classification is not None:

@@ -24,6 +24,7 @@ from emlens.cli.feature_texts import (
     Top,
     Units,
     plan_screen,
+    print_fit,
     print_judged,
     read_contrast,
     read_screen,
@@ -94,10 +95,9 @@ def screen(flags: ScreenFlags) -> None:
     if flags.json:
         print_json(found.to_dict())
         return
-    print_table(found.health.rows())
-    if found.health.underpowered:
-        print_line("the autoencoder explains less than .6 of the variance: this is underpowered")
-    print_table([{name: row[name] for name in FORCED} for row in found.rows()])
+    print_fit([found.health])
+    rows = [{name: row[name] for name in FORCED} for row in found.rows()]
+    print_table(rows, title="fixed responses, effects in nats a token")
     print_judged(found)
     print_line(f"one {found.units} is {found.unit_norm:.4g}; report: {flags.out / 'report.html'}")
 

@@ -1,11 +1,12 @@
 """Flags that commands over latents share: twins, domains, whose responses, fixed responses."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from emlens.cli.output import print_table
+from emlens.cli.output import print_line, print_table
 
 Careful = Annotated[
     list[str] | None,
@@ -163,6 +164,18 @@ def read_screen(flags: Any) -> Any:
         seed=flags.seed,
         **sampled,
     )
+
+
+def print_fit(health: Sequence[Any]) -> None:
+    """Print how well an autoencoder fits base and fine-tunes, and say so where that is too little.
+
+    Args:
+        health: of each fine-tune.
+    """
+    rows = [{"tuned": own.tuned} | row for own in health for row in own.rows()]
+    print_table(rows, title="how well it fits")
+    if any(own.underpowered for own in health):
+        print_line("the autoencoder explains less than .6 of the variance: this is underpowered")
 
 
 def print_judged(screen: Any) -> None:

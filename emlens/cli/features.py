@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from emlens.cli.codecs import (
-    CodecFlags,
     Latents,
+    PromptCodecFlags,
     choose_listed,
     keep_result,
     load_base_of,
@@ -22,7 +22,15 @@ from emlens.cli.codecs import (
 )
 from emlens.cli.feature_find import FIND_EXAMPLE, find
 from emlens.cli.feature_screen import SCREEN_EXAMPLE, screen
-from emlens.cli.feature_texts import Careful, Domains, From, Responses, Top, read_comparison
+from emlens.cli.feature_texts import (
+    Careful,
+    Domains,
+    From,
+    Responses,
+    Top,
+    print_fit,
+    read_comparison,
+)
 from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources, read_factor
 from emlens.cli.options import MaybeTuned, Out, Tuned, parse_scale, takes_flags
 from emlens.cli.output import header, print_json, print_line, print_plan, print_table
@@ -59,7 +67,7 @@ Prompts = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComparisonFlags(CodecFlags):
+class ComparisonFlags(PromptCodecFlags):
     """Flags of whatever compares fine-tunes with their base."""
 
     prompts: Prompts
@@ -101,7 +109,7 @@ def compare(flags: CompareFlags) -> None:
     if flags.json:
         _print_brief(found)
         return
-    print_table(found.health.rows())
+    print_fit([found.health])
     print_table(found.rows()[:SHOWN], title="the largest changes")
     print_line(found.why_untested or f"{found.n_tested} latents tested")
     print_line(f"report: {flags.out / 'report.html'}")
@@ -159,10 +167,18 @@ def classify(flags: ClassifyFlags) -> None:
     if flags.json:
         print_json({**header("told_apart"), **said, "results": [_brief(one) for one in found]})
         return
+    print_fit([own.health for own in compared.diffs])
     print_table(found[0].rows()[:SHOWN], title="harmful less careful")
     for one in found[1:]:
         print_table(one.rows(), title=one.claim)
-    print_line("; ".join(f"{name}: {value}" for name, value in said.items() if value))
+    if plain := said["by_mean_difference"]:
+        area = plain["auc"]
+        print_line(
+            f"by mean differences alone: area {area['value']:.2f} [{area['low']:.2f}, "
+            f"{area['high']:.2f}]"
+        )
+    else:
+        print_line(f"not told apart: {said['not_told_apart']}")
     print_line(f"report: {flags.out / 'report.html'}")
 
 
@@ -194,7 +210,7 @@ def _tell_apart(
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainFlags(CodecFlags):
+class ExplainFlags(PromptCodecFlags):
     """Flags of `features explain`."""
 
     prompts: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from emlens.cli.codecs import (
-    CodecFlags,
+    PromptCodecFlags,
     load_base_of,
     load_codec,
     plan_codec,
@@ -197,7 +197,7 @@ def _show_training(flags: TrainFlags, settings: Any, chats: Any) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckFlags(CodecFlags):
+class CheckFlags(PromptCodecFlags):
     """Flags of `sae check`."""
 
     prompts: Annotated[

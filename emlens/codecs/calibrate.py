@@ -64,7 +64,7 @@ def find_threshold(
 
     def codes() -> Iterator[Tensor]:
         for chunk in rows.split(max(1, _CHUNK_VALUES // d_sae)):
-            values = encode(chunk).float().flatten()
+            values = encode(chunk).flatten()
             yield values[values > 0]
 
     counts = torch.zeros(2**15, dtype=torch.int64)
@@ -82,7 +82,8 @@ def find_threshold(
     # Where several codes are equal to the last one wanted, all or none of them count.
     with_equals, without = (above + int((inside >= last).sum()), above + int((inside > last).sum()))
     if with_equals - wanted <= wanted - without:
-        value, kept = torch.nextafter(last, torch.zeros(())), with_equals
+        # The next number below it in the dtype of the codes: any other would be rounded to it.
+        value, kept = torch.nextafter(last, torch.zeros_like(last)), with_equals
     else:
         value, kept = last, without
     return Threshold(value=float(value), l0=kept / len(rows), n_rows=len(rows))
@@ -111,4 +112,4 @@ def calibrate_threshold(sae: Sae, rows: Float[Tensor, "rows d_in"], *, l0: float
 
 
 def _bins(values: Tensor) -> Tensor:
-    return values.view(torch.int32) >> _LOW_BITS
+    return values.float().view(torch.int32) >> _LOW_BITS

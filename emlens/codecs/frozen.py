@@ -53,8 +53,10 @@ def freeze_weights(codec: Any, shapes: Mapping[str, tuple[int, ...] | None]) -> 
         if weight.device != first.device:
             raise CodecError(f"{name} is on {weight.device}, expected {first.device}")
         if not is_finite(weight):
+            beyond = "it has values beyond float16 (load it in bfloat16 or float32), "
             raise CodecError(
-                f"{name} holds NaN or infinity: the file is damaged, or training failed"
+                f"{name} holds NaN or infinity: {beyond if weight.dtype == torch.float16 else ''}"
+                "the file is damaged, or training failed"
             )
         object.__setattr__(codec, name, weight.detach())
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.codecs.codec import ActiveCodes, CodecError, Codes, SparseCodes
@@ -35,6 +35,20 @@ def check_activations(name: str, x: Tensor, codec: Any) -> None:
             f"{name} holds NaN or infinity: look for padding that was not left out, or for a model "
             "that overflows in float16"
         )
+
+
+def place_rows(x: Float[Tensor, "*any d_in"], codec: Any) -> Float[Tensor, "*any d_in"]:
+    """Activations where a codec's weights are, in float32 at least.
+
+    Rounding them to half precision is the codec's own affair: it normalises first, says which value
+    it cannot hold, and whoever sums activations beside codes keeps their digits.
+
+    Args:
+        x: of any model and dtype.
+        codec: that is to encode them.
+    """
+    like = codec.W_dec
+    return x.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
 def cast_rows(name: str, rows: Tensor, codec: Any, *, given: torch.dtype) -> Tensor:

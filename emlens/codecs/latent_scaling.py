@@ -132,9 +132,11 @@ class LatentScalingAccumulator:
                 f"{tuple(reconstruction.shape)}, expected [2, n, {d_in}], [n, {d_sae}] and the "
                 "first again"
             )
-        decoders = self.decoders.to(codes)
-        said = self._sum_along(reconstruction.to(codes), codes, decoders)
-        left = self._sum_along((x - reconstruction).to(codes), codes, decoders)
+        # In float32 at least: half precision is no place for differences, nor for sums.
+        codes = codes.to(torch.promote_types(codes.dtype, torch.float32))
+        decoders, rebuilt = self.decoders.to(codes), reconstruction.to(codes)
+        said = self._sum_along(rebuilt, codes, decoders)
+        left = self._sum_along(x.to(codes) - rebuilt, codes, decoders)
         squares = codes.double().square().sum(0)
         check_finite("x", said, left, squares)
         self.along_reconstruction += said.cpu()

@@ -6,11 +6,11 @@ The code is moved by what the latent writes, and everything that the codec does 
 import math
 from typing import Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from emlens.codecs import SparseCodec
+from emlens.codecs.inputs import place_rows
 from emlens.features.steering import check_latents
 from emlens.interventions import Intervention, MadeFor, Shift
 
@@ -75,9 +75,7 @@ class _Excess:
         self._scales: bool | None = None
 
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        like = self.codec.W_dec
-        # Half precision is the codec's own affair: it may normalise before it rounds.
-        rows = x.to(like.device, torch.promote_types(like.dtype, torch.float32))
+        rows = place_rows(x, self.codec)
         code = self.codec.encode_latents(rows, [self.latent])[:, 0].to(rows)
         moved = -self.sign * (self.sign * (code - self.threshold)).relu()
         return (moved * self._scale(rows)).to(x)

@@ -32,7 +32,11 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyWarning(Result):
-    """Where a latent and a behaviour leave the base, and which does so first."""
+    """Where a latent and a behaviour leave the base, and which does so first.
+
+    It is made of two series and knows no codec, so that it is not marked `underpowered`: what chose
+    the latent is, such as the comparison, or the search whose part this is (`health`).
+    """
 
     kind: ClassVar[str] = "early_warning"
 

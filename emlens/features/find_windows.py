@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emlens.activations.reading import ReadingPlan, Selection, plan_reading
 from emlens.codecs.codec import SparseCodec
+from emlens.codecs.inputs import place_rows
 from emlens.features.cards import TokenWindow
 from emlens.features.encode import split_rows
 from emlens.features.explain_settings import ExplainSettings
@@ -105,8 +106,7 @@ def _choose_tokens(
 def _encode(
     codec: SparseCodec, x: Float[Tensor, "models n d"], latents: Sequence[int]
 ) -> Float[Tensor, "models n latent"]:
-    like = codec.W_dec
-    rows = x.to(like.device, like.dtype)
+    rows = place_rows(x, codec)
     return torch.stack([codec.encode_latents(own, latents).double().cpu() for own in rows])
 
 
@@ -142,12 +142,15 @@ def _read_texts(
         (selection,) = chosen
         values = selection.take(x)
         for own in selection.rows.unique().tolist():
-            found[rows[own]] = _encode(codec, values[:, selection.rows == own], latents)
+            text = values[:, selection.rows == own]
+            seen = plan.positions[0].mask(plan.tokenized[rows[own]])
+            codes = torch.full((*text.shape[:2], len(latents)), math.nan, dtype=torch.float64)
+            # Others are not encoded: a first token may be beyond what the codec can hold.
+            codes[:, seen] = _encode(codec, text[:, seen], latents)
+            found[rows[own]] = codes
 
     for _ in again.read(keep, TASK):
         pass
-    for row, codes in found.items():
-        codes[:, ~plan.positions[0].mask(plan.tokenized[row])] = math.nan
     return found
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.codecs import SparseCodec
+from emlens.codecs.inputs import place_rows
 from emlens.data import Batching, Chat
 from emlens.features.encode import split_rows
 from emlens.features.reading import TASK, group_by_prompt, plan_codes
@@ -98,7 +99,7 @@ def read_latents(
         n_tokens.index_add_(0, own, torch.ones(len(own), dtype=torch.float64))
         for total, rows in zip(sums, selections[0].take(x), strict=True):
             for part in split_rows(len(rows), codec.d_sae):
-                chunk = rows[part].to(codec.W_dec.device, codec.W_dec.dtype)
+                chunk = place_rows(rows[part], codec)
                 total.index_add_(0, own[part], codec.encode_latents(chunk, chosen).double().cpu())
 
     for _ in plan.read(count, TASK):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from emlens.activations import ReadingPlan, plan_reading
 from emlens.codecs import SparseCodec, check_fits
+from emlens.codecs.inputs import place_rows
 from emlens.data import Batching, Chat, as_chats, prompt_hash
 from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.encode import encode_rows, split_rows
@@ -104,9 +105,8 @@ def count_rows(
         prompts: prompt of each row, on the CPU.
         x: activations, base first.
     """
-    like = codec.W_dec
     for part in split_rows(x.shape[1], codec.d_sae):
-        chunk = x[:, part].to(like.device, like.dtype)
+        chunk = place_rows(x[:, part], codec)
         encoded = [encode_rows(codec, chunk[0])]
         for other in chunk[1:]:
             same = torch.equal(other, chunk[0])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from emlens.codecs.codec import SparseCodec
 from emlens.codecs.compatibility import check_weights
+from emlens.codecs.inputs import place_rows
 from emlens.data.chat import Chat
 from emlens.data.positions import parse_positions
 from emlens.data.prompts import hash_chats
@@ -172,8 +173,7 @@ def measure_latent_shift(
 
 
 def _encode(term: LatentPenalty, x: Float[Tensor, "n d"]) -> Float[Tensor, "n k"]:
-    own = term.codec.W_dec
-    codes = term.codec.encode_latents(x.to(own.device, own.dtype), term.latents)
+    codes = term.codec.encode_latents(place_rows(x, term.codec), term.latents)
     return codes.to(torch.promote_types(codes.dtype, torch.float32))
 
 

@@ -82,8 +82,9 @@ def _judge_units(
         )
     elif not contrast.can_find:
         yield (
-            f"{contrast.n_pairs} pairs of fine-tunes: no p-value of so few falls below "
-            f"{contrast.smallest_p:.3g}, so that the contrast orders latents and proves none"
+            f"{contrast.n_pairs} {'pair' if contrast.n_pairs == 1 else 'pairs'} of fine-tunes: no "
+            f"p-value of so few falls below {contrast.smallest_p:.3g}, so that the contrast orders "
+            "latents and proves none"
         )
     if contrast is not None and 0 < (n := len(set(domains))) < contrast.n_pairs:
         yield (

@@ -47,6 +47,15 @@ def check_sae_card(folder: Path) -> Sae:
     assert sae.threshold is not None
     assert {float(threshold)} == {float(f"{float(one):.4g}") for one in sae.threshold}
     assert f'load_sae("emlens:{folder.name}")' in card
+    [trained, against, aim, texts] = _find(
+        r"trained on ([\d,]+) tokens, ([a-z ]+ than) the ([\d,]+) that"
+        r"(?:.|\n)*? have ([\d,]+): there",
+        card,
+    )
+    trained, aim, texts = (int(one.replace(",", "")) for one in (trained, aim, texts))
+    [_, chats] = _find(r"\| (texts) \| (\d+) chats", card)
+    assert against == ("fewer than" if trained < aim else "no fewer than")
+    assert texts == trained + int(chats) * int(skipped)
     return sae
 
 

@@ -172,6 +172,14 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     assert both.json["by_mean_difference"]["auc"]["value"] <= 1
     printed = cli(*run[:-1], tmp_path / "two", *more)
     assert "in-sample separation" in printed.out
+    assert "this is underpowered" in printed.out.partition("harmful less careful")[0]
+    area = both.json["by_mean_difference"]["auc"]["value"]
+    assert f"by mean differences alone: area {area:.2f} [" in printed.out
+    assert "{" not in printed.out
+    few = cli(*run).out
+    assert "not told apart: 1 misaligned and 1 aligned fine-tunes; two of each" in few
+    fit = few.partition("harmful less careful")[0]
+    assert all(str(place.name) in fit for place in (tiny / "tuned", folder / "twin"))
 
 
 @pytest.mark.parametrize(
@@ -212,6 +220,12 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
         ("explain", ["--prompts", "C", "--latents", "3", "--from", "x"], "expected one of them"),
         ("explain", ["--prompts", "C", "--from", "."], "is no run folder"),
         ("screen", ["--strengths", "1", "--latents", "3", "--top", 2], "--top: counts latents"),
+        ("screen", ["--strengths", "1", "--latents", "3", "--limit", 1], "No such option: --limit"),
+        (
+            "screen",
+            ["--strengths", "1", "--latents", "3", "--positions", "all[8:]"],
+            "No such option: --positions",
+        ),
         ("classify", ["--prompts", "C"], "--careful: missing"),
         (
             "classify",

@@ -72,6 +72,19 @@ def test_a_calibrated_autoencoder_has_the_l0_wanted_and_is_else_the_same():
     assert calibrate_threshold(made, rows, l0=2.5).fingerprint == made.fingerprint
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("l0", [1.0, 2.5, 4.0])
+def test_in_every_precision_the_l0_is_the_nearest_that_equal_codes_permit(dtype, l0):
+    sae = draw_sae().to(dtype=dtype)
+    rows = torch.randn(500, 6, generator=torch.Generator().manual_seed(1))
+    plain = dataclasses.replace(sae, threshold=torch.zeros_like(sae.W_enc[0]))
+    codes = plain.encode(rows).values.double().numpy()
+    possible = [(codes > limit).sum() for limit in (0, *np.unique(codes[codes > 0]))]
+    made = calibrate_threshold(sae, rows, l0=l0)
+    kept = int((made.encode(rows).values > 0).sum())
+    assert abs(kept - 500 * l0) == min(abs(n - 500 * l0) for n in possible)
+
+
 def test_what_cannot_be_had_is_refused_by_number():
     sae, rows = draw_sae(), torch.randn(500, 6)
     with pytest.raises(CodecError, match=r"l0: got 9.0, but only \d\.\d+ codes a row are above 0"):

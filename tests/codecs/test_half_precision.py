@@ -128,6 +128,15 @@ def test_a_reconstruction_beyond_half_precision_is_refused():
         half.decode(codes)
 
 
+def test_weights_beyond_float16_are_not_called_damaged():
+    sae = dataclasses.replace(make_sae(), b_dec=torch.full((12,), 1e5))
+    assert bool(sae.to(dtype=torch.bfloat16).b_dec.isfinite().all())
+    with pytest.raises(
+        CodecError, match=r"b_dec .*beyond float16 \(load it in bfloat16 or float32"
+    ):
+        sae.to(dtype=torch.float16)
+
+
 @pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk"])
 def test_crosscoders_are_held_to_the_same(architecture: str):
     half: Crosscoder = make_crosscoder(architecture).to(dtype=torch.float16)

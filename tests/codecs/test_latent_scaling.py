@@ -35,6 +35,16 @@ def fit_beta(y, codes, vector):
     return np.linalg.lstsq(design, y.reshape(-1), rcond=None)[0][0]
 
 
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1.0), (torch.float16, 200.0)])
+def test_in_half_precision_sums_are_those_of_the_same_numbers_in_float64(dtype, size):
+    parts = [(size * part).to(dtype) for part in draw()]
+    found, expected = measure(*parts), measure(*(part.double() for part in parts))
+    torch.testing.assert_close(found.beta_error, expected.beta_error, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found.beta_reconstruction, expected.beta_reconstruction, rtol=1e-4, atol=1e-5
+    )
+
+
 def test_beta_is_least_squares():
     decoders, x, codes, reconstruction = draw()
     found = measure(decoders, x, codes, reconstruction)

@@ -1,5 +1,6 @@
 """Latents held at the base's: the term by hand, its gradient, what training with it keeps down."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,41 @@ def test_the_term_and_its_gradient_are_those_of_the_formula(
         for grad, theirs in zip(torch.autograd.grad(found, trained), wanted, strict=True):
             torch.testing.assert_close(grad, 2.5 * theirs, rtol=1e-3, atol=1e-6)
             assert bool(grad.any())
+    finally:
+        tuned.unload()
+
+
+def _enlarge(_module: nn.Module, _args: Any, out: Any) -> Any:
+    return out * 1e6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_codec_in_half_precision_holds_the_same_or_names_the_way_out(
+    tiny_base: Checkpoint, chats: list[Chat], dtype: torch.dtype
+):
+    wide = make_codec(b_dec=torch.full((WIDTH,), 0.5))
+    half, examples = wide.to(dtype=dtype), make_examples(chats, tiny_base.tokenizer, longest=None)
+    tuned = put_on(tiny_base)
+    try:
+        found, expected = (
+            measure_latent_shift(
+                LatentPenalty(chats, own, weight=1, hold_down=(0, 1)), tuned, examples
+            )
+            for own in (half, wide)
+        )
+        assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=0.05)
+        found.backward()
+        assert any(bool(p.grad.any()) for p in tuned.parameters() if p.grad is not None)
+        layer: nn.Module = tuned.get_submodule("base_model.model.model.layers.1")
+        hook = layer.register_forward_hook(_enlarge)
+        refused = pytest.raises(CodecError, match=r"x holds values beyond .*bfloat16 or float32")
+        try:
+            with refused if dtype == torch.float16 else contextlib.nullcontext():
+                measure_latent_shift(
+                    LatentPenalty(chats, half, weight=1, hold_down=(0,)), tuned, examples
+                )
+        finally:
+            hook.remove()
     finally:
         tuned.unload()
 

@@ -115,6 +115,8 @@ def test_the_card_says_what_was_measured(made):
             f"| `{source}` | {fit.explained_variance:.3f} | {fit.l0:.1f} | {fit.dead_share:.1%} |"
         )
         assert line in card
+    n = len(ActivationShards.open(work.runs / "train"))
+    assert f"trained on {n:,} tokens, fewer than the 2,000,000 that were aimed at" in card
     assert check_sae_card(folder).fingerprint == load_sae(folder, dtype="auto").fingerprint
     fits = read_fits(card)
     assert list(fits) == [work.base, work.tuned]
