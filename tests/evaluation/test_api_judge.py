@@ -192,6 +192,7 @@ def test_an_endpoint_that_refuses_every_request_is_no_judge_at_all(
         assert len(chat.requests) <= 2 * 32 + 1
     assert (error.value.finished, (tmp_path / "judgements.jsonl").read_text()) == ({}, "")
     # asyncio prints what a task failed with, once it is collected, where nobody has asked.
+    del error  # which holds on to the tasks
     gc.collect()
     assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
 
