@@ -118,8 +118,8 @@ class ApiJudge(GradingJudge):
             done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
             for task in waiting:
                 task.cancel()
-            if waiting:
-                await asyncio.wait(waiting)
+            # Some fail before they hear of it: asyncio prints an error that nobody has taken.
+            await asyncio.gather(*waiting, return_exceptions=True)
         failed = [t.exception() for t in done if not t.cancelled() and t.exception()]
         if failed and not isinstance(failed[0], openai.APIError):
             raise failed[0] or RuntimeError("a request ended without a word")

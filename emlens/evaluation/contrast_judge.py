@@ -123,6 +123,9 @@ class ContrastJudge:
             other prompts; or a base with no tokenizer.
     """
 
+    reads_prompts = False
+    """It compares two conditions of its own, whatever a question would have a judge told."""
+
     def __init__(
         self,
         base: HookedModel,

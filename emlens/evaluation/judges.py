@@ -69,7 +69,11 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """Scores responses. Numbers of judges with different ids are never compared without a word."""
+    """Scores responses. Numbers of judges with different ids are never compared without a word.
+
+    One that never reads `JudgeRow.judge_prompts` may say so by an attribute `reads_prompts` that is
+    False; of any other they are taken to decide judgements.
+    """
 
     @property
     def id(self) -> str:

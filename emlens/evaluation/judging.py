@@ -98,7 +98,9 @@ def judgement_id(row_id: str, judge: str, prompts: str | None = None) -> str:
 
 def _hash_read(judge: Judge, rows: Mapping[str, Mapping[str, str]]) -> dict[str, str | None]:
     """Row -> hash of its question's own instructions, where the judge reads any."""
-    reads = getattr(judge, "reads_prompts", False)
+    # A judge that does not say is taken to read them: else other instructions to it, which its id
+    # does not hold, would be answered with the judgements of these.
+    reads = getattr(judge, "reads_prompts", True)
     return {row_id: hash_own_prompts(own) if reads else None for row_id, own in rows.items()}
 
 

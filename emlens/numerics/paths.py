@@ -140,6 +140,26 @@ def path_coordinates(
     return points, shares
 
 
+def find_plane_turn(gram: Float64[Tensor, "t t"]) -> int | None:
+    """Place of the point that is farthest from the line between a path's ends, in its main plane.
+
+    Where a path that goes one way and then another changes over. A random walk has one as well.
+
+    Args:
+        gram: Inner products of the path's points.
+
+    Returns:
+        None where no point leaves that line in the plane of the first two principal components.
+    """
+    points = path_coordinates(gram, n=2)[0]
+    away = points - points[0]
+    chord = away[-1]
+    along = away @ chord / chord.square().sum().clamp(min=torch.finfo(chord.dtype).tiny)
+    squares = (away - along[:, None] * chord).square().sum(1)
+    farthest = int(squares.argmax())
+    return farthest if float(squares[farthest]) > _ROUNDING * float(gram.diagonal().max()) else None
+
+
 def step_lengths(gram: Float64[Tensor, "t t"]) -> Float64[Tensor, " t-1"]:
     """Distance of each point from the one before."""
     squares = gram.diagonal()

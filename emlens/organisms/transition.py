@@ -13,7 +13,13 @@ from torch import Tensor
 
 from emlens.artifacts import Result
 from emlens.numerics.null_paths import BendSettings, measure_bends, null_prominences
-from emlens.numerics.paths import LocalCosine, gram_of_path, noise_dimension, path_coordinates
+from emlens.numerics.paths import (
+    LocalCosine,
+    find_plane_turn,
+    gram_of_path,
+    noise_dimension,
+    path_coordinates,
+)
 from emlens.organisms.trajectory import AdapterTrajectory
 
 Verdict = Literal["turn", "none", "nothing measured", "too few checkpoints"]
@@ -74,6 +80,9 @@ class PhaseTransition(Result):
     """Principal components of the path."""
     explained: Float64[Tensor, " 3"]
     """Share of the variance along each."""
+    plane_turn: int | None = None
+    """Step of the point farthest from the line between the path's ends, in the plane of the first
+    two components; None where none leaves it. Noise has such a point too: see `verdict`."""
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each point with a local cosine."""
@@ -131,6 +140,7 @@ def measure_transition(
     sharpest = _sharpest(bends, steps)
     verdict = _judge(len(steps), bends, critical)
     points, shares = path_coordinates(gram, n=COMPONENTS)
+    widest = find_plane_turn(gram)
     return PhaseTransition(
         source=trajectory.source,
         factor=factor,
@@ -152,6 +162,7 @@ def measure_transition(
         norms=gram.diagonal().clamp(min=0).sqrt(),
         coordinates=points,
         explained=shares,
+        plane_turn=None if widest is None else int(steps[widest]),
     )
 
 

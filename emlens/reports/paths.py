@@ -202,6 +202,16 @@ def plot_plane(path: Json) -> go.Figure:
             marker={"size": 16, "symbol": "circle-open", "color": FAILED, "line": {"width": 2}},
             hovertemplate=f"turn, step {label(path['step'])}<extra></extra>",
         )
+    if (widest := path.get("plane_turn")) is not None:
+        place = steps.index(widest)
+        figure.add_scatter(
+            x=[x[place]],
+            y=[y[place]],
+            mode="markers",
+            marker={"size": 10, "symbol": "x-thin-open", "color": FAILED, "line": {"width": 1}},
+            hovertemplate=f"farthest from the line between the ends, step {label(widest)}"
+            "<extra></extra>",
+        )
     figure.update_xaxes(title="first component")
     figure.update_yaxes(title="second component", scaleanchor="x")
     return figure.update_layout(height=320, showlegend=False)

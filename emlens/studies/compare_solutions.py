@@ -138,7 +138,8 @@ def compare_solutions(
             "solutions": {name: solution.fingerprint for name, solution in solutions.items()},
             "task": [text_hash(chat) for chat in texts.task],
             "text": [text_hash(chat) for chat in texts.general],
-            "settings": settings,
+            # Batches change rounding alone: one that ran out of memory goes on with smaller ones.
+            "settings": {k: v for k, v in vars(settings).items() if k != "batching"},
             "path": None if path is None else [path.trajectory.fingerprint(), path.every],
             "probe": None if probe is None else probe.describe(),
         },

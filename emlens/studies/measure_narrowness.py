@@ -295,9 +295,11 @@ def _doubt_inside(differences: Sequence[NarrowDifference]) -> str | None:
     trained = next((one for one in differences if one.scale == 1.0), None)
     if trained is None:
         return "in the domain: not asked at scale 1, so that nothing shows that the task was learnt"
-    if trained.equivalence.verdict == "more":
+    # By its own limit: the margin of an equivalence claim is for what may be left outside.
+    lowest = trained.difference.em_difference.low
+    if lowest > 0:
         return None
-    return f"in the domain at scale 1 no more than the base is shown: {trained.equivalence.reason}"
+    return f"in the domain at scale 1 no more than the base is shown: lower limit {lowest:.2f}"
 
 
 def _share(organism: Any, scale: float, where: Where, judged: Evaluation) -> OrganismShare:

@@ -38,7 +38,7 @@ class SolutionSettings:
     seeds: int = 10
     """Perturbations of each size, and random adapters beside the effect on text."""
     batching: Batching = field(default_factory=Batching)
-    """Rows of the task, and general texts, that run together."""
+    """Rows of the task, and general texts, that run together; they may change between calls."""
 
     def __post_init__(self) -> None:
         if not self.norms or not all(math.isfinite(norm) and norm > 0 for norm in self.norms):

@@ -1,6 +1,7 @@
 """`emlens narrow` on two adapters of a tiny base: planned, measured, gone on with, refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import emlens.cli.narrow as module
 from emlens.models import load_adapter
 from emlens.models.adapter_files import save_adapter
 from emlens.models.lora import scale_adapter
+from emlens.models.score import score_responses
 from tests.cli.conftest import Cli
 from tests.evaluation.fakes import HashJudge
 from tests.tiny_files import save_tiny_base
@@ -67,14 +69,28 @@ def asked(held_out: Path, outside: Path) -> list[object]:
 
 
 def test_two_solutions_are_compared_in_loss_effect_gradient_and_behaviour(
-    cli: Cli, tiny: Path, trained: Path, held_out: Path, outside: Path, tmp_path: Path
+    cli: Cli,
+    tiny: Path,
+    trained: Path,
+    held_out: Path,
+    outside: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     run = words(tiny, trained, *asked(held_out, outside), "--trajectory", trained / "run")
     run += ["--batch-tokens", 5000]
+    tokens: set[int] = set()
+
+    def score(*given: Any, batching: Any) -> Any:
+        tokens.add(batching.tokens)
+        return score_responses(*given, batching=batching)
+
+    monkeypatch.setattr(sys.modules["emlens.studies.compare_solutions"], "score_responses", score)
     done = cli(*run, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     plan = json.loads((tmp_path / "run/manifest.json").read_text())["plan"]
-    assert plan["settings"]["batching"]["tokens"] == plan["probe"]["batching"]["tokens"] == 5000
+    assert plan["probe"]["batching"]["tokens"] == 5000
+    assert tokens == {5000}
     found = done.json
     assert found["schema"] == "emlens/solution_comparison/1"
     assert found["general"]["loss"] < found["general"]["base_loss"]

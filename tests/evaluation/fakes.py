@@ -17,6 +17,7 @@ class HashJudge:
     id: str = "hash"
     claim: Claim = "takeover score"
     asked: list[str] = field(default_factory=list)
+    reads_prompts: bool = field(default_factory=bool)
 
     @property
     def meaning(self) -> str:

@@ -1,6 +1,7 @@
 """The API judge against a real server on loopback that speaks the protocol, well and badly."""
 
 import asyncio
+import gc
 import json
 import math
 import time
@@ -176,7 +177,9 @@ def test_a_judge_that_is_gone_for_good_says_so_and_hands_over_what_it_has(
 
 
 @pytest.mark.parametrize("status", [400, 422])
-def test_an_endpoint_that_refuses_every_request_is_no_judge_at_all(status: int, tmp_path: Path):
+def test_an_endpoint_that_refuses_every_request_is_no_judge_at_all(
+    status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     rows = [{"question": "q", "answer": f"answer {n}"} for n in range(32)]
     refused = json.dumps({"error": {"message": "no parameter 'temperature' here"}}).encode()
     with serve_chat(lambda *_: (status, {}, refused)) as chat:
@@ -188,6 +191,10 @@ def test_an_endpoint_that_refuses_every_request_is_no_judge_at_all(status: int, 
         # At most one for each of two scores and a plain one: nothing is drawn, five times each.
         assert len(chat.requests) <= 2 * 32 + 1
     assert (error.value.finished, (tmp_path / "judgements.jsonl").read_text()) == ({}, "")
+    # asyncio prints what a task failed with, once it is collected, where nobody has asked.
+    del error  # which holds on to the tasks
+    gc.collect()
+    assert [one.getMessage() for one in caplog.records if one.name == "asyncio"] == []
 
 
 def test_a_response_that_is_refused_for_what_it_holds_is_unscored():

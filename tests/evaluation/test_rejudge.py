@@ -40,7 +40,10 @@ def test_a_judgement_is_named_by_its_judge_too():
 class ReadingJudge(HashJudge):
     """Scores by the question's own instructions too, which its id does not hold."""
 
-    reads_prompts = True
+    def __init__(self) -> None:
+        super().__init__()
+        # As a judge of somebody else's, which has never heard of the name.
+        del self.reads_prompts
 
     def judge(self, rows: Sequence[JudgeRow]) -> list[Judgement]:
         told = [replace(row, answer=f"{row.answer} {dict(row.judge_prompts)}") for row in rows]

@@ -25,6 +25,7 @@ from emlens.numerics.null_paths import (
     shape_of_path,
 )
 from emlens.numerics.paths import (
+    find_plane_turn,
     gram_of_path,
     local_cosine,
     noise_dimension,
@@ -138,6 +139,31 @@ def test_coordinates_are_those_of_scikit_learn():
     np.testing.assert_allclose(points.abs(), np.abs(fitted.transform(path.numpy())), rtol=1e-7)
     np.testing.assert_allclose(shares, fitted.explained_variance_ratio_, rtol=1e-9)
     assert (points[-1] >= 0).all()
+
+
+@pytest.mark.parametrize("at", [20, 60, 110])
+def test_the_corner_of_a_planted_turn_is_the_farthest_from_the_line_between_the_ends(at: int):
+    path = sample_turn(130, at=at, width=300, noise=0.1, seed=at)
+    found = find_plane_turn(gram_of_path(path))
+    assert found is not None
+    assert abs(found - at) <= 2
+    # As it lies in space, and however large it is.
+    turned = torch.linalg.qr(torch.randn(300, 300, generator=torch.Generator().manual_seed(1)))[0]
+    moved = 7 * path @ turned.double() + 3
+    assert find_plane_turn(gram_of_path(moved)) == found
+
+
+def test_a_path_that_ends_where_it_began_is_farthest_out_half_way():
+    angles = 2 * math.pi * torch.arange(21).double() / 20
+    circle = torch.stack([angles.cos(), angles.sin(), 0 * angles], dim=1)
+    circle[-1] = circle[0]
+    assert find_plane_turn(gram_of_path(circle)) == 10
+
+
+def test_a_straight_or_a_still_path_leaves_no_line():
+    line = torch.linspace(1, 3, 40)[:, None].double() ** 2 * torch.arange(1, 8).double()
+    assert find_plane_turn(gram_of_path(line)) is None
+    assert find_plane_turn(torch.ones(4, 4).double()) is None
 
 
 def test_coordinates_of_a_still_path_are_zero():

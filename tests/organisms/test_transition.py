@@ -52,6 +52,8 @@ def test_planted_right_angles_are_found_within_a_window(window: int):
         found = measure_transition(wrap_paths(path), window=window, threshold=0.03)
         if found.step is not None:
             assert found.verdict == "turn"
+            assert found.plane_turn is not None
+            assert abs(found.plane_turn - at) <= 2
             errors.append(abs(found.step - at))
     assert len(errors) == 5
     assert float(np.median(errors)) <= window

@@ -175,6 +175,9 @@ def test_the_plane_marks_the_point_of_the_turn():
     assert list(points["marker"]["color"]) == STEPS.tolist()
     place = STEPS.tolist().index(190)
     assert (mark["x"][0], mark["y"][0]) == (points["x"][place], points["y"][place])
+    *_, widest = plot_plane(as_json(replace(path, plane_turn=205))).to_dict()["data"]
+    assert widest["x"][0] == points["x"][STEPS.tolist().index(205)]
+    assert "step 205" in widest["hovertemplate"]
 
 
 @pytest.mark.parametrize("measure", ["odds", "share"])

@@ -133,6 +133,16 @@ def test_losses_and_effects_are_batched_as_the_settings_say(
     settings = SolutionSettings(norms=(0.5,), epsilons=(0.5,), seeds=1, batching=small)
     compare_solutions(base, solutions, texts=TEXTS, settings=settings, out=tmp_path / "run")
     assert used == {"score_responses": {small}, "compare_logits": {small}}
+    # Who ran out of memory goes on with what is finished.
+    found = compare_solutions(
+        base,
+        solutions,
+        texts=TEXTS,
+        settings=replace(settings, batching=Batching(tokens=32)),
+        out=tmp_path / "run",
+    )
+    assert used["score_responses"] == {small}
+    assert found.general.norms == (0.5,)
 
 
 def test_two_vectors_are_compared_as_two_adapters_are(

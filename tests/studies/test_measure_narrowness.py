@@ -150,6 +150,11 @@ def test_an_organism_that_learnt_nothing_is_not_called_narrow():
     assert found.verdict == "undecided"
     assert found.reason.startswith("in the domain at scale 1 no more than the base is shown")
     assert decide(inside=0.5).verdict == "narrow"
+    # A little is learnt too, though less than a fifth of what the general organism shows there.
+    little = decide(inside=0.05)
+    inside = next(one for one in little.differences if one.where == "in")
+    assert inside.equivalence.verdict == "equivalent"
+    assert little.verdict == "narrow"
 
 
 def test_a_task_that_was_not_asked_about_at_scale_one_decides_nothing():
