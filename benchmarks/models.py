@@ -186,7 +186,7 @@ def sweep_weights(weights: Sequence[Tensor], rows: int) -> Callable[[], None]:
     @torch.inference_mode()
     def sweep() -> None:
         for weight in weights:
-            multiply(inputs[weight.shape[1]], weight)
+            multiply(inputs[weight.shape[1]], weight, loose=weight is weights[-1])
 
     return sweep
 

@@ -380,4 +380,5 @@ class FusedUnembed(Unembed):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         """Return logits; a soft cap is the model's own."""
         residual = tell(self, "hook_in", residual)
-        return tell(self, "hook_out", multiply(residual, self.W_U.mT, self.b_U))
+        # Nothing comes after that would magnify how this is rounded.
+        return tell(self, "hook_out", multiply(residual, self.W_U.mT, self.b_U, loose=True))
