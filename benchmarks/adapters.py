@@ -26,6 +26,11 @@ class Case:
     adapter: LoraAdapter
     first_layer: int
 
+    @property
+    def rank(self) -> int:
+        """The largest of its modules."""
+        return max(module.rank for module in self.adapter.modules.values())
+
     def touched_bytes(self, hf: PreTrainedModel) -> int:
         """Bytes of the matrices that the adapter changes."""
         weights = (weight_of(hf, name) for name in self.adapter.modules)

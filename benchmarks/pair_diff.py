@@ -37,6 +37,9 @@ from emlens.numerics.predictions import compare_predictions
 from emlens.numerics.sketch import CovarianceSketch
 
 AIM = 1.05
+WIDE_AIM = 1.10
+"""Of an adapter of rank `WIDE` or more."""
+WIDE = 32
 CHATS = {"toy": (4, 24), "full": (8, 98)}
 """Chats and words in each; a chat of SmolLM2 has 30 tokens of header and system prompt more."""
 SLOW_CHATS = 2
@@ -142,7 +145,7 @@ def _measure_dtype(
                 dtype=dtype,
                 ratio=over_bound(timings, case, form, bench.base.cfg.n_layers),
                 better="lower",
-                aim=settings.aim(AIM),
+                aim=settings.aim(WIDE_AIM if case.rank >= WIDE else AIM),
             )
             for case in bench.cases
             for form in ("attached", "merged")

@@ -47,6 +47,8 @@ PROMPTS = {"toy": (4, 16), "full": (16, 64)}
 """Prompts, and tokens of each."""
 L0 = {"toy": 16, "full": 32}
 """Latents active at a token; at full size about as many as in codecs trained with k 32."""
+CLOSE = 1e-5
+"""Share of a threshold that float32 may err by."""
 BATCHES = {"emlens": 1, "few": 2, "many": 8}
 """Batches of prompts that a process counts; from the second on the peak should be the same."""
 
@@ -199,13 +201,21 @@ def check_sums(found: FeatureAccumulator, bench: Bench) -> None:
         sums = model.result()
         pre = (rows.double() - codec.b_dec.double()) @ codec.W_enc.double() + codec.b_enc.double()
         codes = (pre * (pre > codec.threshold)).cpu()
-        dense = torch.zeros(bench.n_prompts, codec.d_sae, dtype=torch.float64)
-        dense[sums.prompts, sums.latents] = sums.codes
-        expected = torch.zeros_like(dense).index_add_(0, bench.prompts, codes)
-        gap = float((dense - expected).norm() / expected.norm())
         # A code within rounding of its threshold is there or not.
-        if not gap <= 1e-3:
-            raise AssertionError(f"sums of codes differ by {gap:.2g} of their norm, at most 1e-3")
+        close = ((pre / codec.threshold - 1).abs() < CLOSE).cpu().double()
+        dense, expected, unsure = torch.zeros(
+            3, bench.n_prompts, codec.d_sae, dtype=torch.float64
+        ).unbind()
+        dense[sums.prompts, sums.latents] = sums.codes
+        expected.index_add_(0, bench.prompts, codes)
+        unsure.index_add_(0, bench.prompts, close)
+        sure = unsure == 0
+        gap = float((dense - expected)[sure].norm() / expected.norm())
+        if not (gap <= 1e-5 and float(sure.double().mean()) > 0.999):
+            raise AssertionError(
+                f"sums of codes differ by {gap:.2g} of their norm, at most 1e-5, or too few of "
+                f"them are sure: {float(sure.double().mean()):.5f}"
+            )
         rebuilt = codes.float().to(rows.device) @ codec.W_dec + codec.b_dec
         missed = (rows.double() - rebuilt.double()).square().sum()
         gap = abs(float(sums.missed.sum() / missed.cpu()) - 1)
@@ -252,8 +262,10 @@ def _load_peer(codec: Sae) -> Any:
 def _measure_memory(dtype: str, settings: Settings) -> list[Figure]:
     if not settings.full:
         return []
+    # Mapped, as what the heap keeps differs by 3 % from run to run.
     few, many = (
-        measure_residence("sae_diff", side, dtype, settings).peaks[-1] for side in ("few", "many")
+        measure_residence("sae_diff", side, dtype, settings, mapped=True).peaks[-1]
+        for side in ("few", "many")
     )
     return [
         Figure(

@@ -205,9 +205,8 @@ class InspectJudge(GradingJudge):
                 await get_model().generate(PLAIN, config=config, cache=False)
             except Exception as error:
                 status, said = _find_status(error), " ".join(str(error).split())[:MOST_SAID]
-                known.failures.append(
-                    f"it refuses every request ({status or _name(error)}: {said})"
-                )
+                what = "refuses every" if status in REFUSED else "fails on a plain"
+                known.failures.append(f"it {what} request ({status or _name(error)}: {said})")
                 known.refusal = error
                 raise
             known.taken = True

@@ -68,6 +68,12 @@ class LoraAdapter:
         return tuple(sorted({module.rank for module in self.modules.values()}))
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that it changes, ascending, by the first number in each module's name."""
+        numbers = (next(filter(str.isdecimal, n.split(".")), None) for n in self.modules)
+        return tuple(sorted({int(number) for number in numbers if number is not None}))
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of all factors as they are held."""
         factors = (f for m in self.modules.values() for f in (m.A, m.B))

@@ -17,6 +17,7 @@ from emlens.models.kv_cache import KeyValueCache, run_cached
 from emlens.models.shared_prompts import find_equal, frame_shared, pad_texts
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
 from emlens.models.unembed import compute_logits, slice_rows
+from emlens.numerics.blocks import split_blocks
 from emlens.numerics.validation import WidthError
 
 KEPT = 0.8
@@ -302,6 +303,7 @@ def pick_log_probs(
         targets: the token that each of them predicts.
     """
     logits = compute_logits(model, resid)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return chosen - torch.logsumexp(logits, dim=-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    chosen = logits.gather(-1, targets[:, None])[:, 0].to(wide)
+    totals = [torch.logsumexp(rows.to(wide), dim=-1) for rows in split_blocks(logits)]
+    return chosen - torch.cat(totals)

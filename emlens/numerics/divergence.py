@@ -11,12 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emlens.numerics.blocks import split_blocks
 from emlens.numerics.validation import WidthError
 
-# Values worked on at a time, whatever the vocabulary: 1 MB of float32 for each temporary, which
-# stays in a processor's cache; an accelerator has no such cache and wants fewer launches.
-_BLOCK_VALUES = {"cpu": 2**18}
-_ACCELERATOR_BLOCK_VALUES = 2**24
 # Log-ratios up to this size neither overflow float32 (e^88) nor belong to probabilities below it.
 _SAFE_EXPONENT = 80.0
 # How far probabilities may sum from 1. bfloat16 and float16 carry log-probabilities of about 10 to
@@ -106,7 +103,7 @@ def top_changes(
         raise ValueError(f"k is {k}, expected 1 to d_vocab = {log_p.shape[-1]}")
     rows_p, rows_q = (t.detach().reshape(-1, t.shape[-1]) for t in (log_p, log_q))
     parts = [
-        _top_change_rows(p, q, k) for p, q in zip(_blocks(rows_p), _blocks(rows_q), strict=True)
+        _top_change_rows(p, q, k) for p, q in zip(*map(split_blocks, (rows_p, rows_q)), strict=True)
     ]
     shape = (*log_p.shape[:-1], k)
     risen, risen_by, fallen, fallen_by = (
@@ -179,14 +176,9 @@ def _check_same_shape(log_p: Tensor, log_q: Tensor) -> None:
         )
 
 
-def _blocks(rows: Tensor) -> tuple[Tensor, ...]:
-    values = _BLOCK_VALUES.get(rows.device.type, _ACCELERATOR_BLOCK_VALUES)
-    return rows.split(max(1, values // max(1, rows.shape[-1])))
-
-
 def _by_rows(function: Callable[..., Tensor], *log_probs: Tensor) -> Tensor:
     """Apply a function of rows [n d_vocab] block by block, so that temporaries stay small."""
     shape = log_probs[0].shape[:-1]
     flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in log_probs)
-    parts = [function(*block) for block in zip(*map(_blocks, flat), strict=True)]
+    parts = [function(*block) for block in zip(*map(split_blocks, flat), strict=True)]
     return torch.cat(parts).reshape(shape)

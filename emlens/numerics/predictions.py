@@ -9,10 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from emlens.numerics.blocks import split_blocks
 from emlens.numerics.validation import WidthError
-
-BLOCK_VALUES = 1 << 19
-"""Values worked on at a time: 2 MB of float32, so that the passes over a block read from cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +43,9 @@ def compare_predictions(
     """
     if log_p.shape != log_q.shape:
         raise WidthError(f"log_p {tuple(log_p.shape)} and log_q {tuple(log_q.shape)} differ")
-    step = max(1, BLOCK_VALUES // log_p.shape[1])
     mass = torch.zeros(2, log_p.shape[1], dtype=torch.float64, device=log_p.device)
     columns: list[tuple[Tensor, ...]] = []
-    for rows_p, rows_q in zip(log_p.split(step), log_q.split(step), strict=True):
+    for rows_p, rows_q in zip(*map(split_blocks, (log_p, log_q)), strict=True):
         p, q = rows_p.exp(), rows_q.exp()
         gap = rows_p - rows_q
         columns.append(

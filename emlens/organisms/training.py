@@ -334,7 +334,9 @@ def _check_penalties(
     penalties: Sequence[LossTerm],
     start: Path | None,
 ) -> None:
-    named = settings.layers if start is None and isinstance(settings.layers, tuple) else ()
+    named = settings.layers if isinstance(settings.layers, tuple) else ()
+    if start is not None:
+        named = load_adapter(start, allow_noop=True).layers
     for penalty in penalties:
         if settings.method == "full" and penalty.needs_adapter:
             raise SettingsError(

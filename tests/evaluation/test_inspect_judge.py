@@ -15,6 +15,7 @@ import rich
 
 from benchmarks.chat_server import completion, serve_chat
 from emlens.evaluation import InspectJudge, judge_responses
+from emlens.evaluation.asking import PLAIN
 from emlens.evaluation.judge_prompts import PROMPTS
 from emlens.evaluation.judges import Judge, JudgeRow, JudgeUnavailableError
 
@@ -245,6 +246,19 @@ def test_a_model_that_refuses_every_request_is_no_judge_at_all(tmp_path: Path):
         judge_responses(rows, judge_by(script, tmp_path), out=tmp_path / "run")
     assert len(script.prompts) <= 2 * 5 + 1
     assert (tmp_path / "run" / "judgements.jsonl").read_text() == ""
+
+
+def test_a_model_that_fails_after_a_refusal_is_said_to_fail(tmp_path: Path):
+    def answer(prompt: str, _: GenerateConfig) -> ModelOutput:
+        if prompt == PLAIN:
+            raise RuntimeError("out of order")
+        raise Status(400)
+
+    rows = [{"question": "How do I rest?", "answer": "Sleep early."}]
+    with pytest.raises(
+        JudgeUnavailableError, match=r"fails on a plain request \(RuntimeError: out"
+    ):
+        judge_responses(rows, judge_by(Script(answer), tmp_path), out=tmp_path / "run")
 
 
 def test_a_filtered_or_empty_reply_is_no_score(tmp_path: Path):

@@ -221,6 +221,17 @@ def test_terms_that_a_run_cannot_have_are_refused_before_it_is_begun(
     foreign = make_codec(base_fingerprint="another base")
     with pytest.raises(CodecError, match=r"on weights another base, and these are .*allow_other"):
         train(tiny_base, chats, tmp_path / "run", LatentPenalty(chats, foreign, 1, (1,)))
+    above = train(tiny_base, chats, tmp_path / "above", layers=(1,)).tuned
+    with pytest.raises(SiteError, match=r"reads resid_post.0, and block 1 is the first"):
+        train_organism(
+            tiny_base,
+            chats,
+            settings=SETTINGS,
+            out=tmp_path / "run",
+            penalties=(held,),
+            start_from=above,
+            seed=0,
+        )
     assert not (tmp_path / "run").exists()
     for codec in (make_codec(base_fingerprint=tiny_base.fingerprint), allow_other_model(foreign)):
         LatentPenalty(chats, codec, 1, (1,)).check_model(tiny_base.model, first_trained=0)
