@@ -13,7 +13,7 @@ from emlens.artifacts import JSON_NAME, Result, read_result
 from emlens.data import Chat, load_chats
 from emlens.evaluation.coherence import LEVELS, CoherenceFit, build_levels, hash_rules
 from emlens.evaluation.judges import Claim, Judge, JudgeRow, hash_json
-from emlens.models.identity import ModelIdentity
+from emlens.models.identity_record import ModelIdentity
 from emlens.numerics.intervals import Interval
 from emlens.sources import ASSETS
 

@@ -12,7 +12,7 @@ from emlens.evaluation.judges import Claim
 from emlens.evaluation.scores import ScoredResponse, read_score_file
 from emlens.evaluation.summary import BehaviourSummary, Thresholds, summarise_scores
 from emlens.journal import read_journal
-from emlens.models.identity import ModelIdentity
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.runs import RunFolder

@@ -14,7 +14,7 @@ from emlens.evaluation.questions import hash_prompts
 from emlens.evaluation.scores import ScoreFileError, read_table
 from emlens.interventions.generate import Responses
 from emlens.journal import Journal, read_journal
-from emlens.models.identity import ModelIdentity
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.runs import RunFolder
 

@@ -31,7 +31,8 @@ from emlens.interventions.hooking import PositionsNeverMetError, intervene
 from emlens.interventions.intervention import Intervention
 from emlens.interventions.met import check_met
 from emlens.models.generate import Generated, generate_tokens, stop_tokens
-from emlens.models.identity import ModelIdentity, identify_model, refuse_foreign_hooks
+from emlens.models.identity import identify_model, refuse_foreign_hooks
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.packed_weights import PackedWeights
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling

@@ -22,7 +22,7 @@ from emlens.interventions.met import meets
 from emlens.journal import Journal
 from emlens.models.generate import stop_tokens
 from emlens.models.hooks import HookNeverFiredError
-from emlens.models.identity import ModelIdentity
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.protocol import HookedModel
 from emlens.models.sampling import Sampling
 

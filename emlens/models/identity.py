@@ -5,30 +5,14 @@ is recorded by whoever applies it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from emlens.models.adapter_files import fingerprint_modules
 from emlens.models.attach import attached_adapter
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.tokenizer_hash import fingerprint_tokenizer
 from emlens.models.views import origin_of
 from emlens.models.weight_hash import hash_tensors
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelIdentity:
-    """One model, told from any other that would give other numbers."""
-
-    name: str
-    """As the user wrote it, with what was merged or attached; it decides nothing."""
-    weights: str
-    """`hash_weights`: after merging, folding and editing in place."""
-    dtype: str
-    """Of the weights, such as `bfloat16`."""
-    adapter: str | None
-    """Hash of the attached adapter's factors and scales; None without one."""
-    tokenizer: str
-    """Fingerprint of vocabulary, special tokens and chat template; empty without a tokenizer."""
 
 
 def identify_model(model: Any) -> ModelIdentity:

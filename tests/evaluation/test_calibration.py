@@ -20,7 +20,8 @@ from emlens.evaluation.calibration import (
 )
 from emlens.evaluation.coherence import CoherenceFeatures, CoherenceFit
 from emlens.evaluation.contrast_judge import ContrastJudge, calibrate, hash_pairs
-from emlens.models.identity import ModelIdentity, identify_model
+from emlens.models.identity import identify_model
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.runs import PlanChangedError

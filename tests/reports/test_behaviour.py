@@ -11,7 +11,7 @@ import pytest
 from emlens.evaluation import compare_evaluations, summarise_scores
 from emlens.evaluation.evaluation import Evaluation
 from emlens.evaluation.scores import ScoredResponse
-from emlens.models.identity import ModelIdentity
+from emlens.models.identity_record import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
