@@ -17,8 +17,9 @@ from emlens.diffing.results import ActivationDiff, LogitDiff, ModelDiff
 from emlens.models.pair import ModelPair
 from emlens.models.paired import PairedForward, Tuned, forward_many, tuned_parts
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
-from emlens.models.unembed import log_probabilities, slice_rows
+from emlens.models.unembed import log_probabilities
 from emlens.models.views import origin_of
+from emlens.numerics.blocks import slice_rows
 from emlens.sites import Site
 
 TASK = "comparing (tokens)"

@@ -21,7 +21,8 @@ from emlens.diffing.results import NullBand
 from emlens.models.attach import is_hooked_by_user, require_attachable
 from emlens.models.null import sample_null_adapters
 from emlens.models.pair import ModelPair
-from emlens.models.unembed import log_probabilities, slice_rows
+from emlens.models.unembed import log_probabilities
+from emlens.numerics.blocks import slice_rows
 from emlens.numerics.predictions import compare_predictions
 
 

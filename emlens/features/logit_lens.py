@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from emlens.models.unembed import compute_logits, slice_rows
+from emlens.models.unembed import compute_logits
+from emlens.numerics.blocks import slice_rows
 from emlens.numerics.validation import WidthError
 from emlens.sites import Site
 

@@ -16,7 +16,8 @@ from emlens.data import Batching, track
 from emlens.models.kv_cache import KeyValueCache, run_cached
 from emlens.models.shared_prompts import pad_texts
 from emlens.models.tokens_in_flight import frame_prompts, publish_tokens
-from emlens.models.unembed import log_probabilities, slice_rows
+from emlens.models.unembed import log_probabilities
+from emlens.numerics.blocks import slice_rows
 
 Tokens = tuple[int, ...]
 

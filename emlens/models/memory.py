@@ -21,7 +21,7 @@ from emlens.models.layout import place_shape
 from emlens.models.lora import LoraAdapter
 from emlens.models.packed_weights import ROOM
 from emlens.models.protocol import HookedConfig
-from emlens.models.unembed import MAX_LOGITS
+from emlens.numerics.blocks import MAX_LOGITS
 from emlens.sources import Source, locate_source, parse_source
 
 ASSUMED_RANK = 32

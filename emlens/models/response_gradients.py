@@ -18,7 +18,7 @@ from emlens.models.kv_cache import run_cached
 from emlens.models.score import check_response, pick_log_probs
 from emlens.models.shared_prompts import pad_texts
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
-from emlens.models.unembed import slice_rows
+from emlens.numerics.blocks import slice_rows
 from emlens.sites import Site, SiteError, check_sites
 
 GradientVisitor = Callable[[int, Float[Tensor, "n d"], Float[Tensor, "n d"]], None]

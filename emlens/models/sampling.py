@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from emlens.models.unembed import slice_rows
+from emlens.numerics.blocks import slice_rows
 from emlens.numerics.counter import counter_gumbel
 
 _COPIES = 6

@@ -16,8 +16,8 @@ from emlens.data import Batch, Batching, PositionsError, TokenizedChat, plan_bat
 from emlens.models.kv_cache import KeyValueCache, run_cached
 from emlens.models.shared_prompts import find_equal, frame_shared, pad_texts
 from emlens.models.tokens_in_flight import frame_batch, publish_tokens
-from emlens.models.unembed import compute_logits, slice_rows
-from emlens.numerics.blocks import split_blocks
+from emlens.models.unembed import compute_logits
+from emlens.numerics.blocks import slice_rows, split_blocks
 from emlens.numerics.validation import WidthError
 
 KEPT = 0.8

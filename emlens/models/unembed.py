@@ -11,8 +11,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-MAX_LOGITS = 1 << 26
-"""Values in one slice of logits: 256 MiB in float32."""
+from emlens.numerics.blocks import slice_rows
 
 
 def compute_logits(
@@ -29,13 +28,6 @@ def log_probabilities(
     """Return log-probabilities in float32 at least; for inputs of one slice or less."""
     logits = compute_logits(model, resid)
     return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=-1)
-
-
-def slice_rows(n: int, d_vocab: int, *, copies: int = 1) -> Iterator[slice]:
-    """Cut n rows so that ``copies`` tensors [rows d_vocab] together stay under ``MAX_LOGITS``."""
-    step = max(1, MAX_LOGITS // (d_vocab * copies))
-    for start in range(0, n, step):
-        yield slice(start, min(n, start + step))
 
 
 def log_prob_slices(

@@ -17,12 +17,12 @@ from emlens.diffing import (
     compare_models,
     compare_nulls,
 )
-from emlens.models import unembed
 from emlens.models.adapter_files import load_adapter
 from emlens.models.lora import LoraAdapter, LoraModule, scale_adapter
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.unembed import log_probabilities
 from emlens.models.views import lay_views
+from emlens.numerics import blocks
 from tests.models.adapters import make_peft
 from tests.models.tiny import D_VOCAB, make_tiny, make_tokenizer
 
@@ -352,7 +352,7 @@ def test_no_slice_of_predictions_outlives_the_next(monkeypatch):
         return log_probs
 
     monkeypatch.setattr(compare, "log_probabilities", watched)
-    monkeypatch.setattr(unembed, "MAX_LOGITS", 3 * compare.COPIES * D_VOCAB)
+    monkeypatch.setattr(blocks, "MAX_LOGITS", 3 * compare.COPIES * D_VOCAB)
     base = tiny_base()
     adapter, _ = planted(base)
     compare_logits(load_pair(base, adapter), make_chats(), examples=0)

@@ -14,10 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from emlens.data import Chat, Message
 from emlens.diffing import compare_logits, compare_nulls
-from emlens.models import unembed
 from emlens.models.lora import LoraAdapter, LoraModule
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.views import lay_views
+from emlens.numerics import blocks
 from tests.forks import run_copy
 from tests.models.tiny import make_tokenizer
 
@@ -72,7 +72,7 @@ def give_back() -> None:
 def measure_growth(d_vocab: int, told: Path) -> None:
     """Write down by how many MiB the peak grows where there are four times the chats."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MIB)
-    unembed.MAX_LOGITS = SLICE
+    blocks.MAX_LOGITS = SLICE
     pair = make_pair(d_vocab)
     for _ in compare(pair, 8):  # of two slices
         pass
@@ -87,7 +87,7 @@ def measure_growth(d_vocab: int, told: Path) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators keep what is freed")
 @pytest.mark.parametrize("d_vocab", [49_152, 152_064])
 def test_peak_memory_of_predictions_does_not_grow_with_tokens(d_vocab: int, tmp_path: Path):
-    assert unembed.MAX_LOGITS == 1 << 26
+    assert blocks.MAX_LOGITS == 1 << 26
     told = tmp_path / "growth"
     give_back()
     assert run_copy(lambda: measure_growth(d_vocab, told)) == 0

@@ -11,7 +11,7 @@ from emlens.models.adapter_files import load_adapter
 from emlens.models.kv_cache import KeyValueCache
 from emlens.models.loading import load_base
 from emlens.models.memory import ASSUMED_RANK, MemoryPlan, plan_memory, read_sizes
-from emlens.models.unembed import MAX_LOGITS
+from emlens.numerics.blocks import MAX_LOGITS
 from tests.models.adapters import ALL_LINEAR, TARGETS, make_peft
 from tests.models.tiny import PLAIN, make_tiny
 from tests.tiny_files import save_tiny_adapter, save_tiny_base

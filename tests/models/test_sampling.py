@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from transformers import TopPLogitsWarper
 
-from emlens.models import unembed
 from emlens.models.sampling import Sampling, choose_tokens, keep_top_p
+from emlens.numerics import blocks
 
 
 @settings(max_examples=40)
@@ -80,7 +80,7 @@ def test_slices_change_no_choice(monkeypatch: pytest.MonkeyPatch):
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(1))
     for how in (Sampling(1), Sampling(1, top_p=0.6), Sampling(1, temperature=0)):
         whole = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=how)[0]
-        monkeypatch.setattr(unembed, "MAX_LOGITS", 700)
+        monkeypatch.setattr(blocks, "MAX_LOGITS", 700)
         cut = choose_tokens(logits, keys=torch.arange(50), step=2, sampling=how)[0]
         monkeypatch.undo()
         assert torch.equal(whole, cut)

@@ -14,6 +14,7 @@ from emlens.models import unembed
 from emlens.models.score import ResponseScore, score_responses
 from emlens.models.tokens_in_flight import select_positions, tokens_in_flight
 from emlens.models.views import lay_views
+from emlens.numerics import blocks
 from tests.models.test_parity import Float64Throughout
 from tests.models.tiny import PLAIN, make_ids, make_tiny
 
@@ -142,7 +143,7 @@ def test_logits_are_made_in_slices(monkeypatch: pytest.MonkeyPatch):
         return logits
 
     monkeypatch.setattr(scoring, "compute_logits", watch)
-    monkeypatch.setattr(unembed, "MAX_LOGITS", 1000)
+    monkeypatch.setattr(blocks, "MAX_LOGITS", 1000)
     sliced = score_responses(model, chats)
     assert max(sizes) * 2 <= 1000 < sum(sizes)
     for a, b in zip(whole, sliced, strict=True):
