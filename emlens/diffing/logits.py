@@ -68,12 +68,15 @@ class LogitDifferences:
     def _keep_shown(
         self, log_p: Tensor, log_q: Tensor, pair: PredictionPair, rows: PredictionRows
     ) -> None:
-        for row in rows.shown.nonzero().flatten().tolist():
-            tops = tuple(_top(log[row]) for log in (log_p, log_q))
-            change = float(pair.entropy_q[row] - pair.entropy_p[row])
-            values = (float(pair.kl[row]), float(pair.kl_back[row]), change, *tops)
-            chat, token = int(rows.chat[row]), int(rows.token[row])
-            self._shown.setdefault(chat, {})[token] = values
+        places = rows.shown.nonzero()[:, 0]
+        there = places.to(log_p.device)
+        changes = pair.entropy_q - pair.entropy_p
+        columns = (x[there].tolist() for x in (pair.kl, pair.kl_back, changes))
+        tops = (_tops(log[there]) for log in (log_p, log_q))
+        cells = zip(*columns, *tops, strict=True)
+        chats, tokens = rows.chat[places].tolist(), rows.token[places].tolist()
+        for chat, token, cell in zip(chats, tokens, cells, strict=True):
+            self._shown.setdefault(chat, {})[token] = cell
 
     def example(
         self,
@@ -168,6 +171,8 @@ class LogitDifferences:
         )
 
 
-def _top(log_p: Tensor) -> tuple[tuple[int, float], ...]:
-    values, ids = log_p.topk(min(N_TOP, len(log_p)))
-    return tuple(zip(ids.tolist(), values.exp().tolist(), strict=True))
+def _tops(log_p: Tensor) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of each row and their chances, one question a slice to the device."""
+    values, ids = log_p.topk(min(N_TOP, log_p.shape[-1]))
+    pairs = zip(ids.tolist(), values.exp().tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in pairs]
