@@ -57,8 +57,9 @@ class LogitDifferences:
         everything = bool(counted.all())
         pair = compare_predictions(log_p, log_q)
         part = pair if everything else compare_predictions(log_p[counted], log_q[counted])
-        self._mass[0] += part.mass_p.cpu()
-        self._mass[1] += part.mass_q.cpu()
+        self._mass = self._mass.to(log_p.device)  # with the first slice; it stays there
+        self._mass[0] += part.mass_p
+        self._mass[1] += part.mass_q
         columns = (part.kl, part.kl_back, part.entropy_p, part.entropy_q, part.same_top)
         values = torch.stack([torch.ones_like(part.kl), *(c.to(part.kl) for c in columns)], dim=1)
         self._sums.index_add_(0, rows.chat[rows.counted], values.double().cpu())
@@ -157,14 +158,15 @@ class LogitDifferences:
     def _changes(
         self, n: float, decode: Callable[[int], str], *, risen: bool
     ) -> tuple[TokenChange, ...]:
-        change = (self._mass[1] - self._mass[0]) / n
+        mass = self._mass.cpu()
+        change = (mass[1] - mass[0]) / n
         ids = change.topk(min(N_CHANGED, len(change)), largest=risen).indices.tolist()
         return tuple(
             TokenChange(
                 token_id=i,
                 token=decode(i),
-                base=float(self._mass[0, i] / n),
-                tuned=float(self._mass[1, i] / n),
+                base=float(mass[0, i] / n),
+                tuned=float(mass[1, i] / n),
             )
             for i in ids
             if (change[i] > 0) == risen and change[i] != 0

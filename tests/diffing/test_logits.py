@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emlens.diffing.logits import LogitDifferences, PredictionRows
-from emlens.diffing.results import ExampleComparison
+from emlens.diffing.results import ExampleComparison, LogitDiff
 
 D_VOCAB = 61
 N_CHATS = 3
@@ -53,6 +53,11 @@ def example(differences: LogitDifferences, chat: int, n_tokens: int) -> ExampleC
     )
 
 
+def finish(differences: LogitDifferences) -> LogitDiff:
+    names = [(str(chat), "") for chat in range(N_CHATS)]
+    return differences.result(positions="all", names=names, examples=(), decode=str)
+
+
 @pytest.mark.parametrize("n", [1, 12, 20])
 def test_shown_tokens_are_those_of_numpy_row_by_row(n: int):
     log_p, log_q, rows = draw(n)
@@ -90,3 +95,30 @@ def test_the_device_is_asked_once_a_model_whatever_is_shown():
     waits = counted.calls["aten._local_scalar_dense.default"]
     assert waits <= 4  # none of them for a row
     assert set(differences._shown) == {0, 1}
+
+
+def test_the_vocabulary_comes_to_the_host_when_all_is_seen(monkeypatch: pytest.MonkeyPatch):
+    differences = LogitDifferences(D_VOCAB, N_CHATS)
+    moved: list[tuple[int, ...]] = []
+    plain = Tensor.cpu
+
+    def watch(x: Tensor) -> Tensor:
+        moved.append(tuple(x.shape))
+        return plain(x)
+
+    monkeypatch.setattr(Tensor, "cpu", watch)
+    drawn = [draw(n, seed=n) for n in (8, 12)]
+    for log_p, log_q, rows in drawn:
+        differences.update(log_p, log_q, rows)
+    assert moved
+    assert all(D_VOCAB not in shape for shape in moved)
+    found = finish(differences)
+    counted = [(p[rows.counted], q[rows.counted]) for p, q, rows in drawn]
+    gap = sum((q.double().exp() - p.double().exp()).sum(0) for p, q in counted)
+    assert isinstance(gap, Tensor)
+    n = sum(len(p) for p, _ in counted)
+    assert found.n_tokens == n
+    assert [t.token_id for t in found.risen_tokens] == gap.topk(20).indices.tolist()
+    assert [t.token_id for t in found.fallen_tokens] == gap.topk(20, largest=False).indices.tolist()
+    changes = [token.change for token in found.risen_tokens]
+    np.testing.assert_allclose(changes, gap.topk(20).values / n, rtol=1e-5)
