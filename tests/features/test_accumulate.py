@@ -176,7 +176,7 @@ def test_rows_are_summed_by_prompt_wherever_they_are(numbers: list[int]):
     assert seen.tolist() == sorted(set(prompts.tolist()))
     expected = np.zeros((10, 7))
     np.add.at(expected, prompts.numpy(), x.numpy())
-    np.testing.assert_allclose(sums, expected[seen], rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(sums, expected[seen.numpy()], rtol=1e-12, atol=1e-12)
     assert accumulate.sum_by_prompt(prompts, x.to("meta"))[1].device.type == "meta"
     assert accumulate.lies_apart(x.to("meta"))
     assert not accumulate.lies_apart(x)
@@ -196,6 +196,8 @@ def test_from_a_device_come_sums_of_prompts_and_not_rows(monkeypatch: pytest.Mon
     monkeypatch.setattr(accumulate, "lies_apart", lambda x: True)
     own = PromptAccumulator(3, d_in=12, d_sae=96)
     for part in (slice(0, 4), slice(4, 6)):
-        own.update(prompts[part], x[part], encode_rows(codec, x[part]))
-    assert [shape for shape in moved if shape[1:] == (12,)] == [(2, 12), (2, 12)]
+        encoded = encode_rows(codec, x[part])
+        moved.clear()
+        own.update(prompts[part], x[part], encoded)
+        assert [shape for shape in moved if shape[1:] == (12,)] == [(2, 12)]
     check(own.result(), expect(codec, prompts, x, 3))

@@ -97,7 +97,7 @@ def test_an_attached_pair_holds_its_factors_once():
     sites = expand_sites("resid_post.2", pair.base.cfg)
     for _ in range(2):
         with watch_sites(pair.base, sites, lambda site, x: seen.append(set(hold(pair.base)))):
-            run(pair.base, tuned_parts(pair))
+            run(pair.base, [placed])
     assert seen == [set(hold(pair.tuned))] * 2
     for name, module in adapter.modules.items():  # nothing is scaled in place
         assert torch.equal(module.B, before.modules[name].B)
