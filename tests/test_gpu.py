@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from emlens.activations import stream_activations
 from emlens.data import Batching, tokenize_chat
@@ -124,3 +125,34 @@ def test_scores_of_responses_and_numbers_are_those_of_the_cpu():
         score_continuations(m, [make_ids(7)], numbers, never_next=never) for m in (here, there)
     )
     assert_close(found, expected)
+
+
+def test_padded_grouped_attention_in_half_precision_never_holds_all_scores():
+    batch, n_heads, length = 4, 16, 1024
+    config: Any = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=n_heads,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=length,
+    )
+    torch.manual_seed(0)
+    hf: Any = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).eval()
+    model: Any = lay_views(hf.requires_grad_(False), None)
+    ids, mask = make_ids(batch, length).to(DEVICE), torch.ones(batch, length, dtype=torch.long)
+    mask[1, :300] = 0
+    mask = mask.to(DEVICE)
+    with torch.no_grad():
+        fused = model(ids, attention_mask=mask)[mask.bool()]
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(ids, attention_mask=mask)
+        grown = torch.cuda.max_memory_allocated() - before
+        hooks = [("blocks.0.attn.hook_pattern", lambda pattern, hook: pattern)]
+        eager = model.run_with_hooks(ids, attention_mask=mask, fwd_hooks=hooks)[mask.bool()]
+    # Half of one layer's scores in bfloat16: a bias for all heads and repeated keys are a tenth.
+    assert grown < batch * n_heads * length**2 * 2 / 2
+    assert_close(fused.float(), eager.float().cpu(), 3e-2)

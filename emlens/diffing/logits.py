@@ -57,8 +57,9 @@ class LogitDifferences:
         everything = bool(counted.all())
         pair = compare_predictions(log_p, log_q)
         part = pair if everything else compare_predictions(log_p[counted], log_q[counted])
-        self._mass[0] += part.mass_p.cpu()
-        self._mass[1] += part.mass_q.cpu()
+        self._mass = self._mass.to(log_p.device)  # with the first slice; it stays there
+        self._mass[0] += part.mass_p
+        self._mass[1] += part.mass_q
         columns = (part.kl, part.kl_back, part.entropy_p, part.entropy_q, part.same_top)
         values = torch.stack([torch.ones_like(part.kl), *(c.to(part.kl) for c in columns)], dim=1)
         self._sums.index_add_(0, rows.chat[rows.counted], values.double().cpu())
@@ -68,12 +69,15 @@ class LogitDifferences:
     def _keep_shown(
         self, log_p: Tensor, log_q: Tensor, pair: PredictionPair, rows: PredictionRows
     ) -> None:
-        for row in rows.shown.nonzero().flatten().tolist():
-            tops = tuple(_top(log[row]) for log in (log_p, log_q))
-            change = float(pair.entropy_q[row] - pair.entropy_p[row])
-            values = (float(pair.kl[row]), float(pair.kl_back[row]), change, *tops)
-            chat, token = int(rows.chat[row]), int(rows.token[row])
-            self._shown.setdefault(chat, {})[token] = values
+        places = rows.shown.nonzero()[:, 0]
+        there = places.to(log_p.device)
+        changes = pair.entropy_q - pair.entropy_p
+        columns = (x[there].tolist() for x in (pair.kl, pair.kl_back, changes))
+        tops = (_tops(log[there]) for log in (log_p, log_q))
+        cells = zip(*columns, *tops, strict=True)
+        chats, tokens = rows.chat[places].tolist(), rows.token[places].tolist()
+        for chat, token, cell in zip(chats, tokens, cells, strict=True):
+            self._shown.setdefault(chat, {})[token] = cell
 
     def example(
         self,
@@ -154,20 +158,23 @@ class LogitDifferences:
     def _changes(
         self, n: float, decode: Callable[[int], str], *, risen: bool
     ) -> tuple[TokenChange, ...]:
-        change = (self._mass[1] - self._mass[0]) / n
+        mass = self._mass.cpu()
+        change = (mass[1] - mass[0]) / n
         ids = change.topk(min(N_CHANGED, len(change)), largest=risen).indices.tolist()
         return tuple(
             TokenChange(
                 token_id=i,
                 token=decode(i),
-                base=float(self._mass[0, i] / n),
-                tuned=float(self._mass[1, i] / n),
+                base=float(mass[0, i] / n),
+                tuned=float(mass[1, i] / n),
             )
             for i in ids
             if (change[i] > 0) == risen and change[i] != 0
         )
 
 
-def _top(log_p: Tensor) -> tuple[tuple[int, float], ...]:
-    values, ids = log_p.topk(min(N_TOP, len(log_p)))
-    return tuple(zip(ids.tolist(), values.exp().tolist(), strict=True))
+def _tops(log_p: Tensor) -> list[tuple[tuple[int, float], ...]]:
+    """The likeliest tokens of each row and their chances, one question a slice to the device."""
+    values, ids = log_p.topk(min(N_TOP, log_p.shape[-1]))
+    pairs = zip(ids.tolist(), values.exp().tolist(), strict=True)
+    return [tuple(zip(*row, strict=True)) for row in pairs]

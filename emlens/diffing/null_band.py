@@ -18,9 +18,10 @@ from emlens.diffing.compare import (
     run_batch,
 )
 from emlens.diffing.results import NullBand
-from emlens.models.attach import is_hooked_by_user, require_attachable
+from emlens.models.attach import is_hooked_by_user
 from emlens.models.null import sample_null_adapters
 from emlens.models.pair import ModelPair
+from emlens.models.placed import place_adapter, require_attachable
 from emlens.models.unembed import log_probabilities
 from emlens.numerics.blocks import slice_rows
 from emlens.numerics.predictions import compare_predictions
@@ -57,7 +58,9 @@ def compare_nulls(
     require_attachable(pair.adapter)
     if is_hooked_by_user(pair.base):
         raise ValueError("pair.base carries hooks, which random adapters would run under as well")
-    nulls = sample_null_adapters(pair.adapter, n=n, seed=seed)
+    drawn = sample_null_adapters(pair.adapter, n=n, seed=seed)
+    nulls = [place_adapter(null, pair.base) for null in drawn]
+    del drawn  # as large again as what is placed
     work = plan_reading(
         pair, chats, sites=sites, positions=positions, batching=batching, copies=1 + n
     )

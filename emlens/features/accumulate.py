@@ -138,7 +138,8 @@ class PromptAccumulator:
         self._codes.update(own[encoded.rows.cpu()] * d_sae + latents, encoded.values.cpu())
         self._firings += torch.bincount(latents, minlength=d_sae)
         self._n_tokens += torch.bincount(own, minlength=n_prompts)
-        self._activations.index_add_(0, own, rows.wide.cpu())
+        seen, sums = sum_by_prompt(own, rows.wide) if lies_apart(rows.wide) else (own, rows.wide)
+        self._activations.index_add_(0, seen, sums.cpu())
         self._squares.index_add_(0, own, rows.squares)
         self._missed.index_add_(0, own, rows.missed)
 
@@ -181,6 +182,25 @@ class PromptAccumulator:
             squares=self._squares.clone(),
             missed=self._missed.clone(),
         )
+
+
+def lies_apart(x: Tensor) -> bool:
+    """Whether rows are to be added up before they are moved to what is kept, on the CPU."""
+    return x.device.type != "cpu"
+
+
+def sum_by_prompt(
+    prompts: Int[Tensor, " n"], rows: Float[Tensor, "n d"]
+) -> tuple[Int[Tensor, " prompt"], Float[Tensor, "prompt d"]]:
+    """Return the prompts that occur, rising, and the sum of each one's rows, where the rows are.
+
+    Args:
+        prompts: prompt of each row, on the CPU.
+        rows: on any device.
+    """
+    seen, places = prompts.unique(return_inverse=True)
+    sums = rows.new_zeros(len(seen), rows.shape[1])
+    return seen, sums.index_add_(0, places.to(rows.device), rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -4,7 +4,6 @@ An attached adapter reads what enters the module and adds to the module's output
 that users' hooks and caches see its effect. Not for embeddings, which only merging supports.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,18 +15,14 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from emlens.models.config import Architecture
-from emlens.models.layout import part_rows
-from emlens.models.lora import (
-    LoraAdapter,
-    Target,
-    architecture_of,
-    embedding_modules,
-    find_targets,
-)
+from emlens.models.lora import LoraAdapter, architecture_of
+from emlens.models.placed import PlacedAdapter, PlacedGroup, place_adapter
 from emlens.models.products import add_product, multiply
 from emlens.models.views import origin_of, share_model
 
 _ATTACHED: WeakKeyDictionary[HookedTransformer, LoraAdapter] = WeakKeyDictionary()
+_PLACED: WeakKeyDictionary[HookedTransformer, PlacedAdapter] = WeakKeyDictionary()
+"""The factors that the hooks of an attached adapter hold."""
 _ON_ROWS: WeakKeyDictionary[HookedTransformer, int] = WeakKeyDictionary()
 """How many adapters act on some rows of each model's batches."""
 
@@ -35,6 +30,11 @@ _ON_ROWS: WeakKeyDictionary[HookedTransformer, int] = WeakKeyDictionary()
 def attached_adapter(model: HookedTransformer) -> LoraAdapter | None:
     """Return the adapter attached to a model, if any."""
     return _ATTACHED.get(model)
+
+
+def placed_on(model: HookedTransformer) -> PlacedAdapter | None:
+    """Return the adapter attached to a model as it was placed there, if any."""
+    return _PLACED.get(model)
 
 
 def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTransformer:
@@ -47,11 +47,10 @@ def attach_adapter(model: HookedTransformer, adapter: LoraAdapter) -> HookedTran
     """
     if attached_adapter(model) is not None:
         raise ValueError("model already has an adapter attached; attach to its base instead")
-    require_attachable(adapter)
-    targets = find_targets(model, adapter)
+    placed = place_adapter(adapter, model)
     shell = share_model(model, name=f"{origin_of(model).name} + {adapter.name}")
-    _install(shell, targets, architecture_of(model), rows=None)
-    _ATTACHED[shell] = adapter
+    _install(shell, placed, rows=None)
+    _ATTACHED[shell], _PLACED[shell] = adapter, placed
     return shell
 
 
@@ -69,35 +68,22 @@ def is_hooked_by_user(model: HookedTransformer) -> bool:
     return any(True for _ in hooked_by_user(model))
 
 
-def require_attachable(adapter: LoraAdapter) -> None:
-    """Refuse an adapter of embeddings, which only merging supports.
-
-    Raises:
-        ValueError: it adapts an embedding.
-    """
-    embeddings = embedding_modules(adapter)
-    if embeddings:
-        raise ValueError(
-            f"{adapter.name} adapts {', '.join(embeddings)}, which has no attached form; "
-            "load it with form='merged'"
-        )
-
-
 @contextmanager
-def adapter_on_rows(model: HookedTransformer, adapter: LoraAdapter, rows: slice) -> Iterator[None]:
+def adapter_on_rows(
+    model: HookedTransformer, adapter: LoraAdapter | PlacedAdapter, rows: slice
+) -> Iterator[None]:
     """Apply an adapter to some rows of every batch while the context lasts.
 
     Writes in place into those rows, so gradients must be off.
 
     Args:
         model: a base model.
-        adapter: an adapter without embedding targets.
+        adapter: an adapter without embedding targets; placed on the model, if it is used again.
         rows: the batch rows it acts on.
     """
-    require_attachable(adapter)
     with ExitStack() as stack:
-        targets = find_targets(model, adapter)
-        for handle in _install(model, targets, architecture_of(model), rows=rows):
+        placed = adapter if isinstance(adapter, PlacedAdapter) else place_adapter(adapter, model)
+        for handle in _install(model, placed, rows=rows):
             stack.callback(handle.remove)
         _ON_ROWS[model] = _ON_ROWS.get(model, 0) + 1
         stack.callback(lambda: _ON_ROWS.update({model: _ON_ROWS[model] - 1}))
@@ -198,13 +184,7 @@ class _Writer:
         return self(output)
 
 
-def _install(
-    model: HookedTransformer,
-    targets: tuple[Target, ...],
-    architecture: Architecture,
-    *,
-    rows: slice | None,
-) -> list[Any]:
+def _install(model: HookedTransformer, placed: PlacedAdapter, *, rows: slice | None) -> list[Any]:
     """Register readers and writers as torch hooks; returns their handles.
 
     Torch's own hooks rather than the host's: nothing removes them but their handles. What is
@@ -212,8 +192,8 @@ def _install(
     """
     handles: list[Any] = []
     try:
-        for (layer, reads), group in _by_input(targets).items():
-            handles += _install_group(model, layer, reads, group, architecture, rows)
+        for group in placed.groups:
+            handles += _install_group(model, group, rows)
     except BaseException:
         for handle in handles:
             handle.remove()
@@ -221,46 +201,26 @@ def _install(
     return handles
 
 
-def _by_input(targets: tuple[Target, ...]) -> dict[tuple[int, str], list[Target]]:
-    groups: dict[tuple[int, str], list[Target]] = defaultdict(list)
-    for target in targets:
-        groups[target.layer, target.place.reads].append(target)
-    return groups
-
-
-def _install_group(
-    model: HookedTransformer,
-    layer: int,
-    reads: str,
-    group: list[Target],
-    architecture: Architecture,
-    rows: slice | None,
-) -> list[Any]:
-    block: Any = model.blocks[layer]
-    dtype, device = model.cfg.dtype, block.attn.W_O.device
-    reader = _Reader(torch.cat([t.lora.A for t in group]).to(device, dtype), rows)
-    if reads in ("attn", "mlp"):
-        module = getattr(block, reads)
+def _install_group(model: HookedTransformer, group: PlacedGroup, rows: slice | None) -> list[Any]:
+    block: Any = model.blocks[group.layer]
+    reader = _Reader(group.A, rows)
+    if group.reads in ("attn", "mlp"):
+        module = getattr(block, group.reads)
         handles = [module.register_forward_pre_hook(reader.before_module, with_kwargs=True)]
     else:
-        module, point = (
-            (block.attn, block.attn.hook_z) if reads == "z" else (block.mlp, block.mlp.hook_post)
-        )
+        z = group.reads == "z"
+        module, point = (block.attn, block.attn.hook_z) if z else (block.mlp, block.mlp.hook_post)
         handle = point.register_forward_hook(reader.at_point)
         # What a user's hook makes of the value is what the module multiplies: read it last.
         last = module.register_forward_pre_hook(_Last(point, handle))
         handles = [handle, last]
-    start = 0
-    for target in group:
-        columns = slice(start, start + target.lora.rank)
-        start = columns.stop
-        B = target.lora.scale * target.lora.B.to(torch.promote_types(dtype, torch.float32))
-        for part, chosen in enumerate(part_rows(len(B), target.place, model.cfg.d_head)):
-            writer = _Writer(reader, columns, B[chosen].to(device, dtype), rows)
-            reader.writers += 1
-            point = write_point(block, target.place.writes[part], architecture)
-            # First, so that interventions of whoever called see the value with the update.
-            handles.append(point.register_forward_hook(writer.at_point, prepend=True))
+    architecture = architecture_of(model)
+    for write in group.writes:
+        writer = _Writer(reader, write.columns, write.B, rows)
+        reader.writers += 1
+        point = write_point(block, write.hook, architecture)
+        # First, so that interventions of whoever called see the value with the update.
+        handles.append(point.register_forward_hook(writer.at_point, prepend=True))
     return handles
 
 

@@ -22,6 +22,7 @@ from transformer_lens.utilities.activation_functions import apply_softcap
 from transformer_lens.utilities.architectures import POST_NORM_ARCHITECTURES
 from transformer_lens.utilities.attention import complex_attn_linear
 
+from emlens.models.attention_kernels import attend
 from emlens.models.layout import to_matrix
 from emlens.models.products import multiply, multiply_together
 from emlens.models.rotary import AttentionMask, RotaryTables, SharedTables
@@ -166,23 +167,8 @@ class _FusedForward:
 
     def _attend_fused(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        batch, n_heads, length, d_head = q.shape
-        n_kv = k.shape[1]
         scale = 1.0 / float(self.attn_scale)
-        if length == 1 and n_kv != n_heads:
-            # One query: the heads of a group become its query axis, and no key is repeated.
-            q = q.reshape(batch, n_kv, n_heads // n_kv, d_head)
-            z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.bias, scale=scale)
-            return z.reshape(batch, n_heads, 1, d_head).transpose(1, 2)
-        z = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask.bias,
-            is_causal=mask.is_causal,
-            scale=scale,
-            enable_gqa=n_kv != n_heads,
-        )
+        z = attend(q, k, v=v, mask=mask, scale=scale, kind=q.device.type)
         return z.transpose(1, 2)
 
     def _attend_stepwise(self: Any, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -221,7 +207,7 @@ class FusedAttention(_FusedForward, Attention):
 
 
 class FusedGroupedAttention(_FusedForward, GroupedQueryAttention):
-    """Grouped-query attention that never repeats keys or values."""
+    """Grouped-query attention over keys and values as they are stored."""
 
     grouped = True
 

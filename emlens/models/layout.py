@@ -72,6 +72,15 @@ def part_rows(d_out: int, place: Place, d_head: int) -> tuple[Int[Tensor, " rows
     return tuple(r.flatten() for r in torch.arange(d_out).view(-1, n_parts, d_head).unbind(1))
 
 
+def split_rows(
+    matrix: Float[Tensor, "d_out n"], place: Place, d_head: int
+) -> tuple[Float[Tensor, "rows n"], ...]:
+    """Return a module's rows for each of its TransformerLens parts; the matrix itself for one."""
+    if len(place.parameters) == 1:
+        return (matrix,)
+    return tuple(matrix[rows] for rows in part_rows(len(matrix), place, d_head))
+
+
 def split_weight(
     matrix: Float[Tensor, "d_out d_in"], place: Place, d_head: int
 ) -> tuple[Float[Tensor, "..."], ...]:

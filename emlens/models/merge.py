@@ -4,16 +4,19 @@ Merging rounds to the model's dtype; where that loses the update, attach the ada
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from emlens.models.adapter_files import fingerprint_modules
 from emlens.models.attach import attached_adapter
-from emlens.models.layout import from_matrix, iterate_parts, part_rows, to_matrix
+from emlens.models.layout import from_matrix, iterate_parts, split_rows, to_matrix
 from emlens.models.lora import (
     LoraAdapter,
+    LoraModule,
     Target,
     embedding_modules,
     find_targets,
@@ -52,17 +55,22 @@ def merged_parameters(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield (TransformerLens name, merged weight in Hugging Face's layout) for each part."""
     for target in targets:
-        delta = target.lora.delta()
-        rows = part_rows(len(delta), target.place, model.cfg.d_head)
+        delta = make_update(target.lora, model.W_E.device)
+        updates = split_rows(delta, target.place, model.cfg.d_head)
         for index, parameter, _, _ in iterate_parts(target.place):
             name = f"blocks.{target.layer}.{parameter}"
             matrix = to_matrix(read_parameter(model, name), target.place.kind)
-            update = delta[rows[index]].to(matrix.device)
+            update = updates[index]
             wide = torch.promote_types(matrix.dtype, update.dtype)
             merged = (matrix.to(wide) + update).to(matrix.dtype)
             if target.place.conv1d:
                 merged = merged.mT.contiguous().mT  # keep the checkpoint's own storage order
             yield name, from_matrix(merged, target.place.kind, model.cfg.d_head)
+
+
+def make_update(lora: LoraModule, device: torch.device) -> Float[Tensor, "d_out d_in"]:
+    """Return scale * B A, multiplied on a device: the factors travel, not their product."""
+    return replace(lora, A=lora.A.to(device), B=lora.B.to(device)).delta()
 
 
 def _merged_embeddings(model: HookedTransformer, adapter: LoraAdapter) -> dict[str, Tensor]:
@@ -78,7 +86,7 @@ def _merged_embeddings(model: HookedTransformer, adapter: LoraAdapter) -> dict[s
             "with peft and load the merged checkpoint, if the sum is what you want"
         )
     for name in names:
-        delta = adapter.modules[name].delta().to(W_E.device)
+        delta = make_update(adapter.modules[name], W_E.device)
         wide = torch.promote_types(W_E.dtype, delta.dtype)
         if name.endswith("lm_head") and not tied:
             merged["unembed.W_U"] = (W_U.mT.to(wide) + delta).to(W_U.dtype).mT

@@ -1,6 +1,7 @@
 """A base and its fine-tune over one set of weights, and how to load them together."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from peft import PeftModel
 from transformer_lens import HookedTransformer
 
 from emlens.models.adapter_files import load_adapter
+from emlens.models.attach import attached_adapter, placed_on
 from emlens.models.checkpoints import load_checkpoint
 from emlens.models.loading import (
     AdapterSource,
@@ -20,6 +22,7 @@ from emlens.models.loading import (
     load_base,
 )
 from emlens.models.lora import LoraAdapter
+from emlens.models.placed import PlacedAdapter, place_adapter
 from emlens.models.proof import AdapterProof, require_proof, verify_adapter
 from emlens.models.trained_vector import add_vector, is_vector, load_vector
 from emlens.models.views import origin_of, share_equal
@@ -36,6 +39,22 @@ class ModelPair:
     """The LoRA that makes the difference, or None for a full checkpoint or a vector."""
     proof: AdapterProof | None
     """Proof that the adapter is in effect, or None for a full checkpoint or a vector."""
+
+    @property
+    def placed_adapter(self) -> PlacedAdapter | None:
+        """The adapter's factors as and where the base computes: the tuned model's, or made once."""
+        if self.adapter is None:
+            return None
+        own = placed_on(self.tuned) if attached_adapter(self.tuned) is self.adapter else None
+        for placed in (own, *self._placed):
+            if placed is not None and placed.fits(self.base):
+                return placed
+        self._placed[:] = [place_adapter(self.adapter, self.base)]
+        return self._placed[0]
+
+    @cached_property
+    def _placed(self) -> list[PlacedAdapter]:
+        return []
 
     @property
     def tokenizer(self) -> Any:

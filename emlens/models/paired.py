@@ -18,11 +18,12 @@ from emlens.models.attach import adapter_on_rows, attached_adapter, is_hooked_by
 from emlens.models.hooks import watch_sites
 from emlens.models.lora import LoraAdapter, find_targets
 from emlens.models.pair import ModelPair
+from emlens.models.placed import PlacedAdapter, place_adapter
 from emlens.models.tokens_in_flight import publish_tokens, tokens_in_flight
 from emlens.sites import Site
 
 Method = Literal["paired", "separate passes"]
-Tuned = LoraAdapter | HookedTransformer
+Tuned = LoraAdapter | PlacedAdapter | HookedTransformer
 Visitor = Callable[[Site, Float[Tensor, "models batch pos ..."]], None]
 
 
@@ -50,7 +51,9 @@ def tuned_parts(pair: ModelPair) -> tuple[Tuned, ...]:
     half = pair.base.cfg.dtype.itemsize < 4
     if merged and (half or first_layer(pair.base, pair.adapter) == 0):
         return (pair.tuned,)
-    return (pair.adapter,)
+    placed = pair.placed_adapter
+    assert placed is not None
+    return (placed,)
 
 
 def first_layer(base: HookedTransformer, adapter: LoraAdapter) -> int:
@@ -74,7 +77,8 @@ def forward_many(
 
     Args:
         base: the base model, without hooks of the user's.
-        tuned: adapters, or whole models over the same sizes.
+        tuned: adapters, placed on the base if they are used again, or whole models over the same
+            sizes.
         ids: token ids, padded on either side.
         mask: 1 for tokens, 0 for padding.
         sites: where ``visit`` is called, with the activations of all models stacked, base first.
@@ -89,18 +93,22 @@ def forward_many(
         )
     device = base.W_E.device
     ids, mask = ids.to(device), mask.to(device)
-    adapters = [item for item in tuned if isinstance(item, LoraAdapter)]
-    if len(adapters) == len(tuned):
-        return _forward_rows(base, adapters, ids, mask, sites, visit)
-    if adapters:
+    models = [item for item in tuned if isinstance(item, HookedTransformer)]
+    if not models:
+        placed = [_placed(item, base) for item in tuned if not isinstance(item, HookedTransformer)]
+        return _forward_rows(base, placed, ids, mask, sites, visit)
+    if len(models) < len(tuned):
         raise ValueError("tuned: give adapters only or models only, not both in one call")
-    models = [base, *(item for item in tuned if isinstance(item, HookedTransformer))]
-    return _forward_separately(models, ids, mask, sites, visit)
+    return _forward_separately([base, *models], ids, mask, sites, visit)
+
+
+def _placed(adapter: LoraAdapter | PlacedAdapter, base: HookedTransformer) -> PlacedAdapter:
+    return adapter if isinstance(adapter, PlacedAdapter) else place_adapter(adapter, base)
 
 
 def _forward_rows(
     base: HookedTransformer,
-    adapters: Sequence[LoraAdapter],
+    adapters: Sequence[PlacedAdapter],
     ids: Tensor,
     mask: Tensor,
     sites: Sequence[Site],
@@ -108,7 +116,7 @@ def _forward_rows(
 ) -> PairedForward:
     n_layers, batch, n_models = base.cfg.n_layers, len(ids), 1 + len(adapters)
     tokens = tokens_in_flight(base)
-    start = min((first_layer(base, adapter) for adapter in adapters), default=n_layers)
+    start = min((adapter.first_layer for adapter in adapters), default=n_layers)
     early = [site for site in sites if _is_before(site, start)]
     late = [site for site in sites if not _is_before(site, start)]
 

@@ -95,10 +95,12 @@ def lay_views(
         A model in evaluation mode, its parameters without gradients, unprocessed.
 
     Raises:
-        ValueError: an unsupported architecture or config field.
+        ValueError: an unsupported architecture or config field, or weights that are not all on one
+            device.
     """
     architecture = find_architecture(type(hf).__name__)
     check_config(hf.config, architecture)
+    _require_one_device(hf)
     cfg = _read_cfg(hf, architecture, tokenizer, name)
     model = build_skeleton(cfg, architecture, make_rotary(hf, architecture))
     tensors = read_tensors(hf, architecture, cfg)
@@ -110,6 +112,22 @@ def lay_views(
         generation_config=getattr(hf, "generation_config", None),
     )
     return model
+
+
+def _require_one_device(hf: PreTrainedModel) -> None:
+    """Refuse a model in pieces: a block's products would meet weights that are elsewhere."""
+    homes: dict[torch.device, str] = {}
+    for name, parameter in hf.named_parameters():
+        homes.setdefault(parameter.device, name)
+    if len(homes) == 1 and "meta" not in {device.type for device in homes}:
+        return
+    found = ", ".join(f"{name} on {device}" for device, name in homes.items())
+    raise ValueError(
+        f"{type(hf).__name__}: its weights are not all in the memory of one device ({found}; meta "
+        "stands for weights offloaded or never loaded), as device_map='auto' leaves them where "
+        "one device is too small. Load it with device_map={'': 'cuda:0'} or {'': 'cpu'}, in half "
+        "precision if it is too large, or pass its source with device="
+    )
 
 
 def _read_cfg(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 
 from emlens.codecs import CodecError
-from emlens.features import encode
+from emlens.features import accumulate, encode
 from emlens.features.accumulate import FeatureAccumulator, PromptAccumulator, PromptSums
 from emlens.features.encode import EncodedRows, encode_rows, split_rows
 from emlens.numerics.validation import EmptyAccumulatorError, NonFiniteError, WidthError
@@ -165,3 +165,39 @@ def test_activations_and_codes_that_are_not_finite_are_refused():
         encode_rows(codec, x)
     with pytest.raises(NonFiniteError, match="codes of a test"):
         encode_rows(codec, torch.full((1, 12), 3e38))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows)
+def test_rows_are_summed_by_prompt_wherever_they_are(numbers: list[int]):
+    x = draw(len(numbers), 7, seed=3, dtype=WIDE)
+    prompts = 2 * torch.tensor(numbers)
+    seen, sums = accumulate.sum_by_prompt(prompts, x)
+    assert seen.tolist() == sorted(set(prompts.tolist()))
+    expected = np.zeros((10, 7))
+    np.add.at(expected, prompts.numpy(), x.numpy())
+    np.testing.assert_allclose(sums, expected[seen.numpy()], rtol=1e-12, atol=1e-12)
+    assert accumulate.sum_by_prompt(prompts, x.to("meta"))[1].device.type == "meta"
+    assert accumulate.lies_apart(x.to("meta"))
+    assert not accumulate.lies_apart(x)
+
+
+def test_from_a_device_come_sums_of_prompts_and_not_rows(monkeypatch: pytest.MonkeyPatch):
+    codec = make_sae("standard", dtype=WIDE)
+    prompts, x = torch.tensor([1, 0, 1, 1, 2, 0]), draw(6, 12, seed=4, dtype=WIDE)
+    moved: list[tuple[int, ...]] = []
+    plain = torch.Tensor.cpu
+
+    def watch(tensor: torch.Tensor) -> torch.Tensor:
+        moved.append(tuple(tensor.shape))
+        return plain(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", watch)
+    monkeypatch.setattr(accumulate, "lies_apart", lambda x: True)
+    own = PromptAccumulator(3, d_in=12, d_sae=96)
+    for part in (slice(0, 4), slice(4, 6)):
+        encoded = encode_rows(codec, x[part])
+        moved.clear()
+        own.update(prompts[part], x[part], encoded)
+        assert [shape for shape in moved if shape[1:] == (12,)] == [(2, 12)]
+    check(own.result(), expect(codec, prompts, x, 3))

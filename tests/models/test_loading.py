@@ -83,3 +83,19 @@ def test_a_device_without_a_number_is_any_of_its_kind():
     for asked in ("cuda:0", "cpu"):
         with pytest.raises(ValueError, match="is on cuda:1"):
             check_place("live model", "auto", asked, torch.float32, here)
+
+
+@pytest.mark.parametrize("held", ["model.layers.1.", "lm_head.", ""], ids=["half", "head", "none"])
+def test_a_model_in_pieces_is_refused_with_a_way_out(held):
+    model: Any = make_tiny("llama")
+    for name, module in model.named_modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None and f"{name}.{leaf}".startswith(held):
+                moved = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+                module._parameters[leaf] = moved
+    with pytest.raises(ValueError, match=r"device_map=\{'': 'cuda:0'\}") as caught:
+        load_base(model)
+    first = f"{held or 'model.embed_tokens.'}"
+    assert f"({first}" in str(caught.value) or f", {first}" in str(caught.value)
+    assert " on meta" in str(caught.value)
+    assert (" on cpu" in str(caught.value)) == bool(held)

@@ -119,7 +119,7 @@ def test_a_merged_pair_sharing_no_layer_takes_passes_of_its_own():
     merged = load_pair(load_base(peft_model), adapter, form="merged")
     attached = load_pair(load_base(peft_model), adapter)
     assert tuned_parts(merged) == (merged.tuned,)
-    assert tuned_parts(attached) == (adapter,)
+    assert tuned_parts(attached) == (attached.placed_adapter,)
     first, _ = run(merged.base, tuned_parts(merged))
     second, _ = run(attached.base, tuned_parts(attached))
     mask = padded()[1].bool()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emlens.numerics.moments import Moments, MomentsAccumulator
+from emlens.numerics.moments import Moments, MomentsAccumulator, centred_chunks
 from emlens.numerics.validation import EmptyAccumulatorError, NonFiniteError, WidthError
 
 
@@ -127,3 +127,11 @@ def test_a_result_cannot_be_used_to_change_the_accumulator():
     accumulator.update(samples(10, 3))
     accumulator.result().mean.zero_()
     assert accumulator.result().mean.abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("device", "sizes"), [("cpu", [1024] * 32 + [1]), ("meta", [1 << 14] * 2 + [1])]
+)
+def test_an_accelerator_gets_larger_chunks(device: str, sizes: list[int]):
+    rows = torch.zeros((1 << 15) + 1, 1, device=device)
+    assert [chunk.count for chunk in centred_chunks(rows)] == sizes
