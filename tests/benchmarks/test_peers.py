@@ -1,5 +1,6 @@
 """What is timed and counted: bytes, models, adapters, the bound's parts, the peers and checks."""
 
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -21,7 +22,7 @@ from benchmarks.models import (
     plan_source,
     sweep_weights,
 )
-from benchmarks.pair_diff import over_bound
+from benchmarks.pair_diff import choose_forms, over_bound
 from benchmarks.peers import (
     PeerLeftOutError,
     find_peers,
@@ -35,6 +36,7 @@ from benchmarks.settings import Settings
 from benchmarks.timing import Timings
 from benchmarks.work import count_pass
 from emlens.models.memory import plan_memory
+from emlens.models.views import lay_views
 
 TOY = Settings(size="toy", threads=1, rounds=6)
 TOY_LAYERS = 4
@@ -286,3 +288,34 @@ def test_a_pass_cut_in_two_by_a_cache_has_the_same_flops_and_reads_the_weights_t
     a_token = 4 * 2 * 2 * TOY_LAYERS * hf.config.num_key_value_heads * 16  # keys and values, d_head
     assert first.bytes == weights + 3 * a_token
     assert second.bytes == weights + 5 * a_token
+
+
+def test_a_tuned_model_is_gone_before_the_copy_that_it_is_checked_by(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    alive: list[Any] = []
+    load, merge = load_tuned.load_pair, load_tuned.merge_plainly
+
+    def watched(*given: Any, **more: Any) -> Any:
+        pair = load(*given, **more)
+        alive.append(weakref.ref(pair.tuned))
+        return pair
+
+    def merging(hf: Any, adapter: Any) -> Any:
+        assert [tuned() for tuned in alive] == [None]
+        return merge(hf, adapter)
+
+    monkeypatch.setattr(load_tuned, "load_pair", watched)
+    monkeypatch.setattr(load_tuned, "merge_plainly", merging)
+    hf = load_hugging_face("float32", TOY)
+    case = Case.down_proj(hf, [1], name="one")
+    found = load_tuned._count(lay_views(hf, load_tokenizer(TOY)), hf, case, "merged", TOY)
+    assert found.name == "one, merged / touched bytes"
+    assert len(alive) == 1
+
+
+def test_a_gpu_holds_one_merged_model_the_widest():
+    cases = make_cases(load_hugging_face("float32", TOY), TOY)
+    both, gpu = ("attached", "merged"), replace(TOY, device="cuda")
+    assert [choose_forms(case, TOY) for case in cases] == [both[:1], both[:1], both, both]
+    assert [choose_forms(case, gpu) for case in cases] == [both[:1]] * 3 + [both]
