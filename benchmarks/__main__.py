@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.memory import free_memory
 from benchmarks.records import (
     check_comparable,
     describe_settings,
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     suite = {"schema": SCHEMA, "suite": arguments.suite, "size": settings.size}
     suite |= {"rows": records, "failed": failed}
     for row in rows:
+        free_memory()  # a row that died of too little leaves what it had
         start = time.perf_counter()
         try:
             record = run_row(row, settings)

@@ -160,10 +160,12 @@ def _score_apart(model: Any, prompt: torch.Tensor, numbers: list[tuple[int, ...]
     for tokens in numbers:
         spelt = torch.tensor(tokens)
         ids = torch.cat([prompt, spelt])[None].to(model.W_E.device)
-        logs = model(ids)[0].float().log_softmax(-1).cpu()
-        at = torch.arange(len(prompt) - 1, len(prompt) - 1 + len(spelt))
-        scores.append(logs[at, spelt].sum())
-    return torch.stack(scores)
+        # Only the rows that are asked for, and on the device: nobody would bring over all of a
+        # prompt's predictions for each number.
+        logs = model(ids)[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+        own = ids[0, len(prompt) :, None]
+        scores.append(logs.gather(1, own).sum())
+    return torch.stack(scores).cpu()
 
 
 def count_tokens(hf: Any, settings: Settings) -> Tokens:

@@ -30,6 +30,7 @@ from emlens.activations import plan_reading
 from emlens.data import Batching, Chat
 from emlens.diffing.compare import compare_models
 from emlens.diffing.results import ModelDiff
+from emlens.models.loading import Form
 from emlens.models.pair import ModelPair, load_pair
 from emlens.models.unembed import log_prob_slices
 from emlens.models.views import lay_views
@@ -124,7 +125,7 @@ def _measure_dtype(
     pairs = {
         (case.name, form): load_pair(bench.base, case.adapter, form=form)
         for case in bench.cases
-        for form in (("attached",) if case.first_layer else ("attached", "merged"))
+        for form in choose_forms(case, settings)
     }
     found = bench.compare(pairs[CHECKED, "attached"])
     sides: dict[str, Callable[[], object]] = {
@@ -162,6 +163,17 @@ def _measure_dtype(
             if peer in timings.seconds
         ),
     ]
+
+
+def choose_forms(case: Case, settings: Settings) -> tuple[Form, ...]:
+    """The forms in which a case is compared; merged only where it changes every layer.
+
+    On a GPU the widest alone: a merged model costs the same at any rank, and each is a second copy
+    of nearly all weights beside the base's.
+    """
+    if case.first_layer or (settings.device != "cpu" and case.rank < WIDE):
+        return ("attached",)
+    return ("attached", "merged")
 
 
 def _figure_name(case: str, form: str) -> str:

@@ -178,7 +178,7 @@ def make_multiplication(
 ) -> Callable[[], None]:
     """The encoder's multiplication of both models' rows and nothing else."""
     weight = bench.codec.W_enc
-    parts = list(split_rows(bench.x.shape[1], weight.shape[1]))
+    parts = list(split_rows(bench.x.shape[1], weight.shape[1], device=weight.device.type))
 
     @torch.inference_mode()
     def run() -> None:

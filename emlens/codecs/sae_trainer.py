@@ -48,8 +48,11 @@ class SaeTrainer:
             scale = rows.shape[1] ** 0.5 / float(rows.norm(dim=1).mean())
         name = _CLASSES[settings.architecture]
         config = getattr(sae_lens, f"{name}Config")(**_describe(settings, rows.shape[1]))
-        with torch.random.fork_rng(devices=[]):  # its start is drawn from the global stream
-            torch.manual_seed(seed)
+        # Its start is drawn on the CPU, from the global stream. That one alone is seeded, and put
+        # back: torch.manual_seed would seed every other device's, too, even one that is not in use
+        # yet and has no state to put back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             sae = getattr(sae_lens, name)(config)
         with torch.no_grad():
             sae.b_dec.copy_(rows.mean(0) * scale)

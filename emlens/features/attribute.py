@@ -108,7 +108,11 @@ def pair_by_prompt(texts: ContrastTexts) -> ContrastTexts:
 
 @dataclass
 class AttributionSums:
-    """Weighted sums over tokens from which every direction's attribution follows."""
+    """Weighted sums over tokens from which every direction's attribution follows.
+
+    They lie where the activations do: d_in x d_in numbers, too many to bring over for every
+    response.
+    """
 
     d_in: int
 
@@ -133,31 +137,43 @@ class AttributionSums:
         if not len(x):
             return
         own, slope = x.double(), gradient.double() * (weight / len(x))
-        self._products += (slope.mT @ own).cpu()
-        self._gradients += slope.sum(0).cpu()
-        self._activations += own.sum(0).cpu()
-        self._n += len(x)
+        self._move(x.device)
+        self._add(slope.mT @ own, slope.sum(0), own.sum(0), len(x))
 
     def merge(self, other: "AttributionSums") -> None:
-        """Take in the sums over other tokens."""
-        self._products += other._products
-        self._gradients += other._gradients
-        self._activations += other._activations
-        self._n += other._n
+        """Take in the sums over other tokens, of any device; they stay as they were."""
+        if not self._n:
+            self._move(other._products.device)
+        self._add(other._products, other._gradients, other._activations, other._n)
+
+    def _move(self, device: torch.device) -> None:
+        self._products = self._products.to(device)
+        self._gradients = self._gradients.to(device)
+        self._activations = self._activations.to(device)
+
+    def _add(self, products: Tensor, gradients: Tensor, activations: Tensor, n: int) -> None:
+        device = self._products.device
+        self._products += products.to(device)
+        self._gradients += gradients.to(device)
+        self._activations += activations.to(device)
+        self._n += n
 
     def result(self, directions: Float[Tensor, "k d"]) -> Float[Tensor, " k"]:
         """The attribution of each direction, of any length but zero; 0 for one of zero.
 
         -d^T (sum g a^T - (sum g) (mean a)^T) d with d of length 1.
+
+        Returns:
+            On the CPU, wherever the sums and the directions lie.
         """
         mean = self._activations / max(self._n, 1)
         centred = self._products - torch.outer(self._gradients, mean)
         found = [
             ((unit @ centred) * unit).sum(1)
             for rows in directions.split(max(1, CHUNK // self.d_in))
-            for unit in [unit_vectors(rows.detach().double().cpu()).nan_to_num()]
+            for unit in [unit_vectors(rows.detach().to(centred)).nan_to_num()]
         ]
-        return -torch.cat(found)
+        return -torch.cat(found).cpu()
 
 
 def _weigh(texts: ContrastTexts) -> list[float]:

@@ -177,14 +177,20 @@ def average_activations(sums: PromptSums) -> Float64[Tensor, " d_in"]:
 def decoder_cosines(
     W_dec: Float[Tensor, "d_sae d_in"], direction: Float[Tensor, " d_in"]
 ) -> Float64[Tensor, " d_sae"]:
-    """Cosine of every decoder vector with a direction; 0 where either has no length."""
+    """Cosine of every decoder vector with a direction; 0 where either has no length.
+
+    Returns:
+        On the CPU. They are computed where W_dec lies, which is too large to bring over.
+    """
     check_same("width of W_dec", W_dec.shape[1], "width of direction", len(direction))
+    wanted = direction.double().to(W_dec.device)
+    length = wanted.norm()
     found = []
     for rows in W_dec.detach().split(max(1, _BLOCK_VALUES // W_dec.shape[1])):
-        wide = rows.double().cpu()
-        sizes = wide.norm(dim=1) * direction.double().norm()
-        found.append(torch.where(sizes > 0, wide @ direction.double() / sizes, 0.0))
-    return torch.cat(found)
+        wide = rows.double()
+        sizes = wide.norm(dim=1) * length
+        found.append(torch.where(sizes > 0, wide @ wanted / sizes, 0.0))
+    return torch.cat(found).cpu()
 
 
 def _read_own(

@@ -92,7 +92,7 @@ def _choose_tokens(
     def count(_site: Site, x: Tensor, chosen: tuple[Selection, ...]) -> None:
         (selection,) = chosen
         values = selection.take(x)
-        for part in split_rows(values.shape[1], codec.d_sae):
+        for part in split_rows(values.shape[1], codec.d_sae, device=codec.W_dec.device.type):
             largest = _encode(codec, values[:, part], latents).amax(0)
             for kept in (top, sample):
                 kept.update(largest, selection.rows[part], selection.tokens[part])

@@ -98,7 +98,7 @@ def read_latents(
         own = prompts[selections[0].rows]
         n_tokens.index_add_(0, own, torch.ones(len(own), dtype=torch.float64))
         for total, rows in zip(sums, selections[0].take(x), strict=True):
-            for part in split_rows(len(rows), codec.d_sae):
+            for part in split_rows(len(rows), codec.d_sae, device=codec.W_dec.device.type):
                 chunk = place_rows(rows[part], codec)
                 total.index_add_(0, own[part], codec.encode_latents(chunk, chosen).double().cpu())
 

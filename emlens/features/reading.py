@@ -105,7 +105,7 @@ def count_rows(
         prompts: prompt of each row, on the CPU.
         x: activations, base first.
     """
-    for part in split_rows(x.shape[1], codec.d_sae):
+    for part in split_rows(x.shape[1], codec.d_sae, device=codec.W_dec.device.type):
         chunk = place_rows(x[:, part], codec)
         encoded = [encode_rows(codec, chunk[0])]
         for other in chunk[1:]:

@@ -21,6 +21,14 @@ from emlens.numerics.blocks import slice_rows
 
 Tokens = tuple[int, ...]
 
+CACHE_SHARE = 10
+"""A pass over prefixes may hold one part in so many of a GPU's memory as their copies of the cache:
+8 GB of 80, on any GPU an estimate of what the prompts' own pass took for activations and has given
+back."""
+CACHE_TOKENS = 8
+"""As many positions may be held for a token of the budget, so that a smaller one still asks for
+less memory."""
+
 
 @dataclass(frozen=True)
 class _Tree:
@@ -50,7 +58,9 @@ def score_continuations(
         continuations: token ids, none empty, each once.
         never_next: ids that would make another continuation of it, such as all that begin with a
             digit; may be none.
-        batching: tokens run together, those held in a cache counted.
+        batching: tokens run together, those held in a cache counted; on a GPU a cache may hold up
+            to eight times as many, within a tenth of its memory, since few tokens a pass would
+            leave it idle.
 
     Raises:
         ValueError: no prompts, an empty one or one that leaves no room; continuations that are
@@ -97,8 +107,11 @@ def _score_batch(
         resid = run_cached(model, ids.to(device), cache, mask=mask.to(device))[:, -1]
     _read(model, resid, [()] * len(prompts), tree, never_next, logs)
     lengths = mask.sum(1)
+    room = _count_room(cache, batching, memory=_device_memory(device))
     for level in tree.levels[1:]:
-        for nodes in _cut(level, len(prompts) * (ids.shape[1] + len(level[0])), batching.tokens):
+        run = len(prompts) * len(level[0])
+        held = len(prompts) * ids.shape[1] + run
+        for nodes in _cut(level, min(room // held, batching.tokens // run)):
             # One row a node and prompt, the prompts of a node side by side.
             rows = torch.arange(len(prompts)).repeat(len(nodes))
             tokens = torch.tensor(nodes).repeat_interleave(len(prompts), dim=0)
@@ -166,9 +179,22 @@ def _batches(
     yield tuple(batch)
 
 
-def _cut(level: Sequence[Tokens], cost: int, tokens: int) -> Iterator[tuple[Tokens, ...]]:
-    """Nodes of a level, as many at a time as fit, at `cost` tokens each."""
-    step = max(1, tokens // cost)
+def _count_room(cache: KeyValueCache, batching: Batching, *, memory: int | None) -> int:
+    """Positions that the copies of a cache may hold in one pass, on a GPU of so many bytes."""
+    if memory is None:
+        return batching.tokens
+    fitting = memory // CACHE_SHARE // cache.position_bytes
+    return max(batching.tokens, min(CACHE_TOKENS * batching.tokens, fitting))
+
+
+def _device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU; None for what is busy with few tokens, or does not say."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _cut(level: Sequence[Tokens], fitting: int) -> Iterator[tuple[Tokens, ...]]:
+    """Nodes of a level, as many at a time as fit; one where none does."""
+    step = max(1, fitting)
     for start in range(0, len(level), step):
         yield tuple(level[start : start + step])
 

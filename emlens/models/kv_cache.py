@@ -89,6 +89,12 @@ class KeyValueCache:
         """Positions held, padding included."""
         return self.entries[0].length
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of one position of one row: keys and values of all layers."""
+        keys = [entry.keys for entry in self.entries]
+        return sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in keys)
+
     def append_attention_mask(self, mask: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch all"]:
         """Extend the padding mask by that of the tokens about to be run; returns all of it."""
         end = self.length + mask.shape[1]

@@ -6,6 +6,7 @@ random test vectors is kept.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Float64
@@ -22,6 +23,8 @@ from emlens.numerics.validation import (
 
 # Eigenvalues within this many regularising shifts of zero are rounding, not variance.
 _ROUNDING_SHIFTS = 10.0
+# Sets of test vectors kept for the sketches that are still to come: 1.3 MB each at width 5120.
+_KEPT_SETS = 16
 
 
 class SketchMismatchError(ValueError):
@@ -89,6 +92,22 @@ def _sketch_chunk(chunk: CentredChunk, test: Tensor) -> _SketchTotals:
     return _SketchTotals(chunk.totals(), image)
 
 
+@lru_cache(maxsize=_KEPT_SETS)
+def _test_vectors(width: int, rank: int, seed: int, device: torch.device) -> Tensor:
+    """Orthonormal test vectors [width rank] float64, drawn and factored on the CPU.
+
+    All sketches of these numbers, such as those of all layers, share one tensor: not to be written.
+    """
+    here = torch.device("cpu")
+    # It outlives the caller: made in inference mode, it could not take part in a gradient later.
+    with torch.inference_mode(False):
+        if device != here:
+            return _test_vectors(width, rank, seed, here).to(device)
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.randn(width, rank, generator=generator, dtype=torch.float64, device=here)
+        return torch.linalg.qr(draws).Q
+
+
 class CovarianceSketch:
     """Mergeable Nystroem sketch of a covariance: Y = sum (x - mean) (x - mean)^T Omega.
 
@@ -111,9 +130,6 @@ class CovarianceSketch:
         self.width = width
         self.rank = min(rank, width)
         self.seed = seed
-        generator = torch.Generator().manual_seed(seed)
-        draws = torch.randn(width, self.rank, generator=generator, dtype=torch.float64)
-        self._test = torch.linalg.qr(draws).Q
         self._totals: _SketchTotals | None = None
         self._epsilon = torch.finfo(torch.float64).eps
 
@@ -133,11 +149,11 @@ class CovarianceSketch:
             NonFiniteError: x holds NaN or infinity. What was accumulated before stays as it was.
         """
         check_samples("x", x, self.width)
-        self._test = self._test.to(x.device)
         batch: _SketchTotals | None = None
+        test = self._test(x.device)
         for chunk in centred_chunks(x):
-            totals = _sketch_chunk(chunk, self._test)
-            batch = totals if batch is None else batch.combined(totals, self._test)
+            totals = _sketch_chunk(chunk, test)
+            batch = totals if batch is None else batch.combined(totals, test)
         if batch is None:
             return
         check_finite("x", batch.moments.mean, batch.moments.squares, batch.image)
@@ -176,7 +192,7 @@ class CovarianceSketch:
         image = totals.image / count
         # Samples that differ by no more than the rounding of their mean do not vary.
         floor = float(totals.moments.mean.square().sum()) * self._epsilon**2
-        test = self._test.to(image)
+        test = self._test(image.device)
         directions, variances = _top_directions(image, test, self._epsilon, floor)
         return TopDirections(
             directions=directions,
@@ -193,8 +209,15 @@ class CovarianceSketch:
             )
         return self._totals
 
+    def _test(self, device: torch.device) -> Tensor:
+        return _test_vectors(self.width, self.rank, self.seed, device)
+
     def _absorb(self, totals: _SketchTotals, epsilon: float) -> None:
-        self._totals = totals if self._totals is None else self._totals.combined(totals, self._test)
+        own = self._totals
+        if own is None:
+            self._totals = totals
+        else:
+            self._totals = own.combined(totals, self._test(own.image.device))
         self._epsilon = max(self._epsilon, epsilon)
 
 

@@ -1,5 +1,6 @@
 """Checks of tensors before they are used, with the errors they raise; not for files or settings."""
 
+import torch
 from torch import Tensor
 
 
@@ -46,8 +47,15 @@ def check_same(name: str, got: int, other: str, expected: int) -> None:
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
-    """Raise if any of the tensors holds NaN or infinity."""
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+    """Raise if any of the tensors holds NaN or infinity.
+
+    A device is asked once for all that lie on it: every answer waits for what it still has to do.
+    """
+    finite: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        finite.setdefault(tensor.device, []).append(tensor.isfinite().all())
+    # One flag is asked as it is: to stack it would be a launch more.
+    if not all(bool(torch.stack(own).all() if own[1:] else own[0]) for own in finite.values()):
         raise NonFiniteError(
             f"{name} holds NaN or infinity, or values too large to square in its dtype: "
             "look for padding positions that were not masked out, or pass float64"

@@ -18,8 +18,10 @@ from emlens.numerics.validation import (
     check_samples,
 )
 
-# Rows converted to float64 at a time: 4 MB at width 576.
-_CHUNK_ROWS = 1024
+# Rows converted to float64 at a time, by kind of device: 4 MB at width 576, which a cache holds.
+_CHUNK_ROWS = {"cpu": 1024}
+# On any other kind, which wants fewer launches: 320 MiB at width 5120.
+_LARGE_CHUNK_ROWS = 1 << 13
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,8 @@ class WeightedSumsAccumulator:
         batch = torch.cat(
             [x.new_zeros(self.m, self.width, dtype=torch.float64), wide.sum(1)[:, None]], 1
         )
-        for rows, part in zip(
-            x.detach().split(_CHUNK_ROWS), wide.split(_CHUNK_ROWS, 1), strict=True
-        ):
+        step = _CHUNK_ROWS.get(x.device.type, _LARGE_CHUNK_ROWS)
+        for rows, part in zip(x.detach().split(step), wide.split(step, 1), strict=True):
             batch[:, :-1].addmm_(part, rows.double())
         check_finite("x or weights", batch)
         self._sums = batch if self._sums is None else self._sums + batch

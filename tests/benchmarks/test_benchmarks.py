@@ -313,15 +313,20 @@ def test_a_derived_side_follows_from_the_others_round_by_round():
 def test_a_row_that_fails_does_not_take_the_others_with_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
+    called: list[str] = []
+
     def run(row: str, _settings: Settings) -> Record:
+        called.append(row)
         if row == "decode":
             raise AssertionError("row 3 leaves Hugging Face's tokens")
         return make_record(make_figure(2.0, 0.1), row=row)
 
     monkeypatch.setattr(suite, "run_row", run)
+    monkeypatch.setattr(suite, "free_memory", lambda: called.append("freed"))
     out = tmp_path / "suite.json"
     code = suite.main(["--only", "decode", "--only", "ablate", "--out", str(out)])
     assert code == 1
+    assert called == ["freed", "decode", "freed", "ablate"]
     found = json.loads(out.read_text())
     assert [row["row"] for row in found["rows"]] == ["ablate"]
     assert found["failed"] == {"decode": "AssertionError: row 3 leaves Hugging Face's tokens"}

@@ -1,5 +1,6 @@
 """What is timed and counted: bytes, models, adapters, the bound's parts, the peers and checks."""
 
+import weakref
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import growth, load_tuned
+from benchmarks import growth, judging, load_tuned, train
 from benchmarks.adapters import Case, make_cases, multiply_adapter
 from benchmarks.memory import count_new_bytes, measure_residence, storages
 from benchmarks.models import (
@@ -21,7 +22,7 @@ from benchmarks.models import (
     plan_source,
     sweep_weights,
 )
-from benchmarks.pair_diff import over_bound
+from benchmarks.pair_diff import choose_forms, over_bound
 from benchmarks.peers import (
     PeerLeftOutError,
     find_peers,
@@ -34,7 +35,9 @@ from benchmarks.sae_diff import size_codec
 from benchmarks.settings import Settings
 from benchmarks.timing import Timings
 from benchmarks.work import count_pass
+from emlens.data import load_chats
 from emlens.models.memory import plan_memory
+from emlens.models.views import lay_views
 
 TOY = Settings(size="toy", threads=1, rounds=6)
 TOY_LAYERS = 4
@@ -286,3 +289,71 @@ def test_a_pass_cut_in_two_by_a_cache_has_the_same_flops_and_reads_the_weights_t
     a_token = 4 * 2 * 2 * TOY_LAYERS * hf.config.num_key_value_heads * 16  # keys and values, d_head
     assert first.bytes == weights + 3 * a_token
     assert second.bytes == weights + 5 * a_token
+
+
+def test_a_tuned_model_is_gone_before_the_copy_that_it_is_checked_by(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    alive: list[Any] = []
+    load, merge = load_tuned.load_pair, load_tuned.merge_plainly
+
+    def watched(*given: Any, **more: Any) -> Any:
+        pair = load(*given, **more)
+        alive.append(weakref.ref(pair.tuned))
+        return pair
+
+    def merging(hf: Any, adapter: Any) -> Any:
+        assert [tuned() for tuned in alive] == [None]
+        return merge(hf, adapter)
+
+    monkeypatch.setattr(load_tuned, "load_pair", watched)
+    monkeypatch.setattr(load_tuned, "merge_plainly", merging)
+    hf = load_hugging_face("float32", TOY)
+    case = Case.down_proj(hf, [1], name="one")
+    found = load_tuned._count(lay_views(hf, load_tokenizer(TOY)), hf, case, "merged", TOY)
+    assert found.name == "one, merged / touched bytes"
+    assert len(alive) == 1
+
+
+def test_a_gpu_holds_one_merged_model_the_widest():
+    cases = make_cases(load_hugging_face("float32", TOY), TOY)
+    both, gpu = ("attached", "merged"), replace(TOY, device="cuda")
+    assert [choose_forms(case, TOY) for case in cases] == [both[:1], both[:1], both, both]
+    assert [choose_forms(case, gpu) for case in cases] == [both[:1]] * 3 + [both]
+
+
+def test_numbers_scored_apart_have_hugging_faces_probability_and_are_brought_over_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    hf: Any = load_hugging_face("float32", TOY)
+    side = judging.make_side("separate", hf, TOY, judging.Tokens(run=64, padded=64, scored=1))
+    moved: list[tuple[int, ...]] = []
+    plain = torch.Tensor.cpu
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        moved.append(tuple(x.shape))
+        return plain(x)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "cpu", counting)
+        found = side()
+    assert moved == [(11,)]
+    prompt = draw_ids(hf, 1, judging.PROMPT["toy"])[0].cpu()
+    for number, value in enumerate(found.tolist()):
+        spelt = [3 + int(digit) for digit in str(number)]
+        with torch.no_grad():
+            logs = hf(torch.cat([prompt, torch.tensor(spelt)])[None]).logits[0].log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) - 1 + len(spelt))
+        expected = sum(
+            float(logs[place, token]) for place, token in zip(places, spelt, strict=True)
+        )
+        assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_gpu_trains_for_more_steps_than_a_processor_and_the_data_last():
+    full = Settings(size="full")
+    gpu = replace(full, device="cuda")
+    toys = TOY, replace(TOY, device="cuda")
+    assert [train.count_steps(one) for one in (full, gpu, *toys)] == [4, 32, 3, 3]
+    rows = train.ROWS * train.count_steps(gpu)
+    assert len(load_chats("emlens:finance-harmful", limit=rows)) == rows

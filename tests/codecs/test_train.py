@@ -263,3 +263,17 @@ def test_importing_sae_lens_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert import_sae_lens().__name__ == "sae_lens"
+
+
+def test_a_start_is_that_of_its_seed_and_leaves_every_random_stream_alone(monkeypatch):
+    rows = Planted(DICTIONARY, l0=L0).draw(64)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    # What torch's own seeding calls for the devices beside the CPU.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("a GPU was seeded"))
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: False)
+    torch.default_generator.manual_seed(5)
+    first, again, other = (SaeTrainer(SHORT, rows, seed=seed).sae.W_enc for seed in (0, 0, 1))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -1,5 +1,6 @@
 """Sums of codes by prompt against dense numpy, for any chunks and any order of merging."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,31 @@ def test_active_codes_and_reconstruction_are_those_of_the_codec(architecture: st
     assert torch.allclose(found.reconstruction, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_rows_are_cut_so_that_their_codes_are_of_bounded_size():
-    for n, d_sae in ((5000, 16384), (5000, 131072), (3000, 64), (0, 64)):
-        sizes = [part.stop - part.start for part in split_rows(n, d_sae)]
-        assert sum(sizes) == n
-        assert all(size * d_sae <= max(encode.CHUNK_VALUES, 128 * d_sae) for size in sizes)
-    assert [p.stop - p.start for p in split_rows(900, 16384)] == [384, 384, 132]
+@pytest.mark.parametrize(
+    ("device", "values", "cuts"),
+    [
+        ("cpu", encode.CHUNK_VALUES["cpu"], ([384, 384, 132], [128] * 7 + [4])),
+        ("cuda", encode.LARGE_CHUNK_VALUES, ([900], [900])),
+    ],
+)
+def test_rows_are_cut_so_that_their_codes_are_of_bounded_size(
+    device: str, values: int, cuts: tuple[list[int], list[int]]
+):
+    def sizes(n: int, d_sae: int) -> list[int]:
+        parts = list(split_rows(n, d_sae, device=device))
+        assert all(a.stop == b.start for a, b in pairwise(parts))
+        return [part.stop - part.start for part in parts]
+
+    for n, d_sae in ((20_000, 16384), (5000, 131072), (3000, 64), (0, 64)):
+        assert sum(sizes(n, d_sae)) == n
+        assert all(size * d_sae <= max(values, 128 * d_sae) for size in sizes(n, d_sae))
+    assert (sizes(900, 16384), sizes(900, 131072)) == cuts
+
+
+def test_an_accelerator_encodes_as_many_rows_as_its_search_can_take():
+    most = [next(iter(split_rows(1 << 20, d_sae, device="cuda"))).stop for d_sae in (64, 131072)]
+    assert most == [4096, 2048]
+    assert max(most[1] * 131072, encode.LARGE_CHUNK_VALUES) < 2**31
 
 
 rows = st.lists(st.integers(0, 4), min_size=1, max_size=25)

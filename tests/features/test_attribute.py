@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from emlens.data import Batching, Chat, ContrastTexts, Message, tokenize_chat
 from emlens.data.contrast import ContrastError
+from emlens.features import attribute
 from emlens.features.attribute import AttributionSums, attribute_features, pair_by_prompt
 from emlens.interventions import generate_responses
 from emlens.models import Sampling, attach_adapter, load_adapter
@@ -208,3 +209,53 @@ def test_wrong_input_is_named():
         read_response_gradients(model, [], site=parse_site("embed"), visit=lambda *_: None)
     with pytest.raises(WidthError, match=r"x has shape \(2, 3\), expected \[n, 4\]"):
         AttributionSums(4).update(torch.ones(2, 3), torch.ones(2, 3), weight=1.0)
+
+
+def test_sums_stay_where_the_activations_lie(monkeypatch: pytest.MonkeyPatch):
+    # Nothing can be brought back from this device, so that bringing anything would be an error.
+    there, here = AttributionSums(4), AttributionSums(4)
+    tokens = torch.ones(2, 4, device="meta"), torch.ones(2, 4)
+    for _ in range(2):
+        there.update(tokens[0], tokens[0], weight=1.0)
+    here.update(tokens[1], tokens[1], weight=1.0)
+    here.update(tokens[1] + 1, 3 * tokens[1], weight=1.0)
+    there.merge(here)
+    there.merge(AttributionSums(4))
+    empty = AttributionSums(4)
+    empty.merge(there)
+    devices: list[str] = []
+    plain = attribute.unit_vectors
+
+    def watching(vectors: torch.Tensor) -> torch.Tensor:
+        devices.append(vectors.device.type)
+        return plain(vectors)
+
+    monkeypatch.setattr(attribute, "unit_vectors", watching)
+    for sums in (there, empty):
+        with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
+            sums.result(torch.eye(4))
+    assert devices == ["meta", "meta"]
+    expected = here.result(torch.eye(4))
+    later = AttributionSums(4)
+    later.merge(here)
+    here.update(5 * tokens[1], tokens[1], weight=1.0)
+    assert bool(expected.any())
+    assert torch.equal(later.result(torch.eye(4)), expected)
+    assert not torch.equal(here.result(torch.eye(4)), expected)
+
+
+def test_scores_are_brought_over_once(monkeypatch: pytest.MonkeyPatch):
+    moved: list[tuple[int, ...]] = []
+    plain = torch.Tensor.cpu
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        moved.append(tuple(x.shape))
+        return plain(x)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counting)
+    monkeypatch.setattr(attribute, "CHUNK", 8)
+    sums = AttributionSums(4)
+    for _ in range(3):
+        sums.update(torch.ones(2, 4), torch.ones(2, 4), weight=1.0)
+    sums.result(torch.eye(4).repeat(3, 1))
+    assert moved == [(12,)]

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.metrics.pairwise import cosine_similarity
 
 from emlens.codecs import CodecError
 from emlens.data import Batching, Chat, Message
-from emlens.features import FeatureDiff, SaeHealth, check_sae, compare_features, rank_features
+from emlens.features import (
+    FeatureDiff,
+    SaeHealth,
+    check_sae,
+    compare,
+    compare_features,
+    rank_features,
+)
 from emlens.features.compare import measure_changes
 from emlens.features.latents import read_latents
 from emlens.features.reading import accumulate_codes, group_by_prompt, plan_codes
@@ -19,7 +27,7 @@ from emlens.models.views import lay_views
 from emlens.numerics.sign_flips import METHODS
 from emlens.results import load_result
 from tests.activations.chats import make_chats, token_ids
-from tests.codecs.builders import make_sae
+from tests.codecs.builders import draw, make_sae
 from tests.features.planted import PLANTED, SITE, make_codec, make_pair
 from tests.models.adapters import make_peft
 from tests.models.tiny import make_tiny, make_tokenizer
@@ -280,3 +288,17 @@ def test_an_adapter_attached_or_merged_gives_the_same_changes(placed):
     same = compare_features(load_pair(base, load_adapter(peft_model)), early, chats=chats)
     assert not same.delta.any()
     assert float(same.mean_base.abs().max()) > 0
+
+
+def test_cosines_are_those_of_scikit_learn_and_brought_over_once(monkeypatch):
+    W_dec, direction = draw(10, 3, seed=1), draw(3, seed=2, dtype=torch.float64)
+    W_dec[4] = 0
+    moved = []
+    plain = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: moved.append(x.shape) or plain(x))
+    monkeypatch.setattr(compare, "_BLOCK_VALUES", 6)
+    found = compare.decoder_cosines(W_dec, direction)
+    assert moved == [(10,)]
+    expected = cosine_similarity(W_dec.double().numpy(), direction[None].numpy())[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+    assert not compare.decoder_cosines(W_dec, 0 * direction).any()

@@ -66,7 +66,8 @@ def test_continuations_and_what_may_follow_make_a_distribution():
     assert float(found.exp().sum()) == pytest.approx(1, abs=1e-5)
 
 
-def test_shared_prefixes_are_run_once(monkeypatch: pytest.MonkeyPatch):
+def count_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of every pass from now on."""
     run: list[int] = []
     plain = continuations.run_cached
 
@@ -75,11 +76,48 @@ def test_shared_prefixes_are_run_once(monkeypatch: pytest.MonkeyPatch):
         return plain(model, ids, *args, **kwargs)
 
     monkeypatch.setattr(continuations, "run_cached", counting)
+    return run
+
+
+def test_shared_prefixes_are_run_once(monkeypatch: pytest.MonkeyPatch):
+    run = count_tokens(monkeypatch)
     score_continuations(
         lay_views(make_tiny("llama"), None), [make_ids(9)], CONTINUATIONS, never_next=NEVER
     )
     # The prompt, three first tokens, three pairs, one triple.
     assert run == [9, 3, 6, 3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "expected"),
+    [
+        # On a processor two first tokens fit beside nine of the prompt, and one pair.
+        (20, None, [9, 2, 1, 2, 2, 2, 3]),
+        (20, 1000, [9, 3, 6, 3]),
+        # No less than on a processor, whatever memory there is; no more than eight times as much.
+        (20, 1, [9, 2, 1, 2, 2, 2, 3]),
+        (2, 1000, [9, 1, 1, 1, 2, 2, 2, 3]),
+        # A cache of 25 positions holds two first tokens' rows, and two pairs'.
+        (20, 25, [9, 2, 1, 4, 2, 3]),
+        # It would hold three pairs' rows, six tokens; five may be run at once.
+        (5, 1000, [9, 3, 4, 2, 3]),
+    ],
+)
+def test_a_gpu_runs_as_many_prefixes_as_its_memory_holds(
+    tokens: int, positions: int | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    run = count_tokens(monkeypatch)
+    model: Any = lay_views(make_tiny("llama"), None)
+    cfg = model.cfg
+    # Keys and values of every layer, in float32, and ten times that.
+    bytes_of_one = 2 * cfg.n_layers * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head * 4
+    memory = None if positions is None else 10 * positions * bytes_of_one
+    monkeypatch.setattr(continuations, "_device_memory", lambda _: memory)
+    given: dict[str, Any] = {"never_next": NEVER, "batching": Batching(tokens=tokens)}
+    found = score_continuations(model, [make_ids(9)], CONTINUATIONS, **given)
+    assert run == expected
+    plain = score_continuations(model, [make_ids(9)], CONTINUATIONS, never_next=NEVER)
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -156,3 +156,24 @@ def test_no_samples_have_no_result():
         sketch.moments()
     with pytest.raises(WidthError):
         sketch.update(torch.zeros(2, 5))
+
+
+def test_sketches_of_the_same_numbers_share_their_test_vectors(monkeypatch: pytest.MonkeyPatch):
+    factored: list[tuple[int, ...]] = []
+    plain = torch.linalg.qr
+
+    def counting(matrix: torch.Tensor) -> object:
+        factored.append(tuple(matrix.shape))
+        return plain(matrix)
+
+    monkeypatch.setattr(torch.linalg, "qr", counting)
+    x = low_rank(300, 11, 5).float() + 3
+    with torch.inference_mode():
+        first = sketched(x, rank=4, seed=910)
+    for y in (2 * x, x + 1000, x.double()):
+        sketched(y, rank=4, seed=910)
+    again = sketched(x, rank=4, seed=910)
+    assert factored == [(11, 4)]
+    assert torch.equal(first.variances, again.variances)
+    assert torch.equal(first.directions, again.directions)
+    assert not torch.equal(sketched(x, rank=4, seed=911).variances, first.variances)

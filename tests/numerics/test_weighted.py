@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emlens.numerics import weighted
 from emlens.numerics.validation import EmptyAccumulatorError, NonFiniteError, WidthError
 from emlens.numerics.weighted import WeightedSumsAccumulator
 
@@ -63,3 +64,20 @@ def test_what_does_not_fit_is_refused_and_leaves_everything_as_it_was():
     accumulator.result().sums.zero_()
     accumulator.update(x[:0], weights[:, :0])
     assert torch.equal(accumulator.result().sums, before.sums)
+
+
+def test_an_accelerator_sums_larger_chunks(monkeypatch: pytest.MonkeyPatch):
+    chunks: list[int] = []
+    plain = torch.Tensor.addmm_
+
+    def counting(sums: torch.Tensor, part: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        chunks.append(len(rows))
+        return plain(sums, part, rows)
+
+    monkeypatch.setattr(torch.Tensor, "addmm_", counting)
+    monkeypatch.setattr(weighted, "check_finite", lambda *_: None)  # no value lies on that device
+    for device, expected in (("cpu", [1024] * 9 + [784]), ("meta", [8192, 1808])):
+        x, weights = (given.to(device) for given in drawn(10_000))
+        WeightedSumsAccumulator(3, 5).update(x, weights)
+        assert chunks == expected
+        chunks.clear()
