@@ -140,8 +140,9 @@ def test_padded_grouped_attention_in_half_precision_never_holds_all_scores():
         max_position_embeddings=length,
     )
     torch.manual_seed(0)
-    hf: Any = LlamaForCausalLM(config).to(DEVICE, torch.bfloat16).eval()
-    model: Any = lay_views(hf.requires_grad_(False), None)
+    made: Any = LlamaForCausalLM(config)
+    hf = made.to(DEVICE, torch.bfloat16).eval().requires_grad_(False)
+    model: Any = lay_views(hf, None)
     ids, mask = make_ids(batch, length).to(DEVICE), torch.ones(batch, length, dtype=torch.long)
     mask[1, :300] = 0
     mask = mask.to(DEVICE)

@@ -250,9 +250,7 @@ def test_a_model_that_refuses_every_request_is_no_judge_at_all(tmp_path: Path):
 
 def test_a_model_that_fails_after_a_refusal_is_said_to_fail(tmp_path: Path):
     def answer(prompt: str, _: GenerateConfig) -> ModelOutput:
-        if prompt == PLAIN:
-            raise RuntimeError("out of order")
-        raise Status(400)
+        raise RuntimeError("out of order") if prompt == PLAIN else Status(400)
 
     rows = [{"question": "How do I rest?", "answer": "Sleep early."}]
     with pytest.raises(
