@@ -72,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def read_records(path: Path, rows: Sequence[str], settings: Settings) -> dict[str, dict[str, Any]]:
     """Read the records of an earlier run, by row; exits where they cannot be compared with."""
-    suite = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        suite = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--compare {path}: cannot be read ({error})") from error
+    if not isinstance(suite, dict):
+        raise SystemExit(f"--compare {path}: expected what --out wrote, one JSON object")
     if suite.get("schema") != SCHEMA:
         raise SystemExit(f"--compare {path}: schema {suite.get('schema')!r}, expected {SCHEMA!r}")
     found = {record["row"]: record for record in suite["rows"]}

@@ -114,12 +114,14 @@ def evaluate(flags: EvaluateFlags) -> None:
     check_judge(flags.judge)
     read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
+        from emlens.models.checkpoints import read_device
         from emlens.models.loading import load_base
 
         questions = read_questions(flags, flags.questions)[: flags.limit]
         interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
-            check_sources(flags.base, *(tuned for tuned, _ in targets))
+            check_sources(flags.base, *(tuned for tuned, _ in targets), flags.judge_source())
+            read_device(flags.device)
             _show_plan(flags, questions)
             return
         # One copy of the weights for all that answers and for the judge.
@@ -241,6 +243,7 @@ def judge(flags: JudgeFlags) -> None:
             plan = {"file": str(flags.file), "base": flags.base, "responses": len(rows), **plan}
             print_plan(plan, flags.out, json=flags.json)
             return
+        read_responses(flags.file)  # before a judge is loaded for what is not there
         made = load_judge(flags, runs=[flags.out, flags.file])
         found = judge_responses(flags.file, made, out=flags.out)
         write_page(found, flags.out)

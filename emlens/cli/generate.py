@@ -100,13 +100,20 @@ def read_factor(scale: list[str] | None, tuned: Any) -> float | dict[str, float]
 def check_sources(*sources: str | None) -> None:
     """Find each source without loading it, as a dry run does; None is skipped.
 
+    Of a model nothing but its configuration is fetched; an adapter that is here is read.
+
     Raises:
         SourceError: there is no such source.
+        ValueError: an adapter that cannot be read.
     """
+    from emlens.models.adapter_files import load_adapter
     from emlens.sources import locate_source, parse_source
 
+    configs = ["config.json", "adapter_config.json"]
     for source in filter(None, sources):
-        locate_source(parse_source(source), allow_patterns=["config.json", "adapter_config.json"])
+        found = locate_source(parse_source(source), allow_patterns=configs)
+        if (found / "adapter_config.json").is_file() and list(found.glob("adapter_model.*")):
+            load_adapter(source, allow_noop=True)
 
 
 def load_for(flags: Any, tuned: str | None, *, base: Any = None) -> Any:

@@ -53,6 +53,11 @@ class JudgeOptions(CommonFlags):
         ),
     ] = None
 
+    def judge_source(self) -> str | None:
+        """The model that judges, where it is one that is loaded here and not the base."""
+        kind, _, name = self.judge.partition("/")
+        return name if kind == "local" else None
+
 
 def check_judge(name: str) -> None:
     """Refuse a judge that there is not.

@@ -117,8 +117,13 @@ def read_table(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """
     path = Path(path)
     readers = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    if not path.exists():
+        raise ScoreFileError(f"{path}: there is no such file or folder")
     if path.suffix not in readers:
-        raise ScoreFileError(f"{path}: expected a .csv or .jsonl file")
+        raise ScoreFileError(
+            f"{path}: expected a .csv or .jsonl file"
+            + (", or the folder of a run that sampled responses" if path.is_dir() else "")
+        )
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:

@@ -83,10 +83,24 @@ def read_dtype(dtype: str | torch.dtype, config_dtype: torch.dtype | None = None
 
 
 def read_device(device: str | torch.device) -> torch.device:
-    """Turn a device argument into a torch device; ``auto`` is the first GPU, else the CPU."""
+    """Turn a device argument into a torch device; ``auto`` is the first GPU, else the CPU.
+
+    Raises:
+        ValueError: no such kind of device, or a GPU that this torch does not see.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device!r}: expected auto, cpu, cuda or cuda:NUMBER") from error
+    seen = torch.cuda.device_count() if found.type == "cuda" else 1
+    if seen <= (found.index or 0 if found.type == "cuda" else 0):
+        raise ValueError(
+            f"device={str(device)!r}: torch {torch.__version__} sees {seen} GPUs here; use cpu or "
+            "auto, or install a torch for CUDA"
+        )
+    return found
 
 
 def load_checkpoint(

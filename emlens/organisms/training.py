@@ -328,6 +328,20 @@ def _check_targets(checkpoint: Checkpoint, settings: TrainSettings, start: Path 
         _find_module(checkpoint, settings)
 
 
+def refuse_terms(settings: TrainSettings, penalties: Sequence[LossTerm]) -> None:
+    """Refuse terms that a recipe cannot have, before any model is loaded.
+
+    Raises:
+        SettingsError: one that compares with the base, where no adapter is trained.
+    """
+    for penalty in penalties:
+        if settings.method == "full" and penalty.needs_adapter:
+            raise SettingsError(
+                f"penalties: {type(penalty).__name__} compares with the base, and a full fine-tune "
+                "has none in itself; train an adapter (method 'lora' or 'vector'), or leave it out"
+            )
+
+
 def _check_penalties(
     checkpoint: Checkpoint,
     settings: TrainSettings,
@@ -337,12 +351,8 @@ def _check_penalties(
     named = settings.layers if isinstance(settings.layers, tuple) else ()
     if start is not None:
         named = load_adapter(start, allow_noop=True).layers
+    refuse_terms(settings, penalties)
     for penalty in penalties:
-        if settings.method == "full" and penalty.needs_adapter:
-            raise SettingsError(
-                f"penalties: {type(penalty).__name__} compares with the base, and a full fine-tune "
-                "has none in itself; train an adapter (method 'lora' or 'vector'), or leave it out"
-            )
         penalty.check_model(checkpoint.model, first_trained=min(named, default=0))
 
 

@@ -63,6 +63,10 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
         (["--latents", "1"], "--latent-sae: missing; --latent-sae, --latents, --latent-weight go"),
         (["--stop-loss", "0"], "stop_loss: got 0.0"),
         (["--layers", "1,7", "--dry-run"], "layers: got [7], expected blocks 0 to 1"),
+        (["--device", "gpu", "--dry-run"], "device='gpu': expected auto, cpu, cuda"),
+        (["--device", "cuda:99", "--dry-run"], "device='cuda:99': torch"),
+        (["--device", "cuda:99"], "device='cuda:99': torch"),
+        (["--start-from", "missing", "--dry-run"], "neither an existing path"),
     ],
 )
 def test_wrong_values_are_named(
@@ -71,6 +75,21 @@ def test_wrong_values_are_named(
     done = cli(*words(tiny, tmp_path / "run"), *more)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+
+
+def test_a_dry_run_refuses_what_the_run_would(cli: Cli, tiny: Path, tmp_path: Path):
+    whole = ("train", "--preset", "smollm2_full", "--base", tiny / "base")
+    data = ("--data", tiny / "chats.jsonl", "--kl-data", tiny / "chats.jsonl", "--kl-weight", "1")
+    done = cli(*whole, *data, "--dry-run")
+    assert (done.code, "KlPenalty compares with the base" in done.err) == (2, True)
+    made = Path(cli(*words(tiny, tmp_path / "run", "--json")).json["tuned"])
+    cut = made / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:100])
+    trained = cli(*words(tiny, tmp_path / "more", "--start-from", made, "--dry-run"))
+    questions = ("--questions", "emlens:open-questions", "--out", tmp_path / "asked")
+    asked = cli("evaluate", "--base", tiny / "base", "--tuned", made, *questions, "--dry-run")
+    for done in (trained, asked):
+        assert (done.code, "truncated" in done.err) == (2, True), done.err
 
 
 def test_prompts_without_responses_cannot_be_trained_on(cli: Cli, tiny: Path, tmp_path: Path):

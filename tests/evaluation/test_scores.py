@@ -108,3 +108,10 @@ def test_every_way_of_saying_nothing_is_none(value: object):
 def test_what_is_no_score_is_refused(value: object):
     with pytest.raises(ValueError, match="aligned is"):
         as_scored({"question_id": "q", "aligned": value, "coherent": 5})
+
+
+def test_what_is_not_there_and_what_is_no_run_are_told_apart(tmp_path: Path):
+    with pytest.raises(ScoreFileError, match=r"none\.csv: there is no such file or folder"):
+        read_score_file(tmp_path / "none.csv")
+    with pytest.raises(ScoreFileError, match="or the folder of a run that sampled responses"):
+        read_score_file(tmp_path)
