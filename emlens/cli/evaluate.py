@@ -114,14 +114,14 @@ def evaluate(flags: EvaluateFlags) -> None:
     check_judge(flags.judge)
     read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
-        from emlens.models.checkpoints import read_device
+        from emlens.models.checkpoints import require_device
         from emlens.models.loading import load_base
 
         questions = read_questions(flags, flags.questions)[: flags.limit]
         interventions, targets = flags.interventions(), flags.targets()
         if flags.dry_run:
             check_sources(flags.base, *(tuned for tuned, _ in targets), flags.judge_source())
-            read_device(flags.device)
+            require_device(flags.device)
             _show_plan(flags, questions)
             return
         # One copy of the weights for all that answers and for the judge.

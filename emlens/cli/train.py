@@ -250,13 +250,13 @@ def parse_layers(text: str) -> Any:
 
 def _show_plan(flags: TrainFlags, settings: Any, chats: Any, *, near: Any, held: Any) -> None:
     from emlens.cli.generate import check_sources
-    from emlens.models.checkpoints import read_device, read_tokenizer
+    from emlens.models.checkpoints import read_tokenizer, require_device
     from emlens.models.memory import read_sizes
     from emlens.organisms.settings import describe_settings
     from emlens.organisms.training import refuse_terms
     from emlens.organisms.training_plan import plan_training
 
-    read_device(flags.device)
+    require_device(flags.device)
     check_sources(flags.start_from)
     refuse_terms(settings, [*near, *held])
     sizes = read_sizes(flags.base)

@@ -86,16 +86,25 @@ def read_device(device: str | torch.device) -> torch.device:
     """Turn a device argument into a torch device; ``auto`` is the first GPU, else the CPU.
 
     Raises:
-        ValueError: no such kind of device, or a GPU that this torch does not see.
+        ValueError: no such kind of device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r}: expected auto, cpu, cuda or cuda:NUMBER") from error
-    seen = torch.cuda.device_count() if found.type == "cuda" else 1
-    if seen <= (found.index or 0 if found.type == "cuda" else 0):
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """Turn a device argument into a torch device that is here.
+
+    Raises:
+        ValueError: no such kind of device, or a GPU that this torch does not see.
+    """
+    found = read_device(device)
+    seen = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= seen:
         raise ValueError(
             f"device={str(device)!r}: torch {torch.__version__} sees {seen} GPUs here; use cpu or "
             "auto, or install a torch for CUDA"
@@ -123,7 +132,7 @@ def load_checkpoint(
     """
     folder = _model_folder(source)
     check_model_folder(folder)
-    place = {"": str(read_device(device))}
+    place = {"": str(require_device(device))}
     wanted = dtype if dtype == "auto" else read_dtype(dtype)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
