@@ -1,7 +1,7 @@
 """`emlens narrow` on two adapters of a tiny base: planned, measured, gone on with, refused."""
 
+import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,8 @@ def test_two_solutions_are_compared_in_loss_effect_gradient_and_behaviour(
         tokens.add(batching.tokens)
         return score_responses(*given, batching=batching)
 
-    monkeypatch.setattr(sys.modules["emlens.studies.compare_solutions"], "score_responses", score)
+    study = importlib.import_module("emlens.studies.compare_solutions")
+    monkeypatch.setattr(study, "score_responses", score)
     done = cli(*run, "--out", tmp_path / "run", "--json")
     assert done.code == 0, done.err
     plan = json.loads((tmp_path / "run/manifest.json").read_text())["plan"]
