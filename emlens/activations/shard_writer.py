@@ -3,10 +3,11 @@
 Not for small files: what is written here is there only once the writer is left.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -87,7 +88,7 @@ class ShardWriter:
             pending.result()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], landed: list[torch.cuda.Event]) -> Path:
+def _write(path: Path, tensors: dict[str, Tensor], landed: Sequence[Any]) -> Path:
     for event in landed:
         event.synchronize()
     return write_tensors_atomic(path, tensors)

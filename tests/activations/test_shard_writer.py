@@ -89,8 +89,8 @@ def test_the_last_file_failing_is_told_on_leaving(tmp_path, monkeypatch):
 def test_a_batch_that_fails_leaves_the_shard_before_it(tmp_path):
     model, passes = tiny(), []
 
-    def fail(x, hook):
-        passes.append(len(x))
+    def fail(tensor, hook):
+        passes.append(len(tensor))
         if len(passes) == 3:
             raise RuntimeError("out of memory")
 
