@@ -78,7 +78,9 @@ class MemoryPlan(Result):
     """For generation on a processor: weights in the order that its products want."""
     batch_tokens: int
     activations: int
-    """One block's activations at `batch_tokens` tokens, all models of a comparison counted."""
+    """The most that one block holds of `batch_tokens` tokens, all models together."""
+    residuals: int
+    """What the blocks leave of those tokens, and its norm, kept while predictions are compared."""
     logits: int
     """The largest slice of logits of a comparison, its copies included; float32."""
     statistics: int
@@ -86,14 +88,18 @@ class MemoryPlan(Result):
 
     @property
     def comparison(self) -> int:
-        """Peak of a comparison of the base and an attached adapter, which is kept as read, too."""
-        parts = (self.activations, self.logits, self.statistics)
-        return self.base_and_attached + self.adapter_attached + sum(parts)
+        """Peak of a comparison of the base and an attached adapter, which is kept as read, too.
+
+        Blocks have given back what they held before predictions are compared.
+        """
+        kept = self.base_and_attached + self.adapter_attached + self.statistics
+        return kept + max(self.activations, self.residuals + self.logits)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each thing that takes memory."""
         names = ("weights", "base_and_attached", "base_and_merged", "key_value_cache")
-        names += ("packed_weights", "activations", "logits", "statistics", "comparison")
+        names += ("packed_weights", "activations", "residuals", "logits", "statistics")
+        names += ("comparison",)
         return [{"item": name, "bytes": getattr(self, name)} for name in names]
 
 
@@ -170,15 +176,23 @@ def plan_memory(
         packed_weights=min(weights, ROOM),
         batch_tokens=batching.tokens,
         activations=batching.tokens * _values_a_token(sizes) * width.itemsize,
+        residuals=batching.tokens * 2 * sizes.d_model * width.itemsize,
         logits=4 * rows * sizes.d_vocab * torch.float32.itemsize,
         statistics=sizes.n_layers * sizes.d_model * SKETCH_COLUMNS * torch.float64.itemsize,
     )
 
 
 def _values_a_token(sizes: ModelSizes) -> int:
-    """What one block holds at a token: residual, norm and outputs, heads, three MLP widths."""
-    heads = sizes.n_heads + 2 * (sizes.n_key_value_heads or sizes.n_heads)
-    return 4 * sizes.d_model + heads * sizes.d_head + 3 * sizes.d_mlp
+    """The most that one block holds at a token, under an adapter on every module.
+
+    By the live tensors at the peak of a comparison. In the MLP its gate, its input, both as the
+    adapter leaves them, and seven residual widths: the batch's first residual and its copy, the
+    block's before and after attention, two norms, what attention wrote. In attention heads as they
+    are multiplied and turned, values and outputs beside them, and five.
+    """
+    heads = 3 * sizes.n_heads + 3 * (sizes.n_key_value_heads or sizes.n_heads)
+    attention = 5 * sizes.d_model + heads * sizes.d_head
+    return max(attention, 7 * sizes.d_model + 4 * sizes.d_mlp)
 
 
 def _adapter_values(sizes: ModelSizes, adapter: LoraAdapter | None) -> tuple[int, int]:

@@ -77,9 +77,12 @@ def test_logits_never_exceed_the_slice_and_activations_grow_with_the_batch(base:
 def test_rows_sum_up_what_a_comparison_takes(base: Path):
     plan = plan_memory(base)
     rows = {row["item"]: row["bytes"] for row in plan.rows()}
-    parts = ("base_and_attached", "activations", "logits", "statistics")
     # A pair keeps the adapter as it was read beside what is attached.
-    assert rows["comparison"] == sum(rows[part] for part in parts) + plan.adapter_attached
+    kept = rows["base_and_attached"] + plan.adapter_attached + rows["statistics"]
+    assert rows["comparison"] == kept + rows["residuals"] + rows["logits"]
+    long = plan_memory(base, batching=Batching(10**7))
+    assert long.activations > long.residuals + long.logits
+    assert long.comparison - long.statistics == kept - plan.statistics + long.activations
     assert isinstance(plan, MemoryPlan)
 
 
