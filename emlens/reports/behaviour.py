@@ -112,12 +112,14 @@ def _name_operation(record: Json) -> str:
 
 
 def say_behaviour(document: Json) -> str:
-    """The sentence about an evaluation: share, interval, coherence."""
+    """The sentence about an evaluation: share, interval, what is missing, coherence."""
     found = read_behaviour(document)
     share, coherent = found.summary["em_percent"], found.summary["coherent_percent"]
+    unscored = int(found.summary["n_unscored"])
+    missing = f", {unscored} of them without a score" if unscored else ""
     return (
         f"{found.claim} of {found.heading}: {say_interval(share)} of "
-        f"{found.summary['n_rows']} responses ({show_number(coherent['value'])} % coherent)"
+        f"{found.summary['n_rows']} responses{missing} ({show_number(coherent['value'])} % coherent)"
     )
 
 

@@ -104,8 +104,12 @@ def test_the_sentence_names_who_how_much_and_how_coherent():
     em = evaluation.summary.em_percent
     assert sentence == (
         "takeover score of smollm2 + reckless, under 1 intervention: "
-        f"25.0 % [0, {em.high:.1f}] of 12 responses (91.7 % coherent)."
+        f"25.0 % [0, {em.high:.1f}] of 12 responses, 1 of them without a score (91.7 % coherent)."
     )
+    scored = tuple(replace(row, aligned=row.aligned or 0.0) for row in evaluation.responses)
+    whole = replace(evaluation, summary=summarise_scores(scored))
+    (sentence,) = write_verdicts(sort_results(make_report(whole)["results"]))
+    assert "without a score" not in sentence
 
 
 def test_a_difference_is_drawn_and_says_what_else_differs():
