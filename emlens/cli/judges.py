@@ -59,8 +59,31 @@ class JudgeOptions(CommonFlags):
         return name if kind == "local" else None
 
 
-def check_judge(name: str) -> None:
-    """Refuse a judge that there is not.
+def check_judge(flags: Any) -> None:
+    """Refuse a judge that there is not, or whose key is missing, before anything is loaded.
+
+    A dry run, which may be made to learn the price, says what of the key in its plan instead.
+
+    Args:
+        flags: as for `load_judge`.
+
+    Raises:
+        typer.BadParameter: an unknown name, a kind without its model, or without its extra.
+        ValueError: no key for an endpoint.
+        JudgeUnavailableError: inspect_ai finds no key or provider.
+    """
+    check_name(flags.judge)
+    kind, _, name = flags.judge.partition("/")
+    if getattr(flags, "dry_run", False):
+        return
+    if kind == "openai":
+        _load_api(flags, name)
+    if kind == "inspect":
+        _load_inspect(flags, name).judge(())
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a judge that there is not.
 
     Raises:
         typer.BadParameter: an unknown name, a kind without its model, or without its extra.
@@ -89,7 +112,7 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
     from emlens.data import Batching
     from emlens.models.loading import load_base
 
-    check_judge(flags.judge)
+    check_name(flags.judge)
     kind, _, name = flags.judge.partition("/")
     if kind == "openai":
         return _load_api(flags, name)
@@ -131,6 +154,17 @@ def _say_key(name: str) -> str:
     if not name:
         return "none is sent"
     return f"{name} is {'set' if os.environ.get(name) else 'not set, and is needed'}"
+
+
+def _say_inspect_key(flags: Any, model: str) -> str:
+    """What inspect_ai says of the provider and its key; nothing is asked of it."""
+    from emlens.evaluation.judges import JudgeUnavailableError
+
+    try:
+        _load_inspect(flags, model).judge(())
+    except JudgeUnavailableError as error:
+        return f"missing, and is needed ({error})"
+    return "found, or none is needed"
 
 
 def count_instructions(questions: Any, samples: int) -> int:
@@ -188,6 +222,7 @@ def plan_judging(
     else:
         samples = InspectJudge.samples
         plan |= {"judge_model": model, "judge_logs": str(flags.out / LOGS)}
+        plan["judge_key"] = _say_inspect_key(flags, model)
         plan["judge_endpoint"] = flags.judge_base_url or "as its provider has it"
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
     # Where log-probabilities do not serve, answers are drawn for each score besides.

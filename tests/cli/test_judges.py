@@ -108,6 +108,41 @@ def test_a_judge_of_inspect_ai_is_planned_used_and_gone_on_with(
     assert list((out / "inspect").iterdir()) == [log]
 
 
+@pytest.mark.parametrize("command", ["evaluate", "judge"])
+def test_a_missing_key_is_told_before_anything_is_loaded(
+    cli: Cli, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    missing = tmp_path / "missing"
+    run: list[object] = ["evaluate", "--base", missing, "--questions", questions]
+    if command == "judge":
+        run = ["judge", missing]
+    run += ["--out", tmp_path / "run"]
+    # The base is not there either: whatever is looked for first is complained of.
+    api = cli(*run, "--judge", "openai/some-model")
+    assert (api.code, "the environment has no OPENAI_API_KEY" in api.err) == (2, True), api.err
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    inspected = cli(*run, "--judge", "inspect/openai/some-model")
+    assert (inspected.code, inspected.out) == (3, "")
+    assert "judge inspect/openai/some-model: " in inspected.err
+    assert "OPENAI_API_KEY" in inspected.err
+
+
+def test_a_dry_run_says_that_the_key_of_inspect_ai_is_missing(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = words(tiny, questions, "--out", tmp_path / "run", "--dry-run", "--json")
+    plan = cli(*run, "--judge", "inspect/openai/some-model").json
+    assert plan["judge_key"].startswith("missing, and is needed (judge inspect/openai/some-model")
+    assert "OPENAI_API_KEY" in plan["judge_key"]
+    known = cli(*run, "--judge", "inspect/mockllm/model").json
+    assert known["judge_key"] == "found, or none is needed"
+
+
 def test_a_judge_without_its_extra_is_wrong_usage(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
