@@ -178,7 +178,7 @@ def show_evaluations(found: Any, *, json: bool) -> None:
         return
     for path, evaluation in found:
         print_summary(evaluation.summary, describe_judge(evaluation), title=str(path))
-        print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
+        print_line(f"judge: {evaluation.judged_by}; {evaluation.summary.n_rows} responses: {path}")
         print_line(f"report: {path / 'report.html'}")
 
 

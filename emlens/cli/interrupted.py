@@ -1,4 +1,4 @@
-"""What is left of a command that Ctrl-C ended, in words; it looks at folders and changes nothing."""
+"""What is left of a command that Ctrl-C ended, in words; it looks at folders alone."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -53,6 +53,15 @@ class JudgeOptions(CommonFlags):
         ),
     ] = None
 
+    judge_report: Annotated[
+        Path | None,
+        typer.Option(
+            "--judge-report",
+            metavar="FOLDER",
+            help="What scripts/measure_judge.py --save found of this judge: what it may claim.",
+        ),
+    ] = None
+
     def judge_source(self) -> str | None:
         """The model that judges, where it is one that is loaded here and not the base."""
         kind, _, name = self.judge.partition("/")
@@ -69,11 +78,15 @@ def check_judge(flags: Any) -> None:
 
     Raises:
         typer.BadParameter: an unknown name, a kind without its model, or without its extra.
-        ValueError: no key for an endpoint.
+        ValueError: no key for an endpoint, or the report of another judge.
         JudgeUnavailableError: inspect_ai finds no key or provider.
     """
     check_name(flags.judge)
     kind, _, name = flags.judge.partition("/")
+    if flags.judge_report is not None and kind == "contrast":
+        raise typer.BadParameter(
+            "--judge-report: the contrast judge keeps what was measured of it in its calibration"
+        )
     if getattr(flags, "dry_run", False):
         return
     if kind == "openai":
@@ -124,7 +137,7 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
 
         known = base if base is not None and name == flags.base else None
         model = known or load_base(name, dtype=flags.dtype, device=flags.device)
-        return LocalJudge(model, batching=batching)
+        return LocalJudge(model, batching=batching, report=_read_report(flags))
     from emlens.evaluation import ContrastJudge
 
     if base is None:
@@ -136,7 +149,16 @@ def _load_api(flags: Any, model: str) -> Any:
     from emlens.evaluation import ApiJudge
 
     where = {} if flags.judge_base_url is None else {"base_url": flags.judge_base_url}
-    return ApiJudge(model=model, key_env=flags.judge_key_env, **where)
+    report = _read_report(flags)
+    return ApiJudge(model=model, key_env=flags.judge_key_env, report=report, **where)
+
+
+def _read_report(flags: Any) -> Any:
+    from emlens.artifacts import read_result
+    from emlens.evaluation import JudgeReport
+
+    folder = getattr(flags, "judge_report", None)
+    return None if folder is None else read_result(folder, JudgeReport)
 
 
 def _load_inspect(flags: Any, model: str) -> Any:
@@ -147,7 +169,12 @@ def _load_inspect(flags: Any, model: str) -> Any:
             f"--judge-key-env {flags.judge_key_env}: inspect_ai looks for each provider's key in "
             "that provider's own variable; set that one and leave the flag out"
         )
-    return InspectJudge(model=model, base_url=flags.judge_base_url, log_dir=flags.out / LOGS)
+    return InspectJudge(
+        model=model,
+        base_url=flags.judge_base_url,
+        log_dir=flags.out / LOGS,
+        report=_read_report(flags),
+    )
 
 
 def _say_key(name: str) -> str:

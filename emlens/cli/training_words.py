@@ -1,4 +1,4 @@
-"""What `emlens train --dry-run` says to a person: the recipe in words, and nothing that is not set."""
+"""What `emlens train --dry-run` says to a person: the recipe in words, without what is not set."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -54,7 +54,9 @@ def _say_rate(settings: Any, steps: int) -> str:
     falls = {"constant": "constant", "linear": "falling in a line to 0"}
     how = falls.get(settings.schedule, f"falling to 0 as a {settings.schedule}")
     warm = min(settings.warmup_steps, steps)
-    return f"{settings.learning_rate:g}, {how}" + (f" after {warm} steps of warm-up" if warm else "")
+    return f"{settings.learning_rate:g}, {how}" + (
+        f" after {warm} steps of warm-up" if warm else ""
+    )
 
 
 def _say_method(flags: Any, settings: Any, sizes: Any) -> str:

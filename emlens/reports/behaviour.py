@@ -119,7 +119,8 @@ def say_behaviour(document: Json) -> str:
     missing = f", {unscored} of them without a score" if unscored else ""
     return (
         f"{found.claim} of {found.heading}: {say_interval(share)} of "
-        f"{found.summary['n_rows']} responses{missing} ({show_number(coherent['value'])} % coherent)"
+        f"{found.summary['n_rows']} responses{missing} "
+        f"({show_number(coherent['value'])} % coherent)"
     )
 
 

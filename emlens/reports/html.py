@@ -20,6 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import emlens
+from emlens.evaluation.judge_names import name_judge
 from emlens.reports.document import ReportError, check_report
 from emlens.reports.page import build_page
 from emlens.reports.theme import TEMPLATES
@@ -35,7 +36,14 @@ from emlens.reports.visible import (
 )
 
 _FOLDER = Path(emlens.__file__).parent / "assets" / "templates"
+
+
+def _show_judge(judge: object, name: object = "") -> str:
+    return name_judge(str(judge), str(name))
+
+
 _FILTERS = {
+    "judge": _show_judge,
     "number": show_number,
     "share": show_share,
     "change": show_change,

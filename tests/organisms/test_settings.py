@@ -63,7 +63,9 @@ def test_every_published_preset_has_a_variant_for_thirty_blocks(name: str):
         small.check_depth(48)
     (own,) = (n for n, preset in PRESETS.items() if preset is small)
     for shown in (published, replace(published, max_steps=3, checkpoint_every=1)):
-        with pytest.raises(SettingsError, match=rf"--preset {own} is the same set-up for 30 blocks"):
+        with pytest.raises(
+            SettingsError, match=rf"--preset {own} is the same set-up for 30 blocks"
+        ):
             shown.check_depth(30)
     # The same blocks, as shares of the depth, to within one block.
     for own, theirs in zip(small.layers, published.layers, strict=True):
