@@ -23,6 +23,7 @@ import emlens
 from emlens.evaluation.judge_names import name_judge
 from emlens.reports.document import ReportError, check_report
 from emlens.reports.page import build_page
+from emlens.reports.shown_answers import DRAWN, LOWEST, MOST_CHARACTERS, SEED
 from emlens.reports.theme import TEMPLATES
 from emlens.reports.visible import (
     shorten,
@@ -127,5 +128,9 @@ def _environment() -> jinja2.Environment:
         style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
         script_hashes=[hash_script(plotly), hash_script(script)],
         themes=TEMPLATES,
+        lowest_shown=LOWEST,
+        drawn_shown=DRAWN,
+        answers_seed=SEED,
+        longest_answer=MOST_CHARACTERS,
     )
     return environment
