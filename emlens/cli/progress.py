@@ -44,7 +44,7 @@ def show_work(*, quiet: bool) -> Iterator[None]:
 
 
 class RateColumn(ProgressColumn):
-    """Work done in a second."""
+    """How fast the work goes."""
 
     def render(self, task: Task) -> Text:
         """Draw it."""

@@ -34,7 +34,8 @@ def describe_training(flags: Any, settings: Any, length: Any, sizes: Any) -> dic
         "penalty": " and ".join(_list_penalties(flags, length)),
         "checkpoints": _say_checkpoints(settings, length),
         "seed": str(flags.seed),
-        "weights": f"{flags.dtype}, on device {flags.device}{_say_precision(settings)}",
+        "dtype": f"{flags.dtype}{_say_precision(settings)}",
+        "device": flags.device,
     }
     return {name: said for name, said in found.items() if said}
 
@@ -67,8 +68,10 @@ def _say_method(flags: Any, settings: Any, sizes: Any) -> str:
         return f"one vector, added {settings.alpha:g} times to the output of {where}"
     if flags.start_from is not None:
         return "the LoRA that it starts from, by its own rank, alpha and modules"
-    scale = "sqrt(rank)" if settings.use_rslora else "rank"
-    return f"a LoRA of rank {settings.rank}, scaled by {settings.alpha:g} / {scale}, on {where}"
+    rank, alpha = settings.rank, settings.alpha
+    over, below = ("sqrt(rank)", rank**0.5) if settings.use_rslora else ("rank", rank)
+    scale = f"scale alpha / {over} = {alpha / below:.4g}"
+    return f"a LoRA of rank {rank} and alpha {alpha:g} ({scale}) on {where}"
 
 
 def _say_layers(settings: Any, sizes: Any) -> str:

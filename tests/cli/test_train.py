@@ -62,7 +62,8 @@ def test_a_dry_run_tells_a_person_what_would_happen_and_nothing_unset(
     # Twenty steps of eight rows, of which there are four.
     assert lines["steps"] == "20 of 8 rows: 40 passes over the rows"
     assert lines["learning rate"] == "0.0005, constant after 2 steps of warm-up"
-    assert lines["trains"].startswith("a LoRA of rank 1, scaled by 16 / sqrt(rank), on q_proj")
+    lora = "a LoRA of rank 1 and alpha 16 (scale alpha / sqrt(rank) = 16) on q_proj, "
+    assert lines["trains"].startswith(lora)
     assert lines["trains"].endswith("of block 1")
     assert lines["checkpoints"].startswith("none")
     assert "None" not in plain
