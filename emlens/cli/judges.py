@@ -87,6 +87,7 @@ def check_judge(flags: Any) -> None:
         raise typer.BadParameter(
             "--judge-report: the contrast judge keeps what was measured of it in its calibration"
         )
+    _read_report(flags)  # one that is not there is told in a dry run too
     if getattr(flags, "dry_run", False):
         return
     if kind == "openai":
