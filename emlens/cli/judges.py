@@ -155,11 +155,13 @@ def _load_api(flags: Any, model: str) -> Any:
 
 
 def _read_report(flags: Any) -> Any:
+    folder = getattr(flags, "judge_report", None)
+    if folder is None:
+        return None
     from emlens.artifacts import read_result
     from emlens.evaluation import JudgeReport
 
-    folder = getattr(flags, "judge_report", None)
-    return None if folder is None else read_result(folder, JudgeReport)
+    return read_result(folder, JudgeReport)
 
 
 def _load_inspect(flags: Any, model: str) -> Any:
