@@ -128,7 +128,7 @@ class GradingJudge:
 
     unproven: Claim = "low score"
     """What the share of low scores is called as long as nothing better was shown."""
-    report: JudgeMeasurement | None
+    report: JudgeMeasurement | None = None
     """What `measure_judge` found of this very judge; None where it was not measured."""
 
     one_by_one = False
