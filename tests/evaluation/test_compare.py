@@ -169,7 +169,10 @@ def test_shares_of_two_judges_keep_the_name_that_each_bears():
 
 
 def test_judges_that_differ_are_told_apart_by_name():
-    long = {"judge": f"contrast/{'5fd1bae4' * 4}", "judge_name": "contrast on smollm2"}
+    long: dict[str, Any] = {
+        "judge": f"contrast/{'5fd1bae4' * 4}",
+        "judge_name": "contrast on smollm2",
+    }
     with pytest.raises(
         NotComparableError, match=r"differ \(j and contrast on smollm2 \(5fd1bae4\)"
     ):

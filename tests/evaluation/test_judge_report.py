@@ -95,7 +95,7 @@ def test_a_judge_that_is_asked_for_grades_claims_no_more_than_was_measured_of_it
         assert found.claim == claim
         measured = replace(asked, report=found)
         assert (measured.claim, measured.id) == (claim, asked.id)
-        assert measured.meaning == MEANINGS[claim]
+        assert measured.meaning == MEANINGS[measured.claim]
     with pytest.raises(ValueError, match=r"report: it is of the judge openai/m/.*this one is"):
         ApiJudge(model="other", key_env="", report=found)
     with pytest.raises(ValueError, match="report: it is of the judge"):
