@@ -26,6 +26,7 @@ from emlens.evaluation.judges import (
     Judgement,
     JudgeRow,
     JudgeUnavailableError,
+    check_report,
     hash_json,
 )
 
@@ -81,7 +82,7 @@ class ApiJudge(GradingJudge):
                 f"key_env: the environment has no {self.key_env}; set it to the endpoint's key, or "
                 "for an endpoint that wants none give key_env='' (--judge-key-env '')"
             )
-        self.check_report()
+        check_report(self.report, lambda: self.id)
 
     @property
     def name(self) -> str:

@@ -28,6 +28,7 @@ from emlens.evaluation.judges import (
     Judgement,
     JudgeRow,
     JudgeUnavailableError,
+    check_report,
     hash_json,
 )
 
@@ -93,7 +94,7 @@ class InspectJudge(GradingJudge):
                 f"model: got {self.model!r}, expected one PROVIDER/NAME as inspect_ai has them, "
                 "such as openai/gpt-4o"
             )
-        self.check_report()
+        check_report(self.report, lambda: self.id)
 
     @property
     def name(self) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
@@ -146,22 +146,22 @@ class GradingJudge:
         """A sentence on what the share of low scores is."""
         return MEANINGS[self.claim]
 
-    @property
-    def id(self) -> str:
-        """Everything that decides a judgement but the row."""
-        raise NotImplementedError
 
-    def check_report(self) -> None:
-        """Refuse what was measured of another judge.
+def check_report(report: JudgeMeasurement | None, judge: Callable[[], str]) -> None:
+    """Refuse what was measured of another judge.
 
-        Raises:
-            ValueError: it names both.
-        """
-        if self.report is not None and self.report.judge != self.id:
-            raise ValueError(
-                f"report: it is of the judge {self.report.judge}, and this one is {self.id}; "
-                "measure this one with measure_judge"
-            )
+    Args:
+        report: None where nothing was.
+        judge: gives the id of this one, which may take time to find.
+
+    Raises:
+        ValueError: it names both.
+    """
+    if report is not None and report.judge != (named := judge()):
+        raise ValueError(
+            f"report: it is of the judge {report.judge}, and this one is {named}; measure this one "
+            "with measure_judge"
+        )
 
 
 def hash_json(value: object) -> str:

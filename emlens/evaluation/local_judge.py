@@ -23,6 +23,7 @@ from emlens.evaluation.judges import (
     JudgeMeasurement,
     Judgement,
     JudgeRow,
+    check_report,
     hash_json,
 )
 from emlens.interventions import active_interventions
@@ -63,7 +64,7 @@ class LocalJudge(GradingJudge):
     ) -> None:
         require_tokenizer(model.tokenizer, "model: it")
         self.model, self.batching, self.report = model, batching, report
-        self.check_report()
+        check_report(self.report, lambda: self.id)
         self._numbers = [_number_tokens(model, number) for number in SCORES]
         self._digits = digit_tokens(model.tokenizer, model.cfg.d_vocab)
 
