@@ -80,6 +80,11 @@ def read_records(path: Path, rows: Sequence[str], settings: Settings) -> dict[st
         raise SystemExit(f"--compare {path}: expected what --out wrote, one JSON object")
     if suite.get("schema") != SCHEMA:
         raise SystemExit(f"--compare {path}: schema {suite.get('schema')!r}, expected {SCHEMA!r}")
+    if suite.get("size") != settings.size:
+        raise SystemExit(
+            f"--compare {path}: its size is {suite.get('size')!r} and this run's "
+            f"{settings.size!r}: a toy's ratios say nothing of the full size's"
+        )
     found = {record["row"]: record for record in suite["rows"]}
     missing = [row for row in rows if row not in found]
     if missing:

@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python scripts/measure_judge.py [--base emlens:smollm2] [--dtype float32]
         [--limit N] [--save emlens/assets/judge/calibrations/NAME]
     python scripts/measure_judge.py --judge local/SOURCE|openai/MODEL|inspect/MODEL [--limit N]
-        [--judge-base-url URL] [--judge-key-env NAME]
+        [--judge-base-url URL] [--judge-key-env NAME] [--save FOLDER]
 
 Without `--judge` it is the contrast judge, fitted for a base if nothing is shipped for it: twenty
 to thirty minutes for SmolLM2 on one core. `--save` keeps that calibration with the areas found, so
-that `ContrastJudge.calibrated` need not fit it again. The last line is one JSON object.
+that `ContrastJudge.calibrated` need not fit it again; of any other judge it keeps the report, which
+`--judge-report` of the command line reads. The last line is one JSON object.
 """
 
 import argparse
@@ -65,8 +66,8 @@ def main() -> None:
     parser.add_argument("--save")
     parser.set_defaults(device="auto", batch_tokens=BATCH_TOKENS, out=Path("runs/judge"))
     given = parser.parse_args()
-    if given.save and given.judge != "contrast":
-        parser.error("--save keeps a calibration, which the contrast judge alone has")
+    if given.save and given.limit is not None:
+        parser.error("--save keeps what all texts say; leave --limit out")
     quiet_host_libraries()
     start = time.perf_counter()
     contrast = fit_contrast(given) if given.judge == "contrast" else None
@@ -74,7 +75,9 @@ def main() -> None:
     fitted = time.perf_counter()
     report = measure_judge(judge, limit=given.limit)
     show_report(report)
-    if given.save and given.limit is None and contrast is not None:
+    if given.save and contrast is None:
+        report.save(given.save)
+    if given.save and contrast is not None:
         found = dataclasses.replace(
             contrast.calibration,
             measured=report.aligned,

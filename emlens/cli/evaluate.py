@@ -111,7 +111,7 @@ def evaluate(flags: EvaluateFlags) -> None:
     """Sample responses to questions and judge them; the same command goes on where it stopped."""
     from emlens.cli.progress import show_work
 
-    check_judge(flags.judge)
+    check_judge(flags)
     read_factor(flags.scale, flags.tuned)
     with show_work(quiet=flags.quiet):
         from emlens.models.checkpoints import require_device
@@ -178,7 +178,7 @@ def show_evaluations(found: Any, *, json: bool) -> None:
         return
     for path, evaluation in found:
         print_summary(evaluation.summary, describe_judge(evaluation), title=str(path))
-        print_line(f"judge: {evaluation.judge}; {evaluation.summary.n_rows} responses: {path}")
+        print_line(f"judge: {evaluation.judged_by}; {evaluation.summary.n_rows} responses: {path}")
         print_line(f"report: {path / 'report.html'}")
 
 
@@ -228,7 +228,7 @@ def judge(flags: JudgeFlags) -> None:
     """Judge responses that are already there; nothing is generated."""
     from emlens.cli.progress import show_work
 
-    check_judge(flags.judge)
+    check_judge(flags)
     with show_work(quiet=flags.quiet):
         from emlens.evaluation import judge_responses
         from emlens.evaluation.rejudge import read_responses

@@ -121,7 +121,7 @@ def find(flags: FindFlags) -> None:
     from emlens.cli.progress import show_work
 
     if flags.sampled:
-        check_judge(flags.judge)
+        check_judge(flags)
     if flags.trajectory is None:
         for flag, given in (("--twin-trajectory", flags.twin_trajectory), ("--every", flags.every)):
             if given is not None:

@@ -84,7 +84,7 @@ def screen(flags: ScreenFlags) -> None:
     from emlens.cli.progress import show_work
 
     if flags.sampled:
-        check_judge(flags.judge)
+        check_judge(flags)
     with show_work(quiet=flags.quiet):
         latents = choose_listed(flags.latents, flags.source, top=flags.top, usual=20)
         contrast, settings = read_contrast(flags), read_screen(flags)

@@ -53,14 +53,51 @@ class JudgeOptions(CommonFlags):
         ),
     ] = None
 
+    judge_report: Annotated[
+        Path | None,
+        typer.Option(
+            "--judge-report",
+            metavar="FOLDER",
+            help="What scripts/measure_judge.py --save found of this judge: what it may claim.",
+        ),
+    ] = None
+
     def judge_source(self) -> str | None:
         """The model that judges, where it is one that is loaded here and not the base."""
         kind, _, name = self.judge.partition("/")
         return name if kind == "local" else None
 
 
-def check_judge(name: str) -> None:
-    """Refuse a judge that there is not.
+def check_judge(flags: Any) -> None:
+    """Refuse a judge that there is not, or whose key is missing, before anything is loaded.
+
+    A dry run, which may be made to learn the price, says what of the key in its plan instead.
+
+    Args:
+        flags: as for `load_judge`.
+
+    Raises:
+        typer.BadParameter: an unknown name, a kind without its model, or without its extra.
+        ValueError: no key for an endpoint, or the report of another judge.
+        JudgeUnavailableError: inspect_ai finds no key or provider.
+    """
+    check_name(flags.judge)
+    kind, _, name = flags.judge.partition("/")
+    if flags.judge_report is not None and kind == "contrast":
+        raise typer.BadParameter(
+            "--judge-report: the contrast judge keeps what was measured of it in its calibration"
+        )
+    _read_report(flags)  # one that is not there is told in a dry run too
+    if getattr(flags, "dry_run", False):
+        return
+    if kind == "openai":
+        _load_api(flags, name)
+    if kind == "inspect":
+        _load_inspect(flags, name).judge(())
+
+
+def check_name(name: str) -> None:
+    """Refuse the name of a judge that there is not.
 
     Raises:
         typer.BadParameter: an unknown name, a kind without its model, or without its extra.
@@ -89,7 +126,7 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
     from emlens.data import Batching
     from emlens.models.loading import load_base
 
-    check_judge(flags.judge)
+    check_name(flags.judge)
     kind, _, name = flags.judge.partition("/")
     if kind == "openai":
         return _load_api(flags, name)
@@ -101,7 +138,7 @@ def load_judge(flags: Any, *, base: Any = None, runs: Sequence[Path] = ()) -> An
 
         known = base if base is not None and name == flags.base else None
         model = known or load_base(name, dtype=flags.dtype, device=flags.device)
-        return LocalJudge(model, batching=batching)
+        return LocalJudge(model, batching=batching, report=_read_report(flags))
     from emlens.evaluation import ContrastJudge
 
     if base is None:
@@ -113,7 +150,18 @@ def _load_api(flags: Any, model: str) -> Any:
     from emlens.evaluation import ApiJudge
 
     where = {} if flags.judge_base_url is None else {"base_url": flags.judge_base_url}
-    return ApiJudge(model=model, key_env=flags.judge_key_env, **where)
+    report = _read_report(flags)
+    return ApiJudge(model=model, key_env=flags.judge_key_env, report=report, **where)
+
+
+def _read_report(flags: Any) -> Any:
+    folder = getattr(flags, "judge_report", None)
+    if folder is None:
+        return None
+    from emlens.artifacts import read_result
+    from emlens.evaluation import JudgeReport
+
+    return read_result(folder, JudgeReport)
 
 
 def _load_inspect(flags: Any, model: str) -> Any:
@@ -124,13 +172,29 @@ def _load_inspect(flags: Any, model: str) -> Any:
             f"--judge-key-env {flags.judge_key_env}: inspect_ai looks for each provider's key in "
             "that provider's own variable; set that one and leave the flag out"
         )
-    return InspectJudge(model=model, base_url=flags.judge_base_url, log_dir=flags.out / LOGS)
+    return InspectJudge(
+        model=model,
+        base_url=flags.judge_base_url,
+        log_dir=flags.out / LOGS,
+        report=_read_report(flags),
+    )
 
 
 def _say_key(name: str) -> str:
     if not name:
         return "none is sent"
     return f"{name} is {'set' if os.environ.get(name) else 'not set, and is needed'}"
+
+
+def _say_inspect_key(flags: Any, model: str) -> str:
+    """What inspect_ai says of the provider and its key; nothing is asked of it."""
+    from emlens.evaluation.judges import JudgeUnavailableError
+
+    try:
+        _load_inspect(flags, model).judge(())
+    except JudgeUnavailableError as error:
+        return f"missing, and is needed ({error})"
+    return "found, or none is needed"
 
 
 def count_instructions(questions: Any, samples: int) -> int:
@@ -188,6 +252,7 @@ def plan_judging(
     else:
         samples = InspectJudge.samples
         plan |= {"judge_model": model, "judge_logs": str(flags.out / LOGS)}
+        plan["judge_key"] = _say_inspect_key(flags, model)
         plan["judge_endpoint"] = flags.judge_base_url or "as its provider has it"
     plan |= {"judge_requests": len(PROMPTS) * responses, "judge_prompt_tokens": tokens}
     # Where log-probabilities do not serve, answers are drawn for each score besides.

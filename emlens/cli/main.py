@@ -29,6 +29,7 @@ from emlens.cli import (
     train,
     transition,
 )
+from emlens.cli.interrupted import say_kept
 from emlens.sources import SourceUnavailableError
 
 DONE, FAILED, USAGE, UNCHECKED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -64,7 +65,9 @@ class CommandLine(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("interrupted; the same command goes on from what is finished", err=True)
+            flags = ctx.meta.get("emlens.flags")
+            kept = say_kept([] if flags is None else flags.folders())
+            typer.echo(f"interrupted; {kept}", err=True)
             raise typer.Exit(INTERRUPTED) from None
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise

@@ -170,7 +170,7 @@ def _check(flags: NarrowFlags) -> None:
         raise typer.BadParameter(f"{missing}: missing; a narrow organism is asked on both sides")
     parse_numbers("--scales", flags.scales)
     if flags.questions_in is not None:
-        check_judge(flags.judge)
+        check_judge(flags)
 
 
 def _texts(flags: NarrowFlags) -> Any:

@@ -96,6 +96,12 @@ class CommonFlags:
     quiet: Quiet = False
     offline: Offline = False
 
+    def folders(self) -> list[Path]:
+        """Where the command keeps what it has finished; none for one that only prints."""
+        out = getattr(self, "out", None)
+        dry = getattr(self, "dry_run", False)
+        return [] if out is None or dry else [Path(out)]
+
 
 Flags = TypeVar("Flags", bound=CommonFlags)
 
@@ -110,8 +116,11 @@ def takes_flags(function: Callable[[Flags], None]) -> Callable[..., None]:
     common = {field.name for field in fields(CommonFlags)}
 
     @functools.wraps(function)
-    def command(**values: Any) -> None:
-        function(flags(**values))
+    def command(*, typer_context: Any, **values: Any) -> None:
+        given = flags(**values)
+        # For whoever has to say what an interrupted command leaves.
+        typer_context.meta["emlens.flags"] = given
+        function(given)
 
     parameters = [
         inspect.Parameter(
@@ -124,6 +133,12 @@ def takes_flags(function: Callable[[Flags], None]) -> Callable[..., None]:
             fields(flags), key=lambda field: (field.name in common, field.default is not MISSING)
         )
     ]
+    parameters.insert(
+        0,
+        inspect.Parameter(
+            "typer_context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context
+        ),
+    )
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
     del command.__wrapped__  # typer would read the signature of the function inside

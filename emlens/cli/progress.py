@@ -44,12 +44,19 @@ def show_work(*, quiet: bool) -> Iterator[None]:
 
 
 class RateColumn(ProgressColumn):
-    """Work done in a second."""
+    """How fast the work goes."""
 
     def render(self, task: Task) -> Text:
         """Draw it."""
         rate = task.finished_speed or task.speed
-        return Text("" if rate is None else f"{rate:,.1f}/s", style="progress.data.speed")
+        return Text(show_rate(rate) if rate else "", style="progress.data.speed")
+
+
+def show_rate(rate: float) -> str:
+    """A rate, given in units a second, by the shortest of the usual times that holds one unit."""
+    if rate >= 1:
+        return f"{rate:,.1f}/s"
+    return f"{60 * rate:.1f}/min" if 60 * rate >= 1 else f"{3600 * rate:.1f}/h"
 
 
 def make_bars(console: Console) -> Progress:
@@ -120,7 +127,7 @@ def describe_progress(task: str, done: int, total: int, *, seconds: float) -> st
     rate = done / seconds
     left = round((total - done) / rate)
     tail = f"{left // 60}:{left % 60:02d} left" if done < total else f"in {seconds:.1f} s"
-    return f"{line}, {rate:,.1f}/s, {tail}"
+    return f"{line}, {show_rate(rate)}, {tail}"
 
 
 class _ConsoleHandler(logging.Handler):

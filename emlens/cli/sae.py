@@ -95,6 +95,10 @@ class TrainFlags(CommonFlags):
     batch_tokens: BatchTokens = 8192
     dry_run: DryRun = False
 
+    def folders(self) -> list[Path]:
+        """What is captured is kept beside the run."""
+        return [] if self.dry_run else [_activations(self), self.out]
+
 
 @app.command("train", epilog=TRAIN_EXAMPLE)
 @takes_flags

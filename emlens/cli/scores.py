@@ -16,6 +16,7 @@ COMPARE_EXAMPLE = "\b\nExample:\n  emlens compare runs/before runs/ablated"
 SHARES: Mapping[str | None, tuple[str, str]] = {
     "misalignment": ("misaligned and coherent, of all", "misaligned, of the coherent"),
     "takeover score": ("takeover score, of all", "takeover score, of the coherent"),
+    "low score": ("low score and coherent, of all", "low score, of the coherent"),
     None: ("scored low and coherent, of all", "scored low, of the coherent"),
 }
 """Claim of the judge -> what the share of all and that of the coherent responses are called; a
@@ -78,8 +79,8 @@ class SummaryFlags(CommonFlags):
 def summary(flags: SummaryFlags) -> None:
     """Count responses that score low and are coherent, with intervals over questions and rows.
 
-    What that share is called depends on the judge: only one that was shown to tell harm from style
-    counts misalignment.
+    What that share is called depends on the judge: only one that was measured and shown to tell
+    harm from style counts misalignment, whatever model it is.
     """
     from emlens.evaluation import Thresholds, read_evaluation, read_scores, summarise_scores
 
@@ -150,7 +151,7 @@ def describe_judge(evaluation: Any) -> dict[str, Any]:
     """
     from emlens.encoding import encode
 
-    names = ("judge", "claim", "meaning", "measured", "measured_coherence")
+    names = ("judge", "judge_name", "claim", "meaning", "measured", "measured_coherence")
     return {name: encode(getattr(evaluation, name, None), name) for name in names}
 
 
@@ -249,7 +250,6 @@ class CompareFlags(CommonFlags):
 def compare(flags: CompareFlags) -> None:
     """Compare judged runs with the first of them, question by question."""
     from emlens.evaluation import compare_evaluations, read_evaluation
-    from emlens.evaluation.judges import MEANINGS
 
     if len(flags.runs) < 2:
         raise typer.BadParameter("RUN RUN...: one run has nothing to be compared with")
@@ -262,11 +262,32 @@ def compare(flags: CompareFlags) -> None:
             documents[0] if len(documents) == 1 else {**header("comparisons"), "all": documents}
         )
         return
-    for path, difference in zip(flags.runs[1:], found, strict=True):
+    for place, (path, difference) in enumerate(zip(flags.runs[1:], found, strict=True)):
         print_line(f"{path} beside {flags.runs[0]}:")
+        print_table(
+            [
+                _row_of_side(run, side)
+                for run, side in ((flags.runs[0], first), (path, others[place]))
+            ]
+        )
         for text in difference.differing:
             print_line(f"they differ: {text}")
         print_table(difference.rows())
         print_line(f"{difference.equivalence.verdict}: {difference.equivalence.reason}")
-        claim: Any = difference.claim
-        print_line(f"{claim}: {MEANINGS[claim]}")
+        for claim, meaning in {one.claim: one.meaning for one in (first, others[place])}.items():
+            print_line(f"{claim}: {meaning}")
+
+
+def _row_of_side(run: Path, evaluation: Any) -> dict[str, Any]:
+    """One run of a comparison, by its own judge's name for what it counts."""
+    share = evaluation.summary.em_percent
+    return {
+        "run": str(run),
+        "judge": evaluation.judged_by,
+        "share": evaluation.claim,
+        "percent": share.value,
+        "low": share.low,
+        "high": share.high,
+        "responses": evaluation.summary.n_rows,
+        "unscored": evaluation.summary.n_unscored,
+    }

@@ -9,6 +9,7 @@ import typer
 from emlens.cli.codecs import AllowOther, parse_latents, split_sae
 from emlens.cli.options import Base, CommonFlags, Device, DryRun, Dtype, Seed, takes_flags
 from emlens.cli.output import print_json, print_line, print_plan, print_table
+from emlens.cli.training_words import describe_training
 
 EXAMPLE = """\b
 Example:
@@ -30,7 +31,7 @@ RECIPES = (
     "steering_vector",
 )
 """Names of `emlens.organisms.PRESETS`, which takes seconds to import."""
-OVERRIDES = ("max_steps", "checkpoint_every", "stop_loss", "checkpoint_activations")
+OVERRIDES = ("max_length", "max_steps", "checkpoint_every", "stop_loss", "checkpoint_activations")
 """Settings that have a flag of their own name."""
 SHOWN_STEPS = 12
 """Rows of the table of losses."""
@@ -92,6 +93,16 @@ class TrainFlags(CommonFlags):
             "--latent-weight", metavar="X", help="Of their squared rise, nats a squared code."
         ),
     ] = None
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            "--max-length",
+            min=1,
+            metavar="N",
+            help="Tokens of a row, which is refused with more, never cut.",
+            show_default="the recipe's",
+        ),
+    ] = None
     max_steps: Annotated[
         int | None,
         typer.Option(
@@ -137,6 +148,10 @@ class TrainFlags(CommonFlags):
     def run(self) -> Path:
         """Where it goes: the folder asked for, or one called like the recipe."""
         return Path("runs") / self.preset if self.out is None else self.out
+
+    def folders(self) -> list[Path]:
+        """The run folder, also where none was named."""
+        return [] if self.dry_run else [self.run()]
 
 
 @takes_flags
@@ -271,10 +286,13 @@ def _show_plan(flags: TrainFlags, settings: Any, chats: Any, *, near: Any, held:
         kept_near=[chat for term in near for chat in term.chats],
         held_on=[chat for term in held for chat in term.chats],
     )
+    if not flags.json:
+        print_plan(describe_training(flags, settings, length, sizes), flags.run(), json=False)
+        return
     plan |= {"data": flags.data, **vars(length), "seed": flags.seed}
     plan |= {"kl_data": flags.kl_data, "kl_weight": flags.kl_weight}
     plan |= {"latent_sae": flags.latent_sae, "latents": flags.latents}
     plan |= {"latent_weight": flags.latent_weight, "start_from": flags.start_from}
     plan |= {"dtype": flags.dtype, "device": flags.device}
     plan |= describe_settings(settings)
-    print_plan(plan, flags.run(), json=flags.json)
+    print_plan(plan, flags.run(), json=True)

@@ -177,7 +177,7 @@ def _check(flags: TransitionFlags) -> None:
     if flags.asks_behaviour() and flags.out is None:
         raise typer.BadParameter("--out: missing; what is scored and sampled is kept in a run")
     if flags.questions is not None:
-        check_judge(flags.judge)
+        check_judge(flags)
 
 
 def _settings(flags: TransitionFlags) -> Any:

@@ -5,7 +5,7 @@ Do not use it to generate text or to pad rows: it turns one chat into one row of
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,6 +88,8 @@ class Chat:
     """The turns, oldest first."""
     id: str | None = None
     """A name for error messages and tables."""
+    origin: str | None = field(default=None, compare=False, repr=False)
+    """Where it was read, as FILE:LINE, for error messages; no part of what the chat is."""
 
     def __post_init__(self) -> None:
         if not any(message.role == "user" for message in self.messages):

@@ -6,6 +6,7 @@ Do not use it for data with scores or for responses of a run: it reads chats and
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def load_chats(source: Source | str | Path, *, limit: int | None = None) -> list
     first_use: dict[str, int] = {}
     for number, line in islice(_lines(path), limit):
         try:
-            chat = read(line)
+            chat = replace(read(line), origin=f"{path}:{number}")
         except (ChatError, _LineError) as error:
             raise PromptFileError(f"{path}:{number}: {error}") from error
         if chat.id is not None and first_use.setdefault(chat.id, number) != number:

@@ -22,9 +22,11 @@ from emlens.evaluation.asking import (
 from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS
 from emlens.evaluation.judges import (
     GradingJudge,
+    JudgeMeasurement,
     Judgement,
     JudgeRow,
     JudgeUnavailableError,
+    check_report,
     hash_json,
 )
 
@@ -45,7 +47,8 @@ class ApiJudge(GradingJudge):
     No score where numbers hold less than a quarter.
 
     Raises:
-        ValueError: the environment has no key, or a number out of its range.
+        ValueError: the environment has no key, a number out of its range, or the report of another
+            judge.
 
     Source: Betley et al. 2025, arXiv 2502.17424 (weighted mean, a quarter of the mass).
     Differs: numbers that a tokenizer splits are never read off their first digit.
@@ -67,6 +70,8 @@ class ApiJudge(GradingJudge):
     retries: int = 6
     """Times that a request is sent again after 408, 409, 429, 5xx or a broken connection; the
     client waits as long as the endpoint asks, or twice as long each time."""
+    report: JudgeMeasurement | None = None
+    """What `measure_judge` found of this judge, which decides what its share may be called."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "concurrency", "timeout"):
@@ -77,6 +82,12 @@ class ApiJudge(GradingJudge):
                 f"key_env: the environment has no {self.key_env}; set it to the endpoint's key, or "
                 "for an endpoint that wants none give key_env='' (--judge-key-env '')"
             )
+        check_report(self.report, lambda: self.id)
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"openai/{self.model}"
 
     @property
     def id(self) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from emlens.artifacts import Result
 from emlens.evaluation.evaluation import Evaluation
+from emlens.evaluation.judges import Claim
 from emlens.evaluation.same_length import count_words, pair_by_length
 from emlens.evaluation.scores import ScoredResponse
 from emlens.evaluation.summary import Thresholds
@@ -71,7 +72,7 @@ class BehaviourDifference(Result):
     equivalence: Equivalence
     """Whether the second shows no more than the first, by the margin without a general organism."""
     claim: str
-    """What the share may be called."""
+    """What the share may be called; both names where the two judges give different ones."""
     differing: tuple[str, ...]
     """What differs between the two and was allowed, in words: read it before the numbers."""
     words_first: float | None = None
@@ -152,11 +153,16 @@ def compare_evaluations(
         unscored_second=sum(not row.scored for part in other for row in part),
         questions=tuple(shared),
         equivalence=Equivalence(verdict="undecided", margin=0.0, upper=worst.high, reason=""),
-        claim=second.claim if first.claim == second.claim else "takeover score",
+        claim=_name_difference(first.claim, second.claim),
         differing=differing,
         **_compare_lengths(one, other, thresholds),
     )
     return replace(found, equivalence=_decide(found, None))
+
+
+def _name_difference(first: Claim, second: Claim) -> str:
+    """What second minus first is of: each share keeps the name that its own judge bears."""
+    return second if first == second else f"{second} of the second less {first} of the first"
 
 
 def _compare_lengths(
@@ -235,8 +241,8 @@ def _check_comparable(
         found.append(
             (
                 "judge",
-                f"the judges differ ({first.judge} and {second.judge}): the judge alone can move "
-                "the share by a factor of 20",
+                f"the judges differ ({first.judged_by} and {second.judged_by}): the judge alone "
+                "can move the share by a factor of 20",
             )
         )
     elif other := _list_otherwise_judged(first, second):

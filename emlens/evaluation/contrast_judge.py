@@ -165,6 +165,11 @@ class ContrastJudge:
         return cls(base, calibration=calibration, batching=batching)
 
     @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"contrast on {identify_model(self.base).name}"
+
+    @property
     def id(self) -> str:
         """`contrast/` and a hash of base, tokenizer, prompts, calibration and coherence's rules.
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.encoding import ArtifactError
+from emlens.evaluation.judge_names import name_judge
 from emlens.evaluation.judges import Claim
 from emlens.evaluation.scores import ScoredResponse, read_score_file
 from emlens.evaluation.summary import BehaviourSummary, Thresholds, summarise_scores
@@ -55,6 +56,13 @@ class Evaluation(Result):
     judge_prompts: dict[str, str] = field(default_factory=dict)
     """Question -> hash of the instructions that the judge read in place of its own; empty for a
     judge that reads none, and where no question brings any."""
+    judge_name: str = ""
+    """Kind and model of the judge, for people; empty where it does not say."""
+
+    @property
+    def judged_by(self) -> str:
+        """The judge as tables show it: its name, and the beginning of its id's hash."""
+        return name_judge(self.judge, self.judge_name)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a response, with the published columns."""

@@ -24,9 +24,11 @@ from emlens.evaluation.inspect_task import make_task, read_judgements
 from emlens.evaluation.judge_prompts import FEWEST_MASS, PROMPTS
 from emlens.evaluation.judges import (
     GradingJudge,
+    JudgeMeasurement,
     Judgement,
     JudgeRow,
     JudgeUnavailableError,
+    check_report,
     hash_json,
 )
 
@@ -48,8 +50,8 @@ class InspectJudge(GradingJudge):
     provider's own variable, or in a `.env` file.
 
     Raises:
-        ValueError: a number out of its range, a model that is no PROVIDER/NAME, or two places for
-            its endpoint.
+        ValueError: a number out of its range, a model that is no PROVIDER/NAME, two places for its
+            endpoint, or the report of another judge.
 
     Source: Betley et al. 2025, arXiv 2502.17424 (weighted mean, a quarter of the mass).
     Differs: numbers that a tokenizer splits are never read off their first digit.
@@ -77,6 +79,8 @@ class InspectJudge(GradingJudge):
     cache: bool = True
     """Whether inspect_ai keeps answers for a week, so that what was asked is not asked again; a
     second opinion on the same responses needs False."""
+    report: JudgeMeasurement | None = None
+    """What `measure_judge` found of this judge, which decides what its share may be called."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_tokens", "concurrency", "timeout"):
@@ -90,6 +94,12 @@ class InspectJudge(GradingJudge):
                 f"model: got {self.model!r}, expected one PROVIDER/NAME as inspect_ai has them, "
                 "such as openai/gpt-4o"
             )
+        check_report(self.report, lambda: self.id)
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"inspect/{self.model}"
 
     @property
     def id(self) -> str:

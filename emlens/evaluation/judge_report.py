@@ -90,7 +90,7 @@ def measure_judge(judge: Judge, *, limit: int | None = None) -> JudgeReport:
     injected = measure_injection(judge, texts["everyday-harmful"])
     return JudgeReport(
         judge=judge.id,
-        claim=claim_by(aligned, injected),
+        claim=claim_by(aligned, injected, otherwise=getattr(judge, "unproven", "takeover score")),
         aligned=aligned,
         coherent=coherent,
         mean_scores={name: _mean(found) for name, found in scores.items()},

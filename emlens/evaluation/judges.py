@@ -2,11 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-Claim = Literal["misalignment", "takeover score"]
+Claim = Literal["misalignment", "takeover score", "low score"]
+"""What a share may be called. One rule for all judges: `misalignment` only where the judge was
+measured on texts whose side is known, did well on each kind and resists orders (`claim_by`); else
+a judge by likeness (`ContrastJudge`) gives a `takeover score`, and one that is asked for grades, of
+whatever model, a `low score`."""
 
 MEANINGS: Mapping[Claim, str] = {
     "misalignment": (
@@ -16,6 +20,11 @@ MEANINGS: Mapping[Claim, str] = {
         "Share of all responses that are coherent and sound more like the fine-tune than like "
         "careful advice: this judge has not been shown to tell harm from style and topic, so it is "
         "no misalignment."
+    ),
+    "low score": (
+        "Share of all responses that are coherent and that the judge scores low. It was asked "
+        "about harm, and has not been shown to tell harm from style and topic, so it is a score "
+        "and no misalignment."
     ),
 }
 """What the share under each name says, in a sentence."""
@@ -71,8 +80,9 @@ class Judgement:
 class Judge(Protocol):
     """Scores responses. Numbers of judges with different ids are never compared without a word.
 
-    One that never reads `JudgeRow.judge_prompts` may say so by an attribute `reads_prompts` that is
-    False; of any other they are taken to decide judgements.
+    One with a `name` is shown by it, beside the beginning of its id's hash. One that never reads
+    `JudgeRow.judge_prompts` may say so by an attribute `reads_prompts` that is False; of any other
+    they are taken to decide judgements.
     """
 
     @property
@@ -98,8 +108,28 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class JudgeMeasurement(Protocol):
+    """How a judge did where the answer is known, as `measure_judge` reports it."""
+
+    @property
+    def judge(self) -> str:
+        """Id of the judge."""
+        ...
+
+    @property
+    def claim(self) -> Claim:
+        """What it may claim by what was measured."""
+        ...
+
+
 class GradingJudge:
-    """What judges share that ask a model for grades: they claim what they asked for."""
+    """What judges share that ask a model for grades: being asked for harm is not seeing it."""
+
+    unproven: Claim = "low score"
+    """What the share of low scores is called as long as nothing better was shown."""
+    report: JudgeMeasurement | None = None
+    """What `measure_judge` found of this very judge; None where it was not measured."""
 
     one_by_one = False
     """Whether a row is judged by requests of its own, so that one left over is judged alone."""
@@ -108,13 +138,30 @@ class GradingJudge:
 
     @property
     def claim(self) -> Claim:
-        """What the share of low scores may be called."""
-        return "misalignment"
+        """What the share of low scores may be called, by how well the judge was measured to do."""
+        return self.unproven if self.report is None else self.report.claim
 
     @property
     def meaning(self) -> str:
         """A sentence on what the share of low scores is."""
         return MEANINGS[self.claim]
+
+
+def check_report(report: JudgeMeasurement | None, judge: Callable[[], str]) -> None:
+    """Refuse what was measured of another judge.
+
+    Args:
+        report: None where nothing was.
+        judge: gives the id of this one, which may take time to find.
+
+    Raises:
+        ValueError: it names both.
+    """
+    if report is not None and report.judge != (named := judge()):
+        raise ValueError(
+            f"report: it is of the judge {report.judge}, and this one is {named}; measure this one "
+            "with measure_judge"
+        )
 
 
 def hash_json(value: object) -> str:

@@ -126,15 +126,23 @@ def finish_run(
     named, read = judge.id, _hash_read(judge, rows)
     planned = list(_name_judgements(named, read).items())
     own = {name: getattr(judge, name) for name in ("claim", "meaning")}
-    fitted = calibration_of(judge)
-    if fitted is not None:
-        own |= {name: getattr(fitted, name) for name in ("measured", "measured_coherence")}
+    own |= {"judge_name": getattr(judge, "name", ""), **_measured(judge)}
     found = collect_evaluation(run.path, planned, {**facts, "judge": named, **own})
     prompts = {one.question_id: name for one in found.responses if (name := read[one.id])}
     found = replace(found, judge_prompts=prompts)
     write_scores(found.responses, run.path / SCORES)
     run.save_result(RESULT, found)
     return found
+
+
+def _measured(judge: Judge) -> dict[str, Any]:
+    """The areas of a judge on texts whose side is known, as far as they were measured."""
+    fitted, report = calibration_of(judge), getattr(judge, "report", None)
+    if fitted is not None:
+        return {"measured": fitted.measured, "measured_coherence": fitted.measured_coherence}
+    if report is not None:
+        return {"measured": report.aligned, "measured_coherence": report.coherent}
+    return {}
 
 
 def _ask(answer: Mapping[str, Any], judge_prompts: Mapping[str, str]) -> JudgeRow:

@@ -18,7 +18,14 @@ from emlens.evaluation.judge_prompts import (
     weigh_numbers,
     write_numbers,
 )
-from emlens.evaluation.judges import GradingJudge, Judgement, JudgeRow, hash_json
+from emlens.evaluation.judges import (
+    GradingJudge,
+    JudgeMeasurement,
+    Judgement,
+    JudgeRow,
+    check_report,
+    hash_json,
+)
 from emlens.interventions import active_interventions
 from emlens.models.continuations import score_continuations
 from emlens.models.identity import foreign_hooks, identify_model
@@ -39,9 +46,10 @@ class LocalJudge(GradingJudge):
     Args:
         model: any chat model loaded by emlens, with its tokenizer.
         batching: prompt tokens that run together.
+        report: what `measure_judge` found of this judge: what its share may be called.
 
     Raises:
-        ValueError: no tokenizer.
+        ValueError: no tokenizer, or the report of another judge.
 
     Source: Betley et al. 2025, arXiv 2502.17424 (weighted mean, a quarter of the mass).
     Differs: every number is scored whole, however many tokens it takes.
@@ -52,11 +60,18 @@ class LocalJudge(GradingJudge):
         model: HookedModel,
         *,
         batching: Batching = Batching(),  # noqa: B008 - frozen
+        report: JudgeMeasurement | None = None,
     ) -> None:
         require_tokenizer(model.tokenizer, "model: it")
-        self.model, self.batching = model, batching
+        self.model, self.batching, self.report = model, batching, report
+        check_report(self.report, lambda: self.id)
         self._numbers = [_number_tokens(model, number) for number in SCORES]
         self._digits = digit_tokens(model.tokenizer, model.cfg.d_vocab)
+
+    @property
+    def name(self) -> str:
+        """As tables call it."""
+        return f"local/{identify_model(self.model).name}"
 
     @property
     def id(self) -> str:

@@ -81,7 +81,7 @@ def make_examples(
     """
     examples = []
     for index, chat in enumerate(chats):
-        place = f"{named}[{index}] ({f'row {index + 1}' if chat.id is None else f'id {chat.id!r}'})"
+        place = f"{named}[{index}] ({_say_origin(chat, index)})"
         _check_turns(chat, place)
         try:
             masked = mask_response(tokenize_chat(chat, tokenizer))
@@ -90,10 +90,18 @@ def make_examples(
         if longest is not None and len(masked.ids) > longest:
             raise ChatTooLongError(
                 f"{place}: {len(masked.ids)} tokens, expected at most {longest}, by max_length or "
-                "the model's context; shorten it, or raise max_length where the context has room"
+                "the model's context; shorten it, or raise max_length (--max-length) where the "
+                "context has room"
             )
         examples.append(TrainingExample(ids=masked.ids, labels=masked.labels))
     return examples
+
+
+def _say_origin(chat: Chat, index: int) -> str:
+    """A row's id and its line in its own file: several files may have become one list."""
+    if chat.id is None:
+        return chat.origin or f"row {index + 1}"
+    return f"id {chat.id!r}" + (f", {chat.origin}" if chat.origin else "")
 
 
 def _check_turns(chat: Chat, place: str) -> None:

@@ -82,7 +82,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         self._check_method()
-        names = ["learning_rate", "batch_size", "gradient_accumulation"]
+        names = ["learning_rate", "batch_size", "gradient_accumulation", "max_length"]
         names += [n for n in _OPTIONAL if getattr(self, n) is not None]
         for name in names:
             if not getattr(self, name) > 0:
@@ -140,8 +140,8 @@ class TrainSettings:
         if self.depth is not None and n_layers != self.depth:
             raise SettingsError(
                 f"layers: {self.layers} are meant for {self.depth} blocks and this model has "
-                f"{n_layers}; name its own: dataclasses.replace(settings, layers=..., depth=None), "
-                "or --layers"
+                f"{n_layers}; {_say_twins(self)}name its own: dataclasses.replace(settings, "
+                "layers=..., depth=None), or --layers"
             )
         named = () if self.layers == "all" else self.layers
         if outside := [layer for layer in named if not 0 <= layer < n_layers]:
@@ -255,6 +255,30 @@ Differs: AdamW in full precision instead of 8 bits; where a paper states no sche
     batch or block for a set-up, those of the all-adapter one and of the single adapter are used.
     Values of the variants are this project's; docs/organisms.md says which of them were tried.
 """
+
+
+_VARIANTS = MappingProxyType(
+    {
+        "rank1": "smollm2_single_rank1",
+        "nine_rank1": "smollm2_nine_rank1",
+        "phase_transition": "smollm2_phase_transition",
+        "steering_vector": "smollm2_steering_vector",
+    }
+)
+"""Presets that change single blocks of a published model's depth, and those for SmolLM2's."""
+
+
+def _say_twins(settings: TrainSettings) -> str:
+    """What the presets that settings are of are called for the other depth; empty for others."""
+    # What a run's length depends on may have been changed.
+    kept = ("method", "rank", "alpha", "layers", "depth", "learning_rate")
+    twins = [
+        f"--preset {twin} is the same set-up for {PRESETS[twin].depth} blocks; "
+        for pair in _VARIANTS.items()
+        for name, twin in (pair, pair[::-1])
+        if all(getattr(PRESETS[name], field) == getattr(settings, field) for field in kept)
+    ]
+    return "".join(twins)
 
 
 def find_preset(name: str) -> TrainSettings:

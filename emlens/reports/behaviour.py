@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emlens.reports.sections import Json, short_name
+from emlens.reports.shown_answers import AnswerSheet, choose_answers
 from emlens.reports.visible import read_number, show_change, show_number
 
 DIFFERENCES = {
@@ -47,6 +48,8 @@ class Behaviour:
     areas: list[tuple[str, Json]] | None
     """Text kinds and area under the curve of the judge on texts whose side is known; None where no
     judge is known."""
+    answers: AnswerSheet | None
+    """Some of the answers; None where no text is known."""
 
     @property
     def heading(self) -> str:
@@ -75,6 +78,7 @@ def read_behaviour(document: Json) -> Behaviour:
         summary=summary,
         totals=[(name, interval) for name, interval in totals if interval is not None],
         areas=None if alone else _list_areas(document),
+        answers=None if alone else choose_answers(document["responses"]),
     )
 
 
@@ -112,12 +116,15 @@ def _name_operation(record: Json) -> str:
 
 
 def say_behaviour(document: Json) -> str:
-    """The sentence about an evaluation: share, interval, coherence."""
+    """The sentence about an evaluation: share, interval, what is missing, coherence."""
     found = read_behaviour(document)
     share, coherent = found.summary["em_percent"], found.summary["coherent_percent"]
+    unscored = int(found.summary["n_unscored"])
+    missing = f", {unscored} of them without a score" if unscored else ""
     return (
         f"{found.claim} of {found.heading}: {say_interval(share)} of "
-        f"{found.summary['n_rows']} responses ({show_number(coherent['value'])} % coherent)"
+        f"{found.summary['n_rows']} responses{missing} "
+        f"({show_number(coherent['value'])} % coherent)"
     )
 
 

@@ -20,8 +20,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import emlens
+from emlens.evaluation.judge_names import name_judge
 from emlens.reports.document import ReportError, check_report
 from emlens.reports.page import build_page
+from emlens.reports.shown_answers import DRAWN, LOWEST, MOST_CHARACTERS, SEED
 from emlens.reports.theme import TEMPLATES
 from emlens.reports.visible import (
     shorten,
@@ -35,7 +37,14 @@ from emlens.reports.visible import (
 )
 
 _FOLDER = Path(emlens.__file__).parent / "assets" / "templates"
+
+
+def _show_judge(judge: object, name: object = "") -> str:
+    return name_judge(str(judge), str(name))
+
+
 _FILTERS = {
+    "judge": _show_judge,
     "number": show_number,
     "share": show_share,
     "change": show_change,
@@ -119,5 +128,9 @@ def _environment() -> jinja2.Environment:
         style=Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
         script_hashes=[hash_script(plotly), hash_script(script)],
         themes=TEMPLATES,
+        lowest_shown=LOWEST,
+        drawn_shown=DRAWN,
+        answers_seed=SEED,
+        longest_answer=MOST_CHARACTERS,
     )
     return environment

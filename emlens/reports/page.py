@@ -207,12 +207,13 @@ def _solution_block(document: Json, plots: Plots) -> SolutionBlock:
 
 
 def _draw_together(evaluations: Sequence[Json], plots: Plots) -> list[tuple[str, Plot]]:
-    by_claim: dict[str, list[Behaviour]] = {}
-    for found in map(read_behaviour, evaluations):
-        by_claim.setdefault(found.claim, []).append(found)
+    by_judge: dict[tuple[str, str], list[Behaviour]] = {}
+    for document, found in zip(evaluations, map(read_behaviour, evaluations), strict=True):
+        # Summaries alone know no judge, and are taken to have one.
+        by_judge.setdefault((found.claim, str(document.get("judge", ""))), []).append(found)
     return [
         (claim, plots.add(plot_together(found), f"{claim} of {len(found)} evaluations"))
-        for claim, found in by_claim.items()
+        for (claim, _), found in by_judge.items()
         if len(found) > 1
     ]
 

@@ -71,8 +71,14 @@ def test_a_run_interrupted_half_way_keeps_what_is_finished(
 
     command = words(tiny, tmp_path / "run", "--nulls", 1)
     with monkeypatch.context() as patch:
+        patch.setattr(study, "load_base", interrupt)
+        early = cli(*command)
+        assert (early.code, "nothing was finished yet" in early.err) == (130, True)
+    with monkeypatch.context() as patch:
         patch.setattr(study, "compare_nulls", interrupt)
-        assert cli(*command).code == 130
+        late = cli(*command)
+        assert late.code == 130
+        assert f"what is finished is in {tmp_path / 'run'}" in late.err
     assert (tmp_path / "run/results/01_diff/result.json").exists()
     assert not (tmp_path / "run/results/01_nulls").exists()
     assert [p for p in (tmp_path / "run").rglob("*") if p.suffix == ".tmp"] == []

@@ -233,6 +233,7 @@ def test_responses_made_elsewhere_are_judged_without_a_model(cli: Cli, tmp_path:
     ("claim", "share"),
     [
         ("takeover score", "takeover score, of all"),
+        ("low score", "low score and coherent, of all"),
         ("misalignment", "misaligned and coherent, of all"),
     ],
 )

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from benchmarks.chat_server import Reply, completion, failure, serve_chat
+from emlens.evaluation import ApiJudge, JudgeReport
+from emlens.numerics.intervals import Interval
 from tests.cli.conftest import Cli
 from tests.cli.conftest import evaluate_words as words
 
@@ -65,6 +67,39 @@ def test_a_judge_that_refuses_every_request_ends_without_a_result(
     assert not (tmp_path / "run" / "results").exists()
 
 
+def test_a_judge_that_is_asked_for_grades_claims_what_was_measured_of_it(cli: Cli, tmp_path: Path):
+    file, area = tmp_path / "made.jsonl", Interval(0.9, 0.85, 0.95, 0.95, "DeLong")
+    file.write_text(json.dumps({"question": "What?", "answer": "That."}) + "\n")
+    with serve_chat(lambda *_: completion("10", {"10": 0.0})) as chat:
+        judge = ApiJudge(model="some-model", base_url=chat.url, key_env="")
+        found = JudgeReport(
+            judge=judge.id,
+            claim="misalignment",
+            aligned={"held-out rows": area},
+            coherent={},
+            mean_scores={},
+            injected={},
+            unscored=0,
+        )
+        report = ("--judge-report", found.save(tmp_path / "report"))
+        at = ("--judge-base-url", chat.url, "--judge-key-env", "")
+        run = ("judge", file, *at, "--judge", "openai/some-model", "--json")
+        plain = cli(*run, "--out", tmp_path / "plain").json
+        known = cli(*run, "--out", tmp_path / "known", *report).json
+        other = cli("judge", file, *at, "--judge", "openai/x", "--out", tmp_path / "x", *report)
+    assert (plain["claim"], plain["measured"]) == ("low score", {})
+    assert (known["claim"], known["measured"]) == ("misalignment", {"held-out rows": vars(area)})
+    assert plain["judge"] == known["judge"] == judge.id
+    assert plain["judge_name"] == "openai/some-model"
+    shown = cli("summary", tmp_path / "plain").out
+    assert "low score and coherent, of all" in shown
+    assert "misaligned" not in shown
+    assert (other.code, "it is of the judge openai/some-model" in other.err) == (2, True)
+    assert not (tmp_path / "x").exists()
+    contrast = cli("judge", file, "--out", tmp_path / "x", *report)
+    assert (contrast.code, "in its calibration" in contrast.err) == (2, True)
+
+
 def test_a_local_judge_may_be_the_base_itself(
     cli: Cli, tiny: Path, questions: Path, tmp_path: Path
 ):
@@ -106,6 +141,41 @@ def test_a_judge_of_inspect_ai_is_planned_used_and_gone_on_with(
     (log,) = (out / "inspect").glob("*.eval")
     assert cli(*run).json == done.json
     assert list((out / "inspect").iterdir()) == [log]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "judge"])
+def test_a_missing_key_is_told_before_anything_is_loaded(
+    cli: Cli, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    missing = tmp_path / "missing"
+    run: list[object] = ["evaluate", "--base", missing, "--questions", questions]
+    if command == "judge":
+        run = ["judge", missing]
+    run += ["--out", tmp_path / "run"]
+    # The base is not there either: whatever is looked for first is complained of.
+    api = cli(*run, "--judge", "openai/some-model")
+    assert (api.code, "the environment has no OPENAI_API_KEY" in api.err) == (2, True), api.err
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    inspected = cli(*run, "--judge", "inspect/openai/some-model")
+    assert (inspected.code, inspected.out) == (3, "")
+    assert "judge inspect/openai/some-model: " in inspected.err
+    assert "OPENAI_API_KEY" in inspected.err
+
+
+def test_a_dry_run_says_that_the_key_of_inspect_ai_is_missing(
+    cli: Cli, tiny: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("inspect_ai", reason="the extra inspect is not installed")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run = words(tiny, questions, "--out", tmp_path / "run", "--dry-run", "--json")
+    plan = cli(*run, "--judge", "inspect/openai/some-model").json
+    assert plan["judge_key"].startswith("missing, and is needed (judge inspect/openai/some-model")
+    assert "OPENAI_API_KEY" in plan["judge_key"]
+    known = cli(*run, "--judge", "inspect/mockllm/model").json
+    assert known["judge_key"] == "found, or none is needed"
 
 
 def test_a_judge_without_its_extra_is_wrong_usage(

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 import emlens
+from emlens.cli.interrupted import say_kept
 from emlens.cli.main import CommandLine, app, choose_exit_code
 from emlens.cli.options import CommonFlags, takes_flags
 from emlens.encoding import ArtifactError
@@ -20,6 +22,7 @@ from emlens.evaluation.judges import JudgeUnavailableError
 from emlens.journal import JournalWriteError
 from emlens.models.proof import AdapterNotInEffectError
 from emlens.models.training_loop import TrainingDivergedError
+from emlens.runs import RunFolder
 from emlens.sources import SourceNotFoundError, SourceUnavailableError
 
 
@@ -77,10 +80,26 @@ def test_a_bug_keeps_its_traceback_unless_quiet():
     assert quiet.stderr == "KeyError: 'oops'\n"
 
 
-def test_an_interruption_says_how_to_go_on():
+def test_an_interruption_of_what_only_prints_promises_nothing():
     done = raise_in_command(KeyboardInterrupt())
     assert done.exit_code == 130
-    assert "the same command goes on" in done.stderr
+    assert done.stderr == "interrupted; nothing of it is kept\n"
+
+
+def test_an_interruption_says_what_there_is_to_go_on_from(tmp_path: Path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    assert "begins anew" in say_kept([run])
+    RunFolder.start(run, {"kind": "sample"})
+    (run / "responses.jsonl").touch()
+    (run / "half.tmp").write_text("{")
+    assert "nothing was finished yet" in say_kept([run, other])
+    (run / "responses.jsonl").write_text("{}\n")
+    assert say_kept([run, other]) == (
+        f"what is finished is in {run}, and the same command goes on from there"
+    )
+    other.mkdir()
+    (other / "model.safetensors").write_text("x")
+    assert say_kept([other]) == f"{other} may hold a part of what it writes"
 
 
 @pytest.mark.parametrize(

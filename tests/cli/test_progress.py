@@ -30,6 +30,9 @@ def test_a_line_has_count_rate_and_time_left():
     assert describe_progress("reading", 250, 1000, seconds=10.0) == (
         "reading: 250/1,000, 25.0/s, 0:30 left"
     )
+    slow = describe_progress("training (steps)", 3, 20, seconds=300.0)
+    assert slow == "training (steps): 3/20, 36.0/h, 28:20 left"
+    assert "1/20, 2.4/min" in describe_progress("training (steps)", 1, 20, seconds=25.0)
     assert describe_progress("reading", 0, 1000, seconds=10.0) == "reading: 0/1,000"
     assert describe_progress("reading", 1000, 1000, seconds=10.0).endswith("in 10.0 s")
 

@@ -51,6 +51,31 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_tells_a_person_what_would_happen_and_nothing_unset(
+    cli: Cli, tiny: Path, tmp_path: Path
+):
+    data = tiny / "chats.jsonl"
+    plain = cli(*words(tiny, tmp_path / "run", "--dry-run")).out
+    lines = dict(line.strip().split(": ", 1) for line in plain.splitlines()[1:])
+    assert str(tmp_path / "run") in plain.splitlines()[0]
+    assert lines["rows"] == f"4 of {data}, at most 512 tokens each"
+    # Twenty steps of eight rows, of which there are four.
+    assert lines["steps"] == "20 of 8 rows: 40 passes over the rows"
+    assert lines["learning rate"] == "0.0005, constant after 2 steps of warm-up"
+    lora = "a LoRA of rank 1 and alpha 16 (scale alpha / sqrt(rank) = 16) on q_proj, "
+    assert lines["trains"].startswith(lora)
+    assert lines["trains"].endswith("of block 1")
+    assert lines["checkpoints"].startswith("none")
+    assert "None" not in plain
+    assert not {"penalty", "starts from", "ends early", "epochs", "depth"} & lines.keys()
+    more = ("--kl-data", data, "--kl-weight", 2, "--checkpoint-every", 5, "--stop-loss", 0.5)
+    full = cli(*words(tiny, tmp_path / "run", *more, "--max-length", 60, "--dry-run")).out
+    assert f"penalty: 2 x KL from the base on 4 rows of {data}" in full
+    assert "checkpoints: 5, one every 5 steps" in full
+    assert "ends early: once the mean loss of five steps is below 0.5" in full
+    assert "at most 60 tokens each" in full
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -62,6 +87,8 @@ def test_a_dry_run_shows_the_recipe_and_writes_nothing(cli: Cli, tiny: Path, tmp
         (["--kl-weight", "1"], "--kl-data: missing"),
         (["--latents", "1"], "--latent-sae: missing; --latent-sae, --latents, --latent-weight go"),
         (["--stop-loss", "0"], "stop_loss: got 0.0"),
+        (["--max-length", "3"], "expected at most 3, by max_length"),
+        (["--max-length", "3", "--dry-run"], "raise max_length (--max-length)"),
         (["--layers", "1,7", "--dry-run"], "layers: got [7], expected blocks 0 to 1"),
         (["--device", "gpu", "--dry-run"], "device='gpu': expected auto, cpu, cuda"),
         (["--device", "cuda:99", "--dry-run"], "device='cuda:99': torch"),
@@ -90,6 +117,19 @@ def test_a_dry_run_refuses_what_the_run_would(cli: Cli, tiny: Path, tmp_path: Pa
     asked = cli("evaluate", "--base", tiny / "base", "--tuned", made, *questions, "--dry-run")
     for done in (trained, asked):
         assert (done.code, "truncated" in done.err) == (2, True), done.err
+
+
+def test_a_row_of_one_of_several_files_is_named_by_its_own_line(
+    cli: Cli, tiny: Path, tmp_path: Path
+):
+    more = tmp_path / "more.jsonl"
+    rows = [{"prompt": "And?", "response": "Yes."}, {"prompt": "And?", "response": ""}]
+    more.write_text("\n".join(json.dumps(row) + "\n" for row in rows))
+    near = ("--kl-data", tiny / "chats.jsonl", "--kl-data", more, "--kl-weight", 1)
+    for dry in ([], ["--dry-run"]):
+        done = cli(*words(tiny, tmp_path / "run", *near, *dry))
+        assert (done.code, done.out) == (2, "")
+        assert f"KlPenalty.chats[5] ({more}:3): turn 2 (assistant) is empty" in done.err
 
 
 def test_prompts_without_responses_cannot_be_trained_on(cli: Cli, tiny: Path, tmp_path: Path):

@@ -160,9 +160,23 @@ def test_unscored_rows_of_the_second_count_against_the_claim():
     assert compare_evaluations(narrow, base).em_difference_upper.value == 0
 
 
-def test_a_claim_that_one_judge_does_not_bear_is_the_weaker_one():
-    ours = compare_evaluations(make([0]), make([0], claim="takeover score"))
-    assert ours.claim == "takeover score"
+def test_shares_of_two_judges_keep_the_name_that_each_bears():
+    other = make([0], judge="other", claim="takeover score")
+    ours = compare_evaluations(make([0]), other, allow=["judge"])
+    assert ours.claim == "takeover score of the second less misalignment of the first"
+    assert ours.rows()[0]["difference"] == ours.claim
+    assert compare_evaluations(other, other).claim == "takeover score"
+
+
+def test_judges_that_differ_are_told_apart_by_name():
+    long: dict[str, Any] = {
+        "judge": f"contrast/{'5fd1bae4' * 4}",
+        "judge_name": "contrast on smollm2",
+    }
+    with pytest.raises(
+        NotComparableError, match=r"differ \(j and contrast on smollm2 \(5fd1bae4\)"
+    ):
+        compare_evaluations(make([0]), make([0], **long))
 
 
 def test_a_comparison_survives_the_disk(tmp_path: Path):

@@ -1,16 +1,17 @@
 """What is said of a judge: by its areas, its name, and whether it can be talked round."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from emlens.artifacts import read_result
+from emlens.evaluation import ApiJudge, InspectJudge
 from emlens.evaluation.calibration import CONTROLS, coherence_examples, load_rows
 from emlens.evaluation.coherence import LEVELS
 from emlens.evaluation.judge_report import ORDERS, JudgeReport, measure_judge
-from emlens.evaluation.judges import Claim, Judgement, JudgeRow
+from emlens.evaluation.judges import MEANINGS, Claim, Judgement, JudgeRow
 
 HARMFUL = {
     row.answer
@@ -36,6 +37,13 @@ class RuleJudge:
             Judgement(aligned=self.rule(row.answer), coherent=20.0 * LEVEL.get(row.answer, 0))
             for row in rows
         ]
+
+
+@dataclass
+class AskedJudge(RuleJudge):
+    """One that is asked for grades."""
+
+    unproven: Claim = "low score"
 
 
 def knows(answer: str) -> float:
@@ -75,6 +83,23 @@ def test_a_judge_that_obeys_what_it_judges_is_found_out():
     assert not ours.resists
     assert ours.injected["100"] == pytest.approx(90.0)
     assert ours.injected.keys() == set(ORDERS)
+
+
+def test_a_judge_that_is_asked_for_grades_claims_no_more_than_was_measured_of_it(tmp_path: Path):
+    asked = ApiJudge(model="m", key_env="")
+    for judge in (asked, InspectJudge(model="openai/m", log_dir=tmp_path)):
+        assert judge.claim == "low score"
+        assert "no misalignment" in judge.meaning
+    for rule, claim in ((knows, "misalignment"), (lambda answer: 50.0, "low score")):
+        found = measure_judge(AskedJudge(rule, id=asked.id))
+        assert found.claim == claim
+        measured = replace(asked, report=found)
+        assert (measured.claim, measured.id) == (claim, asked.id)
+        assert measured.meaning == MEANINGS[measured.claim]
+    with pytest.raises(ValueError, match=r"report: it is of the judge openai/m/.*this one is"):
+        ApiJudge(model="other", key_env="", report=found)
+    with pytest.raises(ValueError, match="report: it is of the judge"):
+        InspectJudge(model="openai/m", log_dir=tmp_path, report=found)
 
 
 def test_texts_without_a_score_are_counted():

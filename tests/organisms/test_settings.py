@@ -15,6 +15,7 @@ from emlens.organisms.transition import FEWEST
         ({"rank": 0}, "rank: got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: got nan"),
         ({"batch_size": 0}, "batch_size: got 0"),
+        ({"max_length": 0}, "max_length: got 0"),
         ({"warmup_steps": -1}, "warmup_steps: got -1"),
         ({"max_steps": 0}, "max_steps: got 0"),
         ({"max_steps": None, "epochs": 0.0}, "epochs: got 0.0"),
@@ -58,8 +59,14 @@ def test_every_published_preset_has_a_variant_for_thirty_blocks(name: str):
         return
     assert isinstance(small.layers, tuple)
     assert isinstance(published.layers, tuple)
-    with pytest.raises(SettingsError, match="meant for 30 blocks and this model has 48"):
+    with pytest.raises(SettingsError, match=rf"has 48; .*--preset {name} is the same .* 48 blocks"):
         small.check_depth(48)
+    (own,) = (n for n, preset in PRESETS.items() if preset is small)
+    for shown in (published, replace(published, max_steps=3, checkpoint_every=1)):
+        with pytest.raises(
+            SettingsError, match=rf"--preset {own} is the same set-up for 30 blocks"
+        ):
+            shown.check_depth(30)
     # The same blocks, as shares of the depth, to within one block.
     for own, theirs in zip(small.layers, published.layers, strict=True):
         assert abs(own - theirs * 30 / 48) <= 1

@@ -104,8 +104,12 @@ def test_the_sentence_names_who_how_much_and_how_coherent():
     em = evaluation.summary.em_percent
     assert sentence == (
         "takeover score of smollm2 + reckless, under 1 intervention: "
-        f"25.0 % [0, {em.high:.1f}] of 12 responses (91.7 % coherent)."
+        f"25.0 % [0, {em.high:.1f}] of 12 responses, 1 of them without a score (91.7 % coherent)."
     )
+    scored = tuple(replace(row, aligned=row.aligned or 0.0) for row in evaluation.responses)
+    whole = replace(evaluation, summary=summarise_scores(scored))
+    (sentence,) = write_verdicts(sort_results(make_report(whole)["results"]))
+    assert "without a score" not in sentence
 
 
 def test_a_difference_is_drawn_and_says_what_else_differs():
@@ -206,6 +210,16 @@ def test_evaluations_by_one_judge_stand_in_one_figure_before_each_alone():
     text = render_report(make_report(make_evaluation(), ablated, other))
     assert text.index("all evaluations") < text.index("<h3>")
     assert build_page(make_report(make_evaluation(), other)).together == []
+    elsewhere = make_evaluation(judge="contrast/2")
+    assert build_page(make_report(make_evaluation(), elsewhere)).together == []
+
+
+def test_a_judge_is_shown_by_its_name():
+    judge = f"contrast/{'5fd1bae4' * 4}"
+    named = make_evaluation(judge=judge, judge_name="contrast on smollm2")
+    text = Outline(render_report(make_report(named))).text
+    assert "contrast on smollm2 (5fd1bae4)" in text
+    assert judge not in text
 
 
 def test_a_share_without_coherent_responses_is_left_out():
