@@ -253,7 +253,7 @@ def _show(found: Any) -> None:
     if found.screen is not None:
         print_judged(found.screen)
     if found.classification is not None:
-        area, plain = found.classification.auc, found.plain_classification.auc
+        area, plain = found.classification.auc, found.classification.by_mean_difference.auc
         print_line(
             f"{found.classification.claim}: area {area.value:.2f} [{area.low:.2f}, "
             f"{area.high:.2f}], p = {found.classification.p_value:.3g}; by mean differences alone "

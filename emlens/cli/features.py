@@ -162,51 +162,63 @@ def classify(flags: ClassifyFlags) -> None:
         if chosen is not None:
             check_latents(codec, chosen)
         compared = _compare(flags, flags.tuned, flags.careful, chats, settings, codec)
-        found, said = _tell_apart(flags, compared.diffs, chosen)
+        found, reason = _tell_apart(flags, compared.diffs, chosen)
         _write_page(found, flags.out)
     if flags.json:
-        print_json({**header("told_apart"), **said, "results": [_brief(one) for one in found]})
+        results = [_brief(one) for one in found]
+        print_json({**header("told_apart"), "not_told_apart": reason, "results": results})
         return
     print_fit([own.health for own in compared.diffs])
     print_table(found[0].rows()[:SHOWN], title="harmful less careful")
+    if reason:
+        print_line(f"not told apart: {reason}")
     for one in found[1:]:
-        print_table(one.rows(), title=one.claim)
-    if plain := said["by_mean_difference"]:
-        area = plain["auc"]
-        print_line(
-            f"by mean differences alone: area {area['value']:.2f} [{area['low']:.2f}, "
-            f"{area['high']:.2f}]"
-        )
-    else:
-        print_line(f"not told apart: {said['not_told_apart']}")
+        _print_told_apart(one)
     print_line(f"report: {flags.out / 'report.html'}")
+
+
+TOLD_APART = ("model", "domain", "misaligned", "score")
+"""Columns of a classification; what is said of all models is a line."""
+
+
+def _print_told_apart(found: Any) -> None:
+    rows = [{name: row[name] for name in TOLD_APART} for row in found.rows()]
+    print_table(rows, title=found.claim)
+    if found.domains:
+        print_line("scores of different domains are on different scales")
+    for fold, latents in zip(found.folds, found.latents.tolist(), strict=True):
+        used = ", ".join(str(latent) for latent in latents)
+        print_line(f"{fold} left out: latents {used}" if found.domains else f"latents {used}")
+    plain = found.by_mean_difference
+    print_line(f"by latents: {_say_area(found.auc, found.p_value)} ({found.p_method})")
+    print_line(f"by mean differences alone: {_say_area(plain.auc, plain.p_value)}")
+
+
+def _say_area(area: Any, p: float) -> str:
+    return f"area {area.value:.2f} [{area.low:.2f}, {area.high:.2f}], p = {p:.3g}"
 
 
 def _tell_apart(
     flags: ClassifyFlags, diffs: Any, chosen: tuple[int, ...] | None
-) -> tuple[list[Any], dict[str, Any]]:
-    """The contrast and, with enough models, the classification; and what stands beside it."""
-    from emlens.encoding import encode
+) -> tuple[list[Any], str | None]:
+    """The contrast and, with enough models, the classification; or why there is none."""
     from emlens.features import classify_models, contrast_features
+    from emlens.features.classify import why_not_told_apart
     from emlens.runs import RunFolder
-    from emlens.studies.plain_classification import classify_plainly, why_not_told_apart
 
     n, run = len(flags.tuned), RunFolder.open(flags.out)
     found: list[Any] = [contrast_features(diffs[:n], diffs[n:], seed=flags.seed)]
     labels = [True] * n + [False] * n
     domains = [*flags.domains, *flags.domains] if flags.domains else None
     reason = why_not_told_apart(labels, domains)
-    said: dict[str, Any] = {"not_told_apart": reason or None, "by_mean_difference": None}
     if not reason:
         given: dict[str, Any] = {"leave_out": domains, "seed": flags.seed}
         found.append(
             classify_models(diffs, labels, latents=chosen, n_latents=flags.n_latents or 1, **given)
         )
-        plain = classify_plainly(diffs, labels, **given)
-        said["by_mean_difference"] = encode(plain, "by_mean_difference")
     for one in found:
         run.save_result(one.kind, one)
-    return found, said
+    return found, reason or None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +288,7 @@ def explain(flags: ExplainFlags) -> None:
     if flags.json:
         _print_brief(found)
         return
+    print_fit([found.health])
     print_table(found.rows())
     print_line(f"report: {flags.out / 'report.html'}")
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.features.logit_lens import LogitLens
+from emlens.features.results import SaeHealth
 from emlens.features.vector_cosines import VectorCosine
 
 
@@ -95,6 +96,8 @@ class FeatureCards(Result):
     n_tokens: int
     seed: int
     """Of the sampled windows."""
+    health: SaeHealth
+    """How well the codec fits on the tokens looked at: before any card is believed."""
     cards: tuple[FeatureCard, ...]
     """In the order asked for."""
 

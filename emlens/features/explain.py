@@ -12,6 +12,7 @@ from emlens.data.prompts import hash_chats
 from emlens.features.cards import FeatureCard, FeatureCards
 from emlens.features.explain_settings import ExplainSettings
 from emlens.features.find_windows import find_windows
+from emlens.features.health import finish_health
 from emlens.features.logit_lens import read_logit_lens, writes_residual
 from emlens.features.reading import plan_codes
 from emlens.features.steering import check_latents, decoder_directions
@@ -35,7 +36,9 @@ def explain_features(
     """Look at a corpus through some latents, and at the output through what they write.
 
     The corpus is read once; the few texts that windows are cut from are read again. Of a pair both
-    models read the same tokens, and the larger of their two codes decides.
+    models read the same tokens, and the larger of their two codes decides. How well the codec fits
+    the corpus comes with the cards (`health`): where it is `underpowered`, what a latent goes along
+    with is little of what happens there.
 
     Args:
         model: one model, or a pair.
@@ -64,7 +67,7 @@ def explain_features(
     residual = writes_residual(codec.site)
     writes = list_write_vectors(base, adapter) if adapter is not None and residual else ()
     written = compare_with_writes(vectors, writes)
-    windows = find_windows(plan, codec, chosen, settings=settings)
+    windows, fit = find_windows(plan, codec, chosen, settings=settings)
     lenses = (
         read_logit_lens(base, vectors.float(), n_tokens=settings.n_tokens) if residual else None
     )
@@ -98,6 +101,7 @@ def explain_features(
         n_chats=len(given),
         n_tokens=windows[0].n_tokens,
         seed=settings.seed,
+        health=finish_health(plan, codec, fit),
         cards=tuple(_explain(card, settings) for card in cards),
     )
 

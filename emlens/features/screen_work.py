@@ -87,6 +87,7 @@ class ScreenWork:
             controls=torch.stack([s.score(self.controls, named=controls) for s in stages]),
             sampled=(),
             sampled_before=(),
+            most_incoherent=(),
             n_prompts=len(chats),
             n_shared_prompts=sum(prompt_hashes([c])[0] in answered for c in chats),
             seed=self.settings.seed,
@@ -111,9 +112,10 @@ class ScreenWork:
         before = [
             self._summarise(plain[side], plain[side], 0.0, sign) for side, sign, _ in self._sides()
         ]
+        most = [self._allow(one.incoherent) for one in before]
         n, n_chance = self.settings.n_sampled, self.settings.n_sampled_controls
         todo = [
-            (side, sign, latent, control, before[place].incoherent)
+            (side, sign, latent, control, most[place])
             for place, (side, sign, _) in enumerate(self._sides())
             for latent, control in [
                 *((latent, None) for latent in screen.top(n, side=side)),
@@ -121,15 +123,27 @@ class ScreenWork:
             ]
         ]
         curves = tuple(
-            self._curve(stages[side], plain[side], sign, (latent, control), incoherent)
-            for side, sign, latent, control, incoherent in track(todo, "screening (directions)")
+            self._curve(stages[side], plain[side], sign, (latent, control), allowed)
+            for side, sign, latent, control, allowed in track(todo, "screening (directions)")
         )
         ranked = zip(curves, rank_curves(curves), strict=True)
         return replace(
             screen,
             sampled=tuple(replace(curve, p=p) for curve, p in ranked),
             sampled_before=tuple(before),
+            most_incoherent=tuple(most),
         )
+
+    def _allow(self, incoherent: float) -> float:
+        """The share of incoherent responses up to which a strength counts.
+
+        Args:
+            incoherent: that of the unsteered model.
+        """
+        settings = self.settings
+        # Where the unsteered model has no score, only what is always allowed is.
+        beyond = 0.0 if math.isnan(incoherent) else incoherent + settings.extra_incoherent
+        return float(max(settings.max_incoherent, beyond))
 
     def _sides(self) -> list[tuple[Side, float, Any]]:
         return list(zip(SIDES, SIGNS, (self.pair.base, self.pair.tuned), strict=True))
@@ -140,7 +154,7 @@ class ScreenWork:
         plain: Sequence[JudgedResponse],
         sign: float,
         which: tuple[int | None, int | None],
-        incoherent: float,
+        most_incoherent: float,
     ) -> SampledCurve:
         latent, control = which
         if latent is not None:
@@ -157,16 +171,12 @@ class ScreenWork:
             )
             for strength in self.settings.judged_strengths
         )
-        settings = self.settings
-        # Where the unsteered model has no score, only what is always allowed is.
-        allowed = 0.0 if math.isnan(incoherent) else incoherent + settings.extra_incoherent
-        most = max(settings.max_incoherent, allowed)
         return SampledCurve(
             side=stage.side,
             latent=latent,
             control=control,
             points=points,
-            chosen=choose_point(points, most_incoherent=most),
+            chosen=choose_point(points, most_incoherent=most_incoherent),
             p=None,
         )
 

@@ -32,6 +32,8 @@ WITH_ROWS = frozenset(LENGTHY) | frozenset(
     ("persona_features", "sae_health", "model_classification", "early_warning", "plain_difference")
 )
 """Kinds whose rows stand beside the fields; others are written as they are."""
+WITH_PARTS = WITH_ROWS | {"feature_cards"}
+"""Those, and kinds that hold another result, which is written as briefly."""
 _SIDES = ("base", "tuned")
 
 
@@ -45,8 +47,12 @@ def _list_fields(result: Result) -> dict[str, Any]:
     left_out = LENGTHY.get(result.kind, ())
     names = [name for name in field_names(result) if name not in left_out]
     fields = {name: _value(getattr(result, name), name) for name in names}
+    held: Any = result
     if result.kind == "feature_screen":
-        fields["curves"] = _list_curves(result)
+        fields["curves"] = _list_curves(held)
+        fields["trials"] = encode(held.trials(), "trials")
+    if result.kind == "sae_health":
+        fields["cautions"] = list(held.cautions)
     if result.kind in WITH_ROWS:
         fields["rows"] = encode(result.rows(), "rows")
     return fields

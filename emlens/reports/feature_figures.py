@@ -13,7 +13,7 @@ from emlens.reports.features import DONE, SIDES, strongest_control
 from emlens.reports.labels import label, name_rows
 from emlens.reports.sections import Json, find_span, short_name
 from emlens.reports.theme import BAND, DASHES, LINES
-from emlens.reports.visible import finite, read_number, show_number, show_share
+from emlens.reports.visible import finite, read_number, show_number, show_p, show_share
 
 _SYMBOLS = ("circle", "diamond-open")
 _GREY = "#808080"
@@ -53,7 +53,7 @@ def _add_effects(
         name=words,
         customdata=[
             f"latent {int(row['latent'])}, {words}: {show_number(row['forced_effect'])}, "
-            f"p = {show_number(row['forced_p'], 2)}"
+            f"p = {show_p(row['forced_p'])}"
             for row in rows
         ],
         hovertemplate="%{customdata}<extra></extra>",
@@ -116,7 +116,7 @@ def plot_models(feature: Json) -> go.Figure:
 def _describe_model(one: Json) -> str:
     return (
         f"{label(short_name(str(one['tuned'])))}: mean {show_number(one['mean_base'])} to "
-        f"{show_number(one['mean_tuned'])}, q = {show_number(one['q_value'], 2)}"
+        f"{show_number(one['mean_tuned'])}, q = {show_p(one['q_value'])}"
     )
 
 

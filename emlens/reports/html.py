@@ -28,6 +28,7 @@ from emlens.reports.visible import (
     show_change,
     show_change_from,
     show_number,
+    show_p,
     show_points,
     show_share,
     show_text,
@@ -37,6 +38,7 @@ from emlens.reports.visible import (
 _FOLDER = Path(emlens.__file__).parent / "assets" / "templates"
 _FILTERS = {
     "number": show_number,
+    "p": show_p,
     "share": show_share,
     "change": show_change,
     "change_from": show_change_from,
