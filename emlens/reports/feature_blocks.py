@@ -39,6 +39,7 @@ from emlens.reports.visible import (
 
 _LINK = "https://"
 """What an address must begin with to become a link: no other scheme runs or sends anything."""
+_FIT = ("explained_variance", "l0", "dead_share")
 SHOWN_ROWS = 50
 """Rows of a table of latents."""
 
@@ -124,6 +125,27 @@ class FeatureBlock:
     warnings: list[tuple[str, Plot]] = field(default_factory=list)
     """What each says, and its figure."""
     cards: list[CardBlock] = field(default_factory=list)
+
+
+def make_feature_blocks(documents: Sequence[Json], plots: Plots) -> list[FeatureBlock]:
+    """Lay out searches, and parts that stand alone: how well a codec fits first, in one table."""
+    fits = [one for one in documents if kind_of(one) == "sae_health"]
+    by_base: dict[str, list[Json]] = {}
+    for one in fits:
+        # What the base did on one text stands once; on another text it did something else.
+        base = (one["rows"][0][name] for name in ("n_tokens", *_FIT))
+        key = (one["base_fingerprint"], one["codec_fingerprint"], *base)
+        by_base.setdefault(str(key), []).append(one)
+    first = [_fit_block(some) for some in by_base.values()]
+    return first + [make_feature_block(one, plots) for one in documents if one not in fits]
+
+
+def _fit_block(fits: Sequence[Json]) -> FeatureBlock:
+    alarms = dict.fromkeys(line for one in fits for line in list_alarms(one))
+    heading = name_search(fits[0]) if len(fits) == 1 else TITLES["sae_health"]
+    return FeatureBlock(
+        heading=heading, document=fits[0], whole=None, alarms=list(alarms), health=list(fits)
+    )
 
 
 def make_feature_block(document: Json, plots: Plots) -> FeatureBlock:

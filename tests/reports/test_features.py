@@ -216,7 +216,7 @@ def test_parts_that_stand_alone_are_shown_and_thousands_of_latents_as_rows():
     assert len(json.dumps(report["results"][1])) < 60_000
     page = render_report(json.loads(json.dumps(report, allow_nan=False)))
     assert 'id="others"' not in page
-    assert page.count('class="wide sortable"') == 6
+    assert page.count('class="wide sortable"') == 5
     largest = int(deltas[0].abs().argmax())
     assert f'data-v="{largest:.1f}"' in page
 
