@@ -260,6 +260,7 @@ def _show(found: Any) -> None:
             f"{plain.value:.2f} [{plain.low:.2f}, {plain.high:.2f}]"
         )
     for warning in found.warnings:
-        print_line(f"{warning.latent}: {warning.verdict}")
+        weak = "; underpowered" if warning.underpowered else ""
+        print_line(f"{warning.latent}: {warning.verdict}{weak}")
     for line in found.not_done:
         print_line(f"not done: {line}")

@@ -133,7 +133,7 @@ def make_feature_blocks(documents: Sequence[Json], plots: Plots) -> list[Feature
     by_base: dict[str, list[Json]] = {}
     for one in fits:
         # What the base did on one text stands once; on another text it did something else.
-        base = (one["rows"][0][name] for name in ("n_tokens", *_FIT))
+        base = (show_number(one["rows"][0][name]) for name in ("n_tokens", *_FIT))
         key = (one["base_fingerprint"], one["codec_fingerprint"], *base)
         by_base.setdefault(str(key), []).append(one)
     first = [_fit_block(some) for some in by_base.values()]
