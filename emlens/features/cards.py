@@ -61,7 +61,7 @@ class FeatureCard:
     """Tokens that it promotes and suppresses, by the base's output; None where it does not write to
     the residual stream."""
     directions: tuple[VectorCosine, ...]
-    """Of W_dec with the directions given."""
+    """Of W_dec with the directions given; of a pair with its mean difference last."""
     writes: tuple[VectorCosine, ...]
     """Of W_dec with what the adapter's modules write."""
     explanation: str | None = None

@@ -64,7 +64,7 @@ def find_windows(
 
     Returns:
         One for each latent, in the order given; and the sums from which follows how well the codec
-        fits the corpus (`health.finish_health`).
+        fits the corpus (`health.summarise_health`).
     """
     prompts, names = group_by_prompt(plan.chats)
     fit = FeatureAccumulator(

@@ -13,7 +13,7 @@ from torch import Tensor
 from emlens.activations import ReadingPlan
 from emlens.codecs import SparseCodec
 from emlens.data import Batching, Chat
-from emlens.features.accumulate import ChangeSums, FeatureAccumulator, PromptSums
+from emlens.features.accumulate import ChangeSums, PromptSums
 from emlens.features.reading import accumulate_codes, group_by_prompt, plan_codes
 from emlens.features.results import SaeHealth, is_underpowered
 from emlens.models.reading import Readable, count_models, identify
@@ -45,11 +45,6 @@ def check_sae(
     plan = plan_codes(model, codec, chats, positions=positions, batching=batching)
     prompts, names = group_by_prompt(chats)
     found = accumulate_codes(plan, codec, prompts=prompts, n_prompts=len(names), keep_codes=False)
-    return finish_health(plan, codec, found)
-
-
-def finish_health(plan: ReadingPlan, codec: SparseCodec, found: FeatureAccumulator) -> SaeHealth:
-    """Turn the sums of one pass over a plan, both models of a pair on the same tokens, into it."""
     sums = [part.result() for part in found.models]
     return summarise_health(plan, codec, sums, found.change())
 

@@ -9,6 +9,7 @@ import torch
 
 from emlens.codecs import CodecError
 from emlens.features.cards import FeatureCard, FeatureCards
+from emlens.features.compare import compare_features
 from emlens.features.explain import explain_features
 from emlens.features.explain_settings import ExplainSettings
 from emlens.features.health import check_sae
@@ -83,6 +84,12 @@ def test_cards_say_how_well_the_codec_fits_the_texts_they_are_cut_from(pair, car
     alone = explain_features(pair.base, CODEC, latents=(7,), chats=CHATS[:3], settings=SETTINGS)
     assert alone.health.streams == ("model",)
     assert alone.health.n_prompts == 3
+    assert alone.cards[0].directions == ()
+    diff = compare_features(pair, CODEC, chats=CHATS)
+    for latent in LATENTS:
+        (near,) = cards.card(latent).directions
+        assert near.cosine == pytest.approx(float(diff.decoder_cosine[latent]), abs=1e-6)
+        assert "mean difference of the two models" in near.name
 
 
 def test_the_planted_latent_is_more_active_in_the_tuned_model(cards):
@@ -186,7 +193,7 @@ def test_cosines_stand_beside_those_of_random_vectors(pair):
         name="planted",
     )
     found = explain_features(
-        pair,
+        pair.base,
         CODEC,
         latents=LATENTS,
         chats=CHATS[:2],

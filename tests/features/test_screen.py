@@ -148,13 +148,6 @@ def test_a_strength_counts_that_costs_little_coherence(pair, plain, weak, strong
     assert [point.incoherent for point in curve.points] == [weak / 8, strong / 8]
     assert curve.chosen == chosen
     assert found.most_incoherent == pytest.approx((max(0.1, plain / 8 + 0.1),) * 2)
-    latents, chance = found.trials()[2:]
-    assert (latents["directions"], chance["directions"]) == ("latents", "random directions")
-    n_coherent = sum(lost / 8 <= found.most_incoherent[1] + 1e-9 for lost in (weak, strong))
-    for row, n in ((latents, 2), (chance, 16)):
-        assert (row["sampled"], row["trials"], row["coherent"]) == (n, 2 * n, n_coherent * n)
-        assert row["never_coherent"] == (n if chosen is None else 0)
-        assert (row["unsteered"], row["unscored"]) == (plain / 8, 0)
     if chosen is None:
         assert curve.p == 1.0
 
