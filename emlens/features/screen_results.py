@@ -183,7 +183,7 @@ class FeatureScreen(Result):
         A trial is a direction at one strength. The first stage knows no incoherence; numbers of the
         second are None where no responses were sampled.
         """
-        kinds = (("latents", len(self.latents)), ("random directions", self.controls.shape[2]))
+        kinds = (("latents", len(self.latents)), ("random", self.controls.shape[2]))
         return [
             {
                 "side": side,

@@ -69,7 +69,8 @@ def test_a_search_finds_screens_explains_and_writes_a_report(
     latent = found["features"][0]["latent"]
     again = cli(*find_words(tiny, folder, "--out", folder / "run"))
     assert again.code == 0, again.err
-    for part in ("beware: ", "without a codec", str(latent), "models told apart", "report:"):
+    parts = ("beware: ", "without a codec", str(latent), "no responses were sampled")
+    for part in (*parts, "models told apart", "report:"):
         assert part in again.out
     reported = cli("report", folder / "run", "--out", tmp_path / "page.html")
     assert reported.code == 0, reported.err
@@ -108,6 +109,7 @@ def test_a_sampled_screen_is_judged(
     assert "What was not done" in page
     assert "induces sampled p" in page
     printed = cli(*(word for word in run if word != "--json"), "--strengths", "1")
+    assert "never_coherent" in printed.out
     assert "sampled, judged" in printed.out
     assert "effect_low" in printed.out
 
@@ -124,12 +126,16 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     assert (compared["n_prompts"], compared["responses"]) == (16, "same")
     first = [row["latent"] for row in compared["rows"][:2]]
     text = cli(*words(tiny, folder, "compare", *given))
-    assert "the largest changes" in text.out
+    assert compared["plain"]["schema"] == "emlens/plain_difference/1"
+    assert text.out.index("without a codec") < text.out.index("the largest changes")
     listed = ["--from", tmp_path / "compared", "--top", 2]
     cards = ["--prompts", folder / "chats.jsonl", "--limit", 4, "--out", tmp_path / "cards"]
     explained = cli(*words(tiny, folder, "explain", *listed, *cards, "--json"))
     assert explained.code == 0, explained.err
     assert [card["latent"] for card in explained.json["cards"]] == first
+    assert "underpowered" in explained.json["health"]["cautions"][0]
+    said = cli(*words(tiny, folder, "explain", *listed, *cards)).out
+    assert said.index("this is underpowered") < said.index("active_share")
     texts = ["--positive", folder / "bad.jsonl", "--negative", folder / "good.jsonl"]
     screen = words(tiny, folder, "screen", *listed, *texts, "--strengths", "2", "--units")
     screened = cli(*screen, "resid_norm", "--out", tmp_path / "screen", "--json")
@@ -171,7 +177,10 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     assert "in-sample" in told["claim"]
     area = told["by_mean_difference"]["auc"]["value"]
     printed = cli(*run[:-1], tmp_path / "two", *more)
+    assert len(both.json["health"]) == 4
+    assert "How well the autoencoder fits" in (tmp_path / "two" / "report.html").read_text()
     assert "in-sample separation" in printed.out
+    assert f"latents {told['latents'][0][0]}" in printed.out
     assert "this is underpowered" in printed.out.partition("harmful less careful")[0]
     assert f"by mean differences alone: area {area:.2f} [" in printed.out
     assert "{" not in printed.out
