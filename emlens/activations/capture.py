@@ -25,7 +25,7 @@ from emlens.activations.reading import (
     plan_reading,
     require_one,
 )
-from emlens.artifacts import write_tensors_atomic
+from emlens.activations.shard_writer import ShardWriter
 from emlens.data import Batching, Chat, Positions, PositionsError, parse_positions
 from emlens.encoding import ArtifactError
 from emlens.models.acting import describe_acting
@@ -200,8 +200,9 @@ def capture_activations(
 ) -> ActivationShards:
     """Write the activations of every selected token to disk; the same call again resumes.
 
-    One shard holds one batch at all sites, in the models' dtype, and appears whole or not at all:
-    whatever ends the run loses at most the shard in flight. Under interventions a batch that is
+    One shard holds one batch at all sites, in the models' dtype, and appears whole or not at all.
+    It is written while the next batch runs: a kill loses at most these two, an error only the one
+    that was running. Under interventions a batch that is
     kept already may run once more, so that each is seen to act in this call too.
 
     Args:
@@ -229,20 +230,25 @@ def capture_activations(
     )
     if done:
         _refuse_hooks(plan, run.path)
+    _write_shards(plan, shards, range(done, shards.n_shards))
+    if again := _list_again(plan, done):
+        list(plan.read(_look_away, "acting once more (tokens)", chosen=again))
+    return ActivationShards.open(run.path)
+
+
+def _write_shards(plan: ReadingPlan, shards: ActivationShards, todo: range) -> None:
     held: dict[str, Tensor] = {}
 
     def keep(site: Site, x: Tensor, chosen: tuple[Selection, ...]) -> None:
         for stream, values in zip(shards.streams, chosen[0].take(x), strict=True):
-            held[_tensor_name(stream, site)] = values.cpu()
+            held[_tensor_name(stream, site)] = writer.bring(values)
 
-    todo = range(done, shards.n_shards)
-    for shard, chosen in zip(todo, plan.read(keep, "capturing (tokens)", chosen=todo), strict=True):
-        held[_ROWS] = torch.stack([chosen[0].rows, chosen[0].tokens], dim=1)
-        write_tensors_atomic(shards.shard_path(shard), held)
-        held.clear()
-    if again := _list_again(plan, done):
-        list(plan.read(_look_away, "acting once more (tokens)", chosen=again))
-    return ActivationShards.open(run.path)
+    with ShardWriter() as writer:
+        ran = plan.read(keep, "capturing (tokens)", chosen=todo)
+        for shard, chosen in zip(todo, ran, strict=True):
+            held[_ROWS] = torch.stack([chosen[0].rows, chosen[0].tokens], dim=1)
+            writer.write(shards.shard_path(shard), held)
+            held.clear()
 
 
 def _look_away(_site: Site, _x: Tensor, _chosen: tuple[Selection, ...]) -> None:

@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from emlens.numerics.by_device import ByDevice
+
 ROWS = 256
 """Tokens that a processor encodes at a time: enough that a product spends little on bringing
 weights, and few enough for many latents in a chunk."""
-CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+CHUNK = ByDevice(cpu=1 << 22, elsewhere=1 << 26)
 """Codes held at a time: 16 MiB of float32, which the allocator hands out again without asking the
 system for new pages, or 256 MiB, which keep a GPU busy and are little of its memory."""
 BLOCK = 32
@@ -62,7 +64,7 @@ def merge_largest(
         k: how many of each row; at most `d_sae`.
         device: where codes are made.
     """
-    room = CHUNK.get(device.type, CHUNK["cpu"])
+    room = CHUNK.of(device)
     step = max(1, min(n, ROWS if device.type == "cpu" else room // max(k, 1 << 14)))
     rows = [slice(row, min(row + step, n)) for row in range(0, n, step)] or [slice(0, 0)]
     width = max(k, room // step)

@@ -12,20 +12,19 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from emlens.codecs import SparseCodec
+from emlens.numerics.by_device import ByDevice
 from emlens.numerics.validation import check_finite
 
-CHUNK_VALUES = {"cpu": 6 << 20}
-"""By kind of device, codes held at a time, n x d_sae: 24 MiB of float32. Blocks of 32 MiB and more
-glibc asks the system for each time, page by page; with fewer rows a product takes longer a row."""
-LARGE_CHUNK_VALUES = 1 << 28
-"""On any other kind: 1 GiB of float32, a fraction of a GPU's memory; a search for what is not 0
-wants fewer than 2^31 values."""
+CHUNK_VALUES = ByDevice(cpu=6 << 20, elsewhere=1 << 28)
+"""Codes held at a time, n x d_sae. 24 MiB of float32 on a processor: blocks of 32 MiB and more
+glibc asks the system for each time, page by page; with fewer rows a product takes longer a row.
+1 GiB elsewhere, a fraction of a GPU's memory; a search for what is not 0 wants fewer than 2^31
+values."""
 FEWEST_ROWS = 128
 """Encoded at once: with fewer the encoder's weights are read too often."""
-MOST_ROWS = {"cpu": 1024}
-LARGE_MOST_ROWS = 4096
-"""Encoded at once, on any kind of device but those named: enough to fill it, and in float64, where
-they are summed, still little beside the codes."""
+MOST_ROWS = ByDevice(cpu=1024, elsewhere=4096)
+"""Encoded at once: enough to fill the device, and in float64, where they are summed, still little
+beside the codes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,9 +53,8 @@ def split_rows(n: int, d_sae: int, *, device: str) -> Iterator[slice]:
         d_sae: latents of the codec.
         device: kind of the device that it lies on, such as `cuda`.
     """
-    values = CHUNK_VALUES.get(device, LARGE_CHUNK_VALUES)
-    most = MOST_ROWS.get(device, LARGE_MOST_ROWS)
-    step = min(most, max(FEWEST_ROWS, values // d_sae))
+    fitting = CHUNK_VALUES.of(device) // d_sae
+    step = min(MOST_ROWS.of(device), max(FEWEST_ROWS, fitting))
     yield from (slice(start, min(n, start + step)) for start in range(0, n, step))
 
 

@@ -21,13 +21,13 @@ from emlens.models.shared_prompts import find_equal, frame_shared
 from emlens.models.tokens_in_flight import TokensInFlight, frame_prompts, publish_tokens
 from emlens.models.unembed import compute_logits
 from emlens.models.views import origin_of
+from emlens.numerics.by_device import ByDevice
 from emlens.numerics.validation import NonFiniteError, WidthError
 
 __all__ = ["Generated", "Sampling", "generate_tokens", "stop_tokens"]
 
-_CHECKS = {"cpu": 1}
-"""Steps between looks at which rows have ended, by device; each waits for the device."""
-_CHECKS_ELSEWHERE = 8
+_CHECKS = ByDevice(cpu=1, elsewhere=8)
+"""Steps between looks at which rows have ended; each waits for the device."""
 _LEAVING = 8
 """Ended rows leave when they are at least one in so many: moving the cache costs about a step."""
 
@@ -144,7 +144,7 @@ class _Loop:
         self.model, self.sampling, self.stops = model, sampling, stops
         self.step = 0
         self.rows_act = acts_on_rows(model)
-        self.every = _CHECKS.get(stops.device.type, _CHECKS_ELSEWHERE)
+        self.every = _CHECKS.of(stops.device)
 
     def start(self, ids: Tensor, mask: Tensor, frame: TokensInFlight, keys: Tensor | None) -> None:
         """Run the prompts and choose the first tokens."""

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from jaxtyping import Float
 from torch import Tensor
 
+from emlens.numerics.by_device import ByDevice
+
 MAX_LOGITS = 1 << 26
 """Values in one slice of logits: 256 MiB in float32."""
-BLOCK_VALUES = {"cpu": 1 << 19}
-"""By kind of device: 2 MB of float32 for each temporary, which a processor's cache holds."""
-LARGE_BLOCK_VALUES = 1 << 24
-"""On any other kind: it has no such cache, and wants fewer launches."""
+BLOCK_VALUES = ByDevice(cpu=1 << 19, elsewhere=1 << 24)
+"""2 MB of float32 for each temporary, which a processor's cache holds; elsewhere 64 MB."""
 
 
 def slice_rows(n: int, d_vocab: int, *, copies: int = 1) -> Iterator[slice]:
@@ -25,5 +25,4 @@ def slice_rows(n: int, d_vocab: int, *, copies: int = 1) -> Iterator[slice]:
 
 def split_blocks(rows: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "m d"], ...]:
     """Cut rows, views of them, into blocks of at least one; equal shapes are cut alike."""
-    values = BLOCK_VALUES.get(rows.device.type, LARGE_BLOCK_VALUES)
-    return rows.split(max(1, values // max(1, rows.shape[-1])))
+    return rows.split(max(1, BLOCK_VALUES.of(rows.device) // max(1, rows.shape[-1])))

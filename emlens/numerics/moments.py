@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from emlens.numerics.by_device import ByDevice
 from emlens.numerics.validation import (
     EmptyAccumulatorError,
     check_finite,
@@ -18,13 +19,10 @@ from emlens.numerics.validation import (
     check_samples,
 )
 
-# Rows reduced at a time on a processor: 2 MB of float32 at width 576, so that the second pass reads
-# from cache. Reductions down the rows at this size measured 4 to 8 times faster than
-# `torch.var_mean(dim=0)`.
-_CHUNK_ROWS = {"cpu": 1024}
-# Elsewhere there is no such cache, and a chunk costs its launches whatever its size: a batch of the
-# usual 16,384 tokens is one chunk.
-_LARGE_CHUNK_ROWS = 1 << 14
+# Rows reduced at a time. On a processor 2 MB of float32 at width 576, so that the second pass reads
+# from cache: reductions down the rows at this size measured 4 to 8 times faster than
+# `torch.var_mean(dim=0)`. Elsewhere a batch of the usual 16,384 tokens is one chunk.
+_CHUNK_ROWS = ByDevice(cpu=1024, elsewhere=1 << 14)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +107,7 @@ def centred_chunks(x: Float[Tensor, "n d"]) -> Iterator[CentredChunk]:
         x: Samples [n d] of any floating-point dtype; no row yields no chunk.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    size = _CHUNK_ROWS.get(x.device.type, _LARGE_CHUNK_ROWS)
-    for rows in x.detach().split(size):
+    for rows in x.detach().split(_CHUNK_ROWS.of(x.device)):
         if rows.shape[0] == 0:
             continue
         rows = rows.to(dtype)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from emlens.numerics.by_device import ByDevice
 from emlens.numerics.validation import (
     EmptyAccumulatorError,
     WidthError,
@@ -18,10 +19,9 @@ from emlens.numerics.validation import (
     check_samples,
 )
 
-# Rows converted to float64 at a time, by kind of device: 4 MB at width 576, which a cache holds.
-_CHUNK_ROWS = {"cpu": 1024}
-# On any other kind, which wants fewer launches: 320 MiB at width 5120.
-_LARGE_CHUNK_ROWS = 1 << 13
+# Rows converted to float64 at a time: 4 MB at width 576, which a processor's cache holds, or
+# 320 MiB at width 5120.
+_CHUNK_ROWS = ByDevice(cpu=1024, elsewhere=1 << 13)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class WeightedSumsAccumulator:
         batch = torch.cat(
             [x.new_zeros(self.m, self.width, dtype=torch.float64), wide.sum(1)[:, None]], 1
         )
-        step = _CHUNK_ROWS.get(x.device.type, _LARGE_CHUNK_ROWS)
+        step = _CHUNK_ROWS.of(x.device)
         for rows, part in zip(x.detach().split(step), wide.split(step, 1), strict=True):
             batch[:, :-1].addmm_(part, rows.double())
         check_finite("x or weights", batch)

@@ -129,7 +129,7 @@ def test_the_same_call_goes_on_where_a_run_ended(tmp_path, left):
 
 def capture_and_die(out):
     """As a kill in the middle of writing the third shard leaves it."""
-    module: Any = importlib.import_module("emlens.activations.capture")
+    module: Any = importlib.import_module("emlens.activations.shard_writer")
     write, written = module.write_tensors_atomic, []
 
     def write_and_die(path, tensors):
@@ -143,7 +143,7 @@ def capture_and_die(out):
     capture(out)
 
 
-def test_a_kill_loses_at_most_the_shard_in_flight(tmp_path):
+def test_a_kill_loses_at_most_the_shards_in_flight(tmp_path):
     assert run_copy(lambda: capture_and_die(tmp_path / "run")) == -signal.SIGKILL
     files = sorted((tmp_path / "run" / "shards").glob("0*.safetensors"))
     assert len(files) == 2

@@ -12,6 +12,7 @@ from emlens.codecs.frozen import freeze_weights
 from emlens.codecs.inputs import check_activations
 from emlens.codecs.rectifier import Rectifier
 from emlens.codecs.runtime import ARCHITECTURES, WITH_THRESHOLD
+from emlens.numerics.by_device import ByDevice
 from tests.codecs.builders import draw, make_sae
 
 X = draw(30, 12, seed=9)
@@ -40,7 +41,7 @@ def test_sparse_codes_are_the_largest_of_all_codes_whatever_the_chunks(
 ):
     sae = make_sae(architecture, dtype=torch.float64)
     codes = sae.encode(X).values
-    monkeypatch.setattr(topk, "CHUNK", {"cpu": 100})
+    monkeypatch.setattr(topk, "CHUNK", ByDevice(cpu=100, elsewhere=100))
     monkeypatch.setattr(topk, "ROWS", 7)
     found = sae.encode_sparse(X, k=5)
     assert torch.allclose(found.values, codes.topk(5, dim=1).values, rtol=1e-12)

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emlens.codecs import topk
 from emlens.codecs.topk import merge_largest, pick_latents, select_largest, settle_inactive
+from emlens.numerics.by_device import ByDevice
 from tests.codecs.builders import draw, make_sae
 
 CPU = torch.device("cpu")
@@ -28,7 +29,7 @@ def by_hand(row: list[float], k: int) -> list[int]:
 def test_chunks_give_what_torch_gives_of_the_whole(
     k: int, room: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(topk, "CHUNK", {"cpu": room})
+    monkeypatch.setattr(topk, "CHUNK", ByDevice(cpu=room, elsewhere=room))
     monkeypatch.setattr(topk, "ROWS", 7)
     codes = draw(20, 703, seed=0).abs()
     values, columns = merge(codes, k)
@@ -45,7 +46,7 @@ def test_chunks_give_what_torch_gives_of_the_whole(
 def test_of_equal_codes_the_lower_latent_goes_first(rows: list[list[int]], k: int, room: int):
     codes = torch.tensor(rows, dtype=torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(topk, "CHUNK", {"cpu": room})
+        patch.setattr(topk, "CHUNK", ByDevice(cpu=room, elsewhere=room))
         values, columns = merge(codes, k)
     for row, found, active in zip(rows, columns.tolist(), (values > 0).tolist(), strict=True):
         wanted = by_hand([float(code) for code in row], k)
@@ -99,7 +100,7 @@ class LargestTensor(TorchDispatchMode):
 def test_memory_grows_neither_with_latents_nor_with_tokens_times_latents(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(topk, "CHUNK", {"cpu": 1 << 13})
+    monkeypatch.setattr(topk, "CHUNK", ByDevice(cpu=1 << 13, elsewhere=1 << 13))
     monkeypatch.setattr(topk, "ROWS", 16)
     found = {}
     for n, d_sae in ((64, 1024), (64, 8192), (512, 1024), (512, 8192)):

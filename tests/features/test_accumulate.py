@@ -64,8 +64,8 @@ def test_active_codes_and_reconstruction_are_those_of_the_codec(architecture: st
 @pytest.mark.parametrize(
     ("device", "values", "cuts"),
     [
-        ("cpu", encode.CHUNK_VALUES["cpu"], ([384, 384, 132], [128] * 7 + [4])),
-        ("cuda", encode.LARGE_CHUNK_VALUES, ([900], [900])),
+        ("cpu", encode.CHUNK_VALUES.cpu, ([384, 384, 132], [128] * 7 + [4])),
+        ("cuda", encode.CHUNK_VALUES.elsewhere, ([900], [900])),
     ],
 )
 def test_rows_are_cut_so_that_their_codes_are_of_bounded_size(
@@ -85,7 +85,7 @@ def test_rows_are_cut_so_that_their_codes_are_of_bounded_size(
 def test_an_accelerator_encodes_as_many_rows_as_its_search_can_take():
     most = [next(iter(split_rows(1 << 20, d_sae, device="cuda"))).stop for d_sae in (64, 131072)]
     assert most == [4096, 2048]
-    assert max(most[1] * 131072, encode.LARGE_CHUNK_VALUES) < 2**31
+    assert max(most[1] * 131072, encode.CHUNK_VALUES.elsewhere) < 2**31
 
 
 rows = st.lists(st.integers(0, 4), min_size=1, max_size=25)

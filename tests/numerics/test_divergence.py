@@ -13,6 +13,7 @@ from scipy.special import rel_entr
 from scipy.stats import entropy as scipy_entropy
 
 from emlens.numerics import blocks
+from emlens.numerics.by_device import ByDevice
 from emlens.numerics.divergence import (
     NotLogProbabilitiesError,
     entropy,
@@ -139,7 +140,7 @@ def test_a_planted_change_is_the_top_change():
 def test_work_in_small_blocks_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch):
     p, q = log_probs(5, 3, 20), log_probs(5, 3, 20, seed=1)
     whole = [f(p, q) for f in (kl_divergence, js_divergence)], entropy(p), top_changes(p, q, 2)
-    monkeypatch.setitem(blocks.BLOCK_VALUES, "cpu", 40)
+    monkeypatch.setattr(blocks, "BLOCK_VALUES", ByDevice(cpu=40, elsewhere=40))
     parts = [f(p, q) for f in (kl_divergence, js_divergence)], entropy(p), top_changes(p, q, 2)
     for a, b in zip(whole[0], parts[0], strict=True):
         assert torch.equal(a, b)
