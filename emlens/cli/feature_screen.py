@@ -93,7 +93,7 @@ def screen(flags: ScreenFlags) -> None:
             return
         found = _screen(flags, latents, contrast, settings)
     if flags.json:
-        print_json(found.to_dict())
+        print_json({**found.to_dict(), "trials": found.trials()})
         return
     print_fit([found.health])
     rows = [{name: row[name] for name in FORCED} for row in found.rows()]
