@@ -155,8 +155,7 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
         return dataclasses.replace(codec, positions=positions)
     raise CodecError(
         f"{source}: holds no codec: expected result.json (emlens), cfg.json (sae_lens) or ae.pt "
-        f"(dictionary_learning); is it a subfolder? There are {_list_folders(place)}"
-        + (offline_hint() if source.kind == "hub" else "")
+        f"(dictionary_learning); {_say_where_else(source, place)}"
     )
 
 
@@ -169,6 +168,12 @@ def _check_whole(source: Source, place: Path) -> None:
     hint = offline_hint() if source.kind == "hub" else ""
     if hint and is_sae_lens(place) and not (place / WEIGHTS).exists():
         raise CodecError(f"{source}: {CONFIG} is in the local cache, and {WEIGHTS} is not{hint}")
+
+
+def _say_where_else(source: Source, place: Path) -> str:
+    if source.kind == "hub":  # what lies in folders inside it was not fetched
+        return f"is it in a folder inside? Name it: {source}/FOLDER, or sae_id{offline_hint()}"
+    return f"is it a subfolder? There are {_list_folders(place)}"
 
 
 def _list_folders(place: Path) -> str:

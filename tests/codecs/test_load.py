@@ -354,7 +354,7 @@ def test_sources_that_hold_no_codec_are_refused_by_name(tmp_path: Path):
 def test_what_the_cache_holds_a_part_of_is_refused_offline_with_the_reason(tmp_path: Path):
     write_text = {"README.md": lambda file: file.write_text("about")}
     publish(tmp_path, "someone/other-files", write_text)
-    with pytest.raises(CodecError, match=r"holds no codec.*HF_HUB_OFFLINE is set: unset it"):
+    with pytest.raises(CodecError, match=r"Name it: someone.other-files/FOLDER.*HF_HUB_OFFLINE"):
         load_sae("someone/other-files")
     config = {"cfg.json": lambda file: file.write_text("{}")}
     publish(tmp_path, "someone/half", config)
