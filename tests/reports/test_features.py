@@ -198,6 +198,17 @@ def test_a_classification_alone_stands_beside_mean_differences_with_its_latents(
     assert "Latents used, by what was left out: all: 12." in text
 
 
+def test_fits_of_several_fine_tunes_share_a_table_that_comes_first():
+    fits = [make_health(name) for name in NAMES[:2]]
+    page = page_of(make_classification(), *fits)
+    assert page.count('aria-label="Fit of the autoencoder"') == 1
+    text = Outline(page).text
+    assert text.index("emlens:bad-health") < text.index("By mean differences alone")
+    # On another text the base did something else.
+    other = make_health(NAMES[2], n_tokens=torch.tensor([9, 9]))
+    assert page_of(*fits, other).count('aria-label="Fit of the autoencoder"') == 2
+
+
 def test_stages_beside_the_whole_are_shown_once():
     search = make_search()
     alone, beside = page_of(search), page_of(search, search.screen, search.cards, *search.warnings)
