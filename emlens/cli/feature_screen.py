@@ -48,7 +48,7 @@ Example:
     --units delta_norm --out runs/screen"""
 FORCED = (
     *("side", "latent", "forced_effect", "forced_strength", "forced_p"),
-    *("controls_median", "controls_max"),
+    *("controls_median", "controls_max", "mean_difference"),
 )
 """Columns of the first stage in the rows of a screen."""
 

@@ -205,7 +205,7 @@ def plan_screen(screen: Any, n_latents: int, contrast: Any) -> dict[str, Any]:
         "units": screen.units,
         "fixed_responses": len(contrast.positive) + len(contrast.negative),
         "scored_responses": sides
-        * (1 + (n_latents + n_controls) * len(screen.strengths))
+        * (1 + (n_latents + n_controls + 1) * len(screen.strengths))
         * (len(contrast.positive) + len(contrast.negative)),
         "sampled_responses": responses if screen.n_sampled else 0,
     }

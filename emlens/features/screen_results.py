@@ -109,6 +109,9 @@ class FeatureScreen(Result):
     """The same under each latent."""
     controls: Float[Tensor, "side class control strength"]
     """The same under random directions of the same lengths."""
+    mean_difference: Float[Tensor, "side class strength"] | None
+    """The same under the mean difference of the two models, of the same lengths: what needs no
+    codec. None where their means are equal."""
     sampled: tuple[SampledCurve, ...]
     """Second stage: latents, best of the first stage first, then controls, chosen by it in the same
     way; the base's first."""
@@ -132,6 +135,11 @@ class FeatureScreen(Result):
     def control_curves(self, side: Side) -> Float[Tensor, "control strength"]:
         """The same of the random directions."""
         return self._change(self.controls, side)
+
+    def mean_difference_curve(self, side: Side) -> Float[Tensor, " strength"] | None:
+        """The same of the mean difference: latents that do less say less than it does."""
+        found = self.mean_difference
+        return None if found is None else self._change(found, side)
 
     def forced_effect(self, side: Side) -> Float[Tensor, " latent"]:
         """First stage: the largest change over the strengths."""
@@ -222,7 +230,7 @@ class FeatureScreen(Result):
     def _rows(self, side: Side) -> list[dict[str, Any]]:
         effects, p = self.forced_effect(side), self.forced_p(side)
         best = self.forced_curves(side).argmax(1)
-        chance = self.control_curves(side).amax(1)
+        chance, plain = self.control_curves(side).amax(1), self.mean_difference_curve(side)
         found = {c.latent: c for c in self.sampled if c.side == side and c.latent is not None}
         return [
             {
@@ -233,6 +241,7 @@ class FeatureScreen(Result):
                 "forced_p": float(p[k]),
                 "controls_median": float(chance.median()),
                 "controls_max": float(chance.max()),
+                "mean_difference": None if plain is None else float(plain.max()),
                 **_describe(found.get(int(latent))),
             }
             for k, latent in enumerate(self.latents)

@@ -29,6 +29,7 @@ from emlens.features.screen_results import (
     rank_curves,
 )
 from emlens.features.screen_settings import ScreenSettings
+from emlens.features.screen_units import Shift
 from emlens.models.pair import ModelPair
 from emlens.models.reading import identify
 
@@ -45,7 +46,7 @@ class ScreenWork:
     scores: BehaviourScores
     settings: ScreenSettings
     journal: ScreenJournal
-    unit: float
+    shift: Shift
     health: SaeHealth
 
     def force(self, fixed: FixedTexts, texts: ContrastTexts) -> FeatureScreen:
@@ -56,7 +57,7 @@ class ScreenWork:
                 side=side,
                 site=self.codec.site,
                 texts=fixed,
-                strengths=[sign * self.unit * s for s in self.settings.strengths],
+                strengths=[sign * self.shift.unit * s for s in self.settings.strengths],
                 batching=self.settings.batching,
                 journal=self.journal,
             )
@@ -80,11 +81,12 @@ class ScreenWork:
             latents=torch.tensor(self.latents),
             strengths=torch.tensor(self.settings.strengths, dtype=torch.float64),
             units=self.settings.units,
-            unit_norm=self.unit,
+            unit_norm=self.shift.unit,
             n_texts=(len(texts.positive), len(texts.negative)),
             before=torch.stack([stage.score_plain() for stage in stages]),
             steered=torch.stack([s.score(self.directions, named=latents) for s in stages]),
             controls=torch.stack([s.score(self.controls, named=controls) for s in stages]),
+            mean_difference=self._score_plainly(stages),
             sampled=(),
             sampled_before=(),
             most_incoherent=(),
@@ -92,6 +94,13 @@ class ScreenWork:
             n_shared_prompts=sum(prompt_hashes([c])[0] in answered for c in chats),
             seed=self.settings.seed,
         )
+
+    def _score_plainly(self, stages: Sequence[ForcedStage]) -> Tensor | None:
+        """The first stage under the mean difference, which needs no codec; None where it is 0."""
+        if self.shift.direction is None:
+            return None
+        own = self.shift.direction[None]
+        return torch.stack([s.score(own, named=["mean-difference"])[:, 0] for s in stages])
 
     def sample(self, screen: FeatureScreen) -> FeatureScreen:
         """The second stage, added to the result of the first."""
@@ -164,7 +173,9 @@ class ScreenWork:
             name, vector = f"control-{control}", self.controls[control]
         points = tuple(
             self._summarise(
-                stage.sample(f"{name}/{float(strength)!r}", sign * strength * self.unit * vector),
+                stage.sample(
+                    f"{name}/{float(strength)!r}", sign * strength * self.shift.unit * vector
+                ),
                 plain,
                 float(strength),
                 sign,

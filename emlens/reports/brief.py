@@ -21,7 +21,7 @@ LENGTHY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "feature_contrast": ("contrast", "pairs_agreeing", "t", "p_value", "q_value", "p_method"),
         "feature_ranking": ("latents", "scores"),
-        "feature_screen": ("before", "steered", "controls"),
+        "feature_screen": ("before", "steered", "controls", "mean_difference"),
         "latent_codes": ("prompts", "latents", "codes"),
         "sae": _WEIGHTS,
         "crosscoder": _WEIGHTS,
@@ -68,11 +68,12 @@ def _value(value: Any, name: str) -> Any:
 
 
 def _list_curves(screen: Any) -> dict[str, Any]:
-    """Change of the log-odds by strength, of each latent and of each random direction."""
+    """Change of the log-odds by strength: latents, random directions, the mean difference."""
     return {
         side: {
             "latents": encode(screen.forced_curves(side), "curves"),
             "controls": encode(screen.control_curves(side), "curves"),
+            "mean_difference": encode(screen.mean_difference_curve(side), "curves"),
         }
         for side in _SIDES
     }

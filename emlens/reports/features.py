@@ -211,15 +211,32 @@ def say_trials(screen: Json) -> list[str]:
     if not screen["sampled_before"]:
         return [
             f"{forced} No responses were sampled: nothing is known of what steering says, nor of "
-            "how coherent it is."
+            "how coherent it is.",
+            *_say_plainly(screen),
         ]
     shared = int(screen["n_shared_prompts"])
     return [
         forced,
+        *_say_plainly(screen),
         f"Responses were sampled to {screen['n_prompts']} prompts, {shared} of them those of fixed "
         "responses. A trial is a direction at one strength; it counts where no more of its scored "
         "responses are incoherent than allowed, and of those that count the largest strength is "
         "taken. A direction that is never coherent ranks last.",
+    ]
+
+
+def _say_plainly(screen: Json) -> list[str]:
+    """What steering with the mean difference does; reports of old do not hold it."""
+    said = []
+    for side, words in zip(SIDES, DONE, strict=True):
+        row = next((row for row in screen["rows"] if row["side"] == side), {})
+        if row.get("mean_difference") is not None:
+            said.append(f"{words} {show_change(row['mean_difference'])}")
+    if not said:
+        return []
+    return [
+        "The mean difference of the two models, which needs no latent, does at its best strength: "
+        f"{', '.join(said)} nats a token."
     ]
 
 

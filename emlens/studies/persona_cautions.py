@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from emlens.features import FeatureContrast, FeatureDiff
 from emlens.features.cards import FeatureCards
-from emlens.features.screen_results import FeatureScreen
+from emlens.features.screen_results import SIDES, FeatureScreen
 from emlens.numerics.sign_flips import smallest_p
 from emlens.studies.plain_difference import PlainDifference
 
@@ -38,6 +38,7 @@ def list_cautions(
     ]
     found += [line for diff, own in zip(diffs, plain, strict=True) for line in _compare(diff, own)]
     found += _judge_units(diffs, contrast, domains)
+    found += [] if screen is None else _judge_effects(screen)
     if screen is not None and screen.n_shared_prompts:
         found.append(
             f"{screen.n_shared_prompts} of {screen.n_prompts} prompts of the sampled stage are "
@@ -60,6 +61,17 @@ def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
         )
     if diff.why_untested:
         yield f"{diff.tuned}: no latent was tested: {diff.why_untested}"
+
+
+def _judge_effects(screen: FeatureScreen) -> Iterator[str]:
+    """Where steering with the mean difference does as much as steering with the best latent."""
+    for side, words in zip(SIDES, ("added to the base", "taken from the fine-tune"), strict=True):
+        curve, best = screen.mean_difference_curve(side), float(screen.forced_effect(side).max())
+        if curve is not None and float(curve.max()) >= best:
+            yield (
+                f"{words}, no latent does more than the mean difference, which needs no codec: "
+                f"{best:+.3f} against {float(curve.max()):+.3f} nats a token"
+            )
 
 
 def _judge_units(

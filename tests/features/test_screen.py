@@ -305,9 +305,9 @@ def test_a_screen_that_was_killed_goes_on_where_it_was(pair, screen, tmp_path, m
     settings = replace(SETTINGS, batching=replace(SETTINGS.batching, tokens=999))
     with pytest.raises(Dies):
         run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")
-    assert sum(scored) == 2 * (1 + (5 + 16) * 3)
+    assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
     found = run(pair, settings, scores=replace(scores, sampled=judge), out=tmp_path / "run")
-    assert sum(scored) == 2 * (1 + (5 + 16) * 3)
+    assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
     assert len(asked) == 1 + 2 * (1 + 18 * 2)
     assert found.to_dict() == screen.to_dict()
     again = run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")

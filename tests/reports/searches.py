@@ -95,6 +95,7 @@ def make_screen(**changed: Any) -> FeatureScreen:
         **{"units": "delta_norm", "unit_norm": 2.5, "n_texts": (20, 20)},
         "health": make_health(positions="response"),
         **{"before": before, "steered": place(effects), "controls": place(chance)},
+        "mean_difference": place(torch.tensor([0.25, 0.1, 0.2]).double()),
         **{"sampled": tuple(curves), "sampled_before": (plain, plain)},
         **{"most_incoherent": (0.1, 0.07), "n_prompts": 4, "n_shared_prompts": 0, "seed": 0},
     }

@@ -151,6 +151,8 @@ def test_a_screen_says_what_was_sampled_and_what_of_it_was_too_incoherent():
     text = Outline(page_of(screen)).text
     assert "Responses were sampled to 4 prompts, 0 of them" in text
     assert "never coherent" in text
+    said = "which needs no latent, does at its best strength: added to the base +0.250, taken"
+    assert said in text
     bare = make_screen(sampled=(), sampled_before=(), most_incoherent=())
     assert as_json(bare)["trials"][0]["trials"] is None
     text = Outline(page_of(bare)).text
