@@ -89,7 +89,8 @@ def divide_texts(
         The texts of both parts; and the counted tokens of each, those after the first `skipped`.
     """
     parts: tuple[list[Chat], list[Chat]] = ([], [])
-    counts, seen = [0, 0], set()
+    counts = [0, 0]
+    seen: set[tuple[Message, ...]] = set()
     for chat in chats:
         if chat.messages in seen:
             continue
