@@ -287,6 +287,8 @@ def _card_block(
     if screen is not None and latent in [int(n) for n in screen["latents"]]:
         n = len(screen["curves"]["base"]["controls"])
         says = f"what steering does; shaded: {n} random directions of the same length"
+        if screen["curves"]["base"].get("mean_difference") is not None:
+            says = f"{says}; dashed: the mean difference of the models"
         if sampled := say_sampled(screen, latent):
             says = f"{says}. Sampled, {'; '.join(sampled)}"
         figures.append((says, plots.add(plot_steering(screen, latent), f"latent {latent}: {says}")))

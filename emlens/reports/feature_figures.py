@@ -140,6 +140,8 @@ def plot_steering(screen: Json, latent: int) -> go.Figure:
                 *_sampled_traces(curve, before[column - 1], show=column == 1),
             ):
                 figure.add_trace(trace, row=2, col=column)
+        for trace in _plain_traces(screen, side, show=column == 1):
+            figure.add_trace(trace, row=1, col=column)
     figure.update_xaxes(title=f"strength, {label(screen['units'])}", row=rows)
     figure.update_yaxes(title="odds, nats a token", row=1, col=1)
     if sampled:
@@ -168,6 +170,26 @@ def _forced_traces(screen: Json, side: str, place: int) -> list[go.Scatter]:
         hovertemplate="strength %{x:g}: %{y:.3f}<extra></extra>",
     )
     return [*_shade(x, spans, texts), line]
+
+
+def _plain_traces(screen: Json, side: str, *, show: bool) -> list[go.Scatter]:
+    """What the mean difference does; none where there is none, and in reports of old."""
+    curve = screen["curves"][side].get("mean_difference")
+    if curve is None:
+        return []
+    points = sorted(zip(map(read_number, screen["strengths"]), map(finite, curve), strict=True))
+    x, y = zip(*points, strict=True)
+    return [
+        go.Scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"width": 1.5, "color": _GREY, "dash": DASHES[1]},
+            name="mean difference, without a latent",
+            showlegend=show,
+            hovertemplate="mean difference, strength %{x:g}: %{y:.3f}<extra></extra>",
+        )
+    ]
 
 
 def _span(value: float | None) -> str:

@@ -73,7 +73,9 @@ def test_steering_is_drawn_in_the_order_of_the_strengths_beside_the_controls():
     assert list(incoherent["y"]) == pytest.approx([0.0, 5.0, 10.0])
     # The others were not sampled.
     other: Any = plot_steering(screen, 7)
-    assert len(other.data) == 6
+    assert len(other.data) == 8
+    plain = other.data[3]
+    assert (list(plain.x), list(plain.y)) == ([-1.0, 1.0, 2.0], pytest.approx([0.1, 0.2, 0.25]))
 
 
 def test_a_latent_is_drawn_in_both_models_of_every_fine_tune():
