@@ -97,6 +97,7 @@ def divide_texts(
         held = len(seen) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
         seen.add(chat.messages)
         parts[held].append(chat)
+        # Without the header of an answer to come, which is captured, and the same in all texts.
         counts[held] += max(0, len(tokenize_chat(chat, tokenizer).ids) - work.skipped)
         if counts[0] >= work.train_tokens:
             break

@@ -252,6 +252,7 @@ def test_latents_that_are_only_random_directions_beat_the_controls_as_often_as_p
             before=torch.zeros(2, 2).double(),
             steered=as_odds(effects[:n]),
             controls=as_odds(effects[n:]),
+            mean_difference=None,
         )
         chosen = [curve(k, judged[k]) for k in forced.top(n_best, side="base")]
         for found, numbers in (
