@@ -14,7 +14,7 @@ from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
 CODEC = make_codec()
 SETTINGS = ScreenSettings(strengths=(0.5, 1.0), units="delta_norm", n_sampled=0, n_controls=16)
 UNASKED = BehaviourScores(
-    teacher_forced=lambda _: 1 / 0, sampled=lambda _: 1 / 0, coherence=lambda _: 1 / 0
+    teacher_forced=lambda _: 1 / 0, sampled=lambda _: [1 / 0], coherence=lambda _: [1 / 0]
 )
 
 
