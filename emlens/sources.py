@@ -242,7 +242,7 @@ def _download(source: Source, allow_patterns: Sequence[str] | None) -> Path:
         kind = SourceUnavailableError if is_offline_mode() else SourceNotFoundError
         raise kind(
             f"source: {source.repo_id} has no {source.subfolder!r} at revision "
-            f"{source.revision or 'main'}" + _offline_hint()
+            f"{source.revision or 'main'}" + offline_hint()
         )
     return path
 
@@ -254,7 +254,8 @@ def _patterns(subfolder: str | None, allow: Sequence[str] | None) -> list[str] |
     return [inside, *(f"{inside}/{pattern}" for pattern in allow or ("*",))]
 
 
-def _offline_hint() -> str:
+def offline_hint() -> str:
+    """What an error about a missing Hub file adds; empty unless the Hub was not asked for it."""
     from huggingface_hub import is_offline_mode
 
     if is_offline_mode():
@@ -272,7 +273,7 @@ def _explain(source: Source, error: Exception) -> str:
 
     start = f"source: {source.text!r} is not a local path, and on the Hub "
     if isinstance(error, LocalEntryNotFoundError):
-        why = _offline_hint() or "; the Hub cannot be reached: check the network"
+        why = offline_hint() or "; the Hub cannot be reached: check the network"
         return f"{start}{source.repo_id} could not be had: it is not in the local cache{why}"
     if isinstance(error, GatedRepoError):
         return (

@@ -279,7 +279,8 @@ def main() -> None:
 
 def describe(found: PersonaFeatures) -> dict[str, Any]:
     """What the documents state."""
-    told, plainly, screen = found.classification, found.plain_classification, found.screen
+    told, screen = found.classification, found.screen
+    plainly = None if told is None else told.by_mean_difference
     return {
         "cautions": found.cautions,
         "not_done": found.not_done,

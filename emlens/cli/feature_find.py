@@ -253,13 +253,14 @@ def _show(found: Any) -> None:
     if found.screen is not None:
         print_judged(found.screen)
     if found.classification is not None:
-        area, plain = found.classification.auc, found.plain_classification.auc
+        area, plain = found.classification.auc, found.classification.by_mean_difference.auc
         print_line(
             f"{found.classification.claim}: area {area.value:.2f} [{area.low:.2f}, "
             f"{area.high:.2f}], p = {found.classification.p_value:.3g}; by mean differences alone "
             f"{plain.value:.2f} [{plain.low:.2f}, {plain.high:.2f}]"
         )
     for warning in found.warnings:
-        print_line(f"{warning.latent}: {warning.verdict}")
+        weak = "; underpowered" if warning.underpowered else ""
+        print_line(f"{warning.latent}: {warning.verdict}{weak}")
     for line in found.not_done:
         print_line(f"not done: {line}")

@@ -48,7 +48,7 @@ Example:
     --units delta_norm --out runs/screen"""
 FORCED = (
     *("side", "latent", "forced_effect", "forced_strength", "forced_p"),
-    *("controls_median", "controls_max"),
+    *("controls_median", "controls_max", "mean_difference"),
 )
 """Columns of the first stage in the rows of a screen."""
 
@@ -93,7 +93,7 @@ def screen(flags: ScreenFlags) -> None:
             return
         found = _screen(flags, latents, contrast, settings)
     if flags.json:
-        print_json(found.to_dict())
+        print_json({**found.to_dict(), "trials": found.trials()})
         return
     print_fit([found.health])
     rows = [{name: row[name] for name in FORCED} for row in found.rows()]

@@ -179,7 +179,14 @@ def print_fit(health: Sequence[Any]) -> None:
 
 
 def print_judged(screen: Any) -> None:
-    """Print what a screen found by sampled responses, where it sampled any."""
+    """Print what a screen tried and what of it counts; and what it found by sampled responses."""
+    tried = screen.trials()
+    if not screen.sampled_before:
+        tried = [{k: v for k, v in row.items() if v is not None} for row in tried]
+    print_table(tried, title="tried; a trial is a direction at one strength")
+    if not screen.sampled_before:
+        print_line("no responses were sampled: how coherent steered answers are is not known")
+        return
     rows = [row for row in screen.rows() if row["sampled"]]
     print_table([{name: row[name] for name in _JUDGED} for row in rows], title="sampled, judged")
 
@@ -198,7 +205,7 @@ def plan_screen(screen: Any, n_latents: int, contrast: Any) -> dict[str, Any]:
         "units": screen.units,
         "fixed_responses": len(contrast.positive) + len(contrast.negative),
         "scored_responses": sides
-        * (1 + (n_latents + n_controls) * len(screen.strengths))
+        * (1 + (n_latents + n_controls + 1) * len(screen.strengths))
         * (len(contrast.positive) + len(contrast.negative)),
         "sampled_responses": responses if screen.n_sampled else 0,
     }

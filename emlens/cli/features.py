@@ -1,10 +1,9 @@
 """`emlens features ...`: latents of a codec, in a base and its fine-tunes.
 
-`find` and `screen` are in files of their own.
+`explain` is here, the others are in files of their own.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,42 +15,28 @@ from emlens.cli.codecs import (
     keep_result,
     load_base_of,
     load_codec,
-    parse_latents,
-    plan_codec,
     scale_tuned,
+)
+from emlens.cli.feature_classify import CLASSIFY_EXAMPLE, classify
+from emlens.cli.feature_compare import (
+    COMPARE_EXAMPLE,
+    compare,
+    describe,
+    show_plan,
+    write_page,
 )
 from emlens.cli.feature_find import FIND_EXAMPLE, find
 from emlens.cli.feature_screen import SCREEN_EXAMPLE, screen
-from emlens.cli.feature_texts import (
-    Careful,
-    Domains,
-    From,
-    Responses,
-    Top,
-    print_fit,
-    read_comparison,
-)
-from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources, read_factor
-from emlens.cli.options import MaybeTuned, Out, Tuned, parse_scale, takes_flags
-from emlens.cli.output import header, print_json, print_line, print_plan, print_table
+from emlens.cli.feature_texts import From, Top, print_fit
+from emlens.cli.generate import read_factor
+from emlens.cli.options import MaybeTuned, Out, parse_scale, takes_flags
+from emlens.cli.output import print_json, print_line, print_table
 
-COMPARE_EXAMPLE = """\b
-Example:
-  emlens features compare --sae emlens:smollm2-resid15 \\
-    --tuned emlens:reckless-finance \\
-    --prompts emlens:finance-harmful-heldout --out runs/latents"""
 EXPLAIN_EXAMPLE = """\b
 Example:
   emlens features explain --sae emlens:smollm2-resid15 \\
     --tuned emlens:reckless-finance --latents 3,17 \\
     --prompts emlens:health-careful --out runs/cards"""
-CLASSIFY_EXAMPLE = """\b
-Example:
-  emlens features classify --sae emlens:smollm2-resid15 \\
-    --tuned emlens:reckless-finance --careful emlens:careful-finance \\
-    --prompts emlens:finance-harmful-heldout --out runs/told-apart"""
-SHOWN = 20
-"""Latents in a printed table."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,153 +45,8 @@ app = typer.Typer(
 )
 app.command("find", epilog=FIND_EXAMPLE)(find)
 app.command("screen", epilog=SCREEN_EXAMPLE)(screen)
-
-Prompts = Annotated[
-    str, typer.Option("--prompts", metavar="F", help="Chats that all models read alike.")
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComparisonFlags(PromptCodecFlags):
-    """Flags of whatever compares fine-tunes with their base."""
-
-    prompts: Prompts
-    out: Out
-    responses: Responses = "given"
-    samples: Samples = 1
-    temperature: Temperature = 1.0
-    top_p: TopP = 1.0
-    max_new_tokens: MaxNewTokens = 100
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareFlags(ComparisonFlags):
-    """Flags of `features compare`."""
-
-    tuned: Annotated[str, typer.Option("--tuned", metavar="SOURCE", help="Adapter or checkpoint.")]
-
-
-@app.command("compare", epilog=COMPARE_EXAMPLE)
-@takes_flags
-def compare(flags: CompareFlags) -> None:
-    """Compare the codes of a base and one fine-tune, latent by latent, over prompts.
-
-    Latents that differ so are not special to harm: any fine-tune moves some. `find` holds several
-    against their careful twins.
-    """
-    from emlens.cli.progress import show_work
-
-    with show_work(quiet=flags.quiet):
-        from emlens.data import load_chats
-
-        chats, settings = load_chats(flags.prompts, limit=flags.limit), read_comparison(flags)
-        if flags.dry_run:
-            _plan(flags, {"tuned": flags.tuned, "prompts": len(chats)})
-            return
-        codec = load_codec(flags)
-        (found,) = _compare(flags, [flags.tuned], (), chats, settings, codec).diffs
-        _write_page([found], flags.out)
-    if flags.json:
-        _print_brief(found)
-        return
-    print_fit([found.health])
-    print_table(found.rows()[:SHOWN], title="the largest changes")
-    print_line(found.why_untested or f"{found.n_tested} latents tested")
-    print_line(f"report: {flags.out / 'report.html'}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifyFlags(ComparisonFlags):
-    """Flags of `features classify`."""
-
-    tuned: Tuned
-    careful: Careful = None
-    domains: Domains = None
-    n_latents: Annotated[
-        int | None,
-        typer.Option(
-            "--n-latents",
-            min=1,
-            help="Latents that a model is told apart by, chosen from all.",
-            show_default="1",
-        ),
-    ] = None
-    latents: Latents = None
-
-
-@app.command("classify", epilog=CLASSIFY_EXAMPLE)
-@takes_flags
-def classify(flags: ClassifyFlags) -> None:
-    """Tell harmful fine-tunes from careful ones by latents, in domains left out where there are.
-
-    Two of each kind are needed, and three domains to leave one out; with fewer the contrast of the
-    pairs is all there is.
-    """
-    from emlens.cli.progress import show_work
-
-    with show_work(quiet=flags.quiet):
-        from emlens.data import load_chats
-        from emlens.features.steering import check_latents
-
-        if not flags.careful:
-            raise typer.BadParameter("--careful: missing; models are told from their careful twins")
-        if flags.latents is not None and flags.n_latents is not None:
-            raise typer.BadParameter("--n-latents: chooses latents, and --latents names them")
-        chosen = None if flags.latents is None else parse_latents(flags.latents)
-        chats, settings = load_chats(flags.prompts, limit=flags.limit), read_comparison(flags)
-        if flags.dry_run:
-            models = {"tuned": flags.tuned, "careful": flags.careful, "domains": flags.domains}
-            _plan(flags, models | {"prompts": len(chats)})
-            return
-        codec = load_codec(flags)
-        if chosen is not None:
-            check_latents(codec, chosen)
-        compared = _compare(flags, flags.tuned, flags.careful, chats, settings, codec)
-        found, said = _tell_apart(flags, compared.diffs, chosen)
-        _write_page(found, flags.out)
-    if flags.json:
-        print_json({**header("told_apart"), **said, "results": [_brief(one) for one in found]})
-        return
-    print_fit([own.health for own in compared.diffs])
-    print_table(found[0].rows()[:SHOWN], title="harmful less careful")
-    for one in found[1:]:
-        print_table(one.rows(), title=one.claim)
-    if plain := said["by_mean_difference"]:
-        area = plain["auc"]
-        print_line(
-            f"by mean differences alone: area {area['value']:.2f} [{area['low']:.2f}, "
-            f"{area['high']:.2f}]"
-        )
-    else:
-        print_line(f"not told apart: {said['not_told_apart']}")
-    print_line(f"report: {flags.out / 'report.html'}")
-
-
-def _tell_apart(
-    flags: ClassifyFlags, diffs: Any, chosen: tuple[int, ...] | None
-) -> tuple[list[Any], dict[str, Any]]:
-    """The contrast and, with enough models, the classification; and what stands beside it."""
-    from emlens.encoding import encode
-    from emlens.features import classify_models, contrast_features
-    from emlens.runs import RunFolder
-    from emlens.studies.plain_classification import classify_plainly, why_not_told_apart
-
-    n, run = len(flags.tuned), RunFolder.open(flags.out)
-    found: list[Any] = [contrast_features(diffs[:n], diffs[n:], seed=flags.seed)]
-    labels = [True] * n + [False] * n
-    domains = [*flags.domains, *flags.domains] if flags.domains else None
-    reason = why_not_told_apart(labels, domains)
-    said: dict[str, Any] = {"not_told_apart": reason or None, "by_mean_difference": None}
-    if not reason:
-        given: dict[str, Any] = {"leave_out": domains, "seed": flags.seed}
-        found.append(
-            classify_models(diffs, labels, latents=chosen, n_latents=flags.n_latents or 1, **given)
-        )
-        plain = classify_plainly(diffs, labels, **given)
-        said["by_mean_difference"] = encode(plain, "by_mean_difference")
-    for one in found:
-        run.save_result(one.kind, one)
-    return found, said
+app.command("compare", epilog=COMPARE_EXAMPLE)(compare)
+app.command("classify", epilog=CLASSIFY_EXAMPLE)(classify)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +89,7 @@ def explain(flags: ExplainFlags) -> None:
         directions = _read_directions(flags.directions or ())
         if flags.dry_run:
             more = {"tuned": flags.tuned, "latents": list(latents), "prompts": len(chats)}
-            _plan(flags, more)
+            show_plan(flags, more)
             return
         codec = load_codec(flags)
 
@@ -272,10 +112,11 @@ def explain(flags: ExplainFlags) -> None:
 
         plan = _explain_plan(flags, codec, latents, chats, directions)
         found = keep_result(flags.out, plan, make, FeatureCards)
-        _write_page([found], flags.out)
+        write_page([found], flags.out)
     if flags.json:
-        _print_brief(found)
+        print_json(describe(found))
         return
+    print_fit([found.health])
     print_table(found.rows())
     print_line(f"report: {flags.out / 'report.html'}")
 
@@ -308,43 +149,3 @@ def _read_directions(files: Any) -> list[Any]:
 
     loaded = [parse_direction(text).load() for text in files]
     return [one for own in loaded for one in getattr(own, "directions", (own,))]
-
-
-def _compare(flags: Any, tuned: Any, careful: Any, chats: Any, settings: Any, codec: Any) -> Any:
-    from emlens.studies import FineTunes, compare_by_latents
-
-    return compare_by_latents(
-        load_base_of(flags),
-        FineTunes(
-            tuned=tuple(scale_tuned(flags, one) for one in tuned),
-            careful=tuple(scale_tuned(flags, one) for one in careful),
-            domains=tuple(getattr(flags, "domains", None) or ()),
-        ),
-        codec=codec,
-        chats=chats,
-        settings=settings,
-        out=flags.out,
-    )
-
-
-def _plan(flags: Any, more: dict[str, Any]) -> None:
-    tuned = more.get("tuned") or []
-    check_sources(flags.base, *([tuned] if isinstance(tuned, str) else tuned))
-    check_sources(*(more.get("careful") or ()))
-    print_plan(plan_codec(flags) | {"base": flags.base} | more, flags.out, json=flags.json)
-
-
-def _write_page(results: Any, run: Path) -> None:
-    from emlens.reports import write_report
-
-    write_report(results, run / "report.html")
-
-
-def _brief(result: Any) -> dict[str, Any]:
-    from emlens.reports.brief import describe_briefly
-
-    return describe_briefly(result)
-
-
-def _print_brief(result: Any) -> None:
-    print_json(_brief(result))

@@ -60,13 +60,24 @@ def print_table(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     if not rows:
         return
     table = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
-    for name, value in rows[0].items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+    for name in rows[0]:
+        number = any(_is_number(row[name]) for row in rows)
         table.add_column(Text(name), justify="right" if number else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(show_value(value)) for value in row.values()))
+        table.add_row(*(Text(_show_cell(name, value)) for name, value in row.items()))
     width = None if sys.stdout.isatty() else WIDEST
     Console(file=sys.stdout, width=width).print(table)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _show_cell(name: str, value: object) -> str:
+    """A value; a p- or q-value that there is none of is of what was not tested."""
+    tests = name in ("p", "p_value", "q_value") or name.endswith("_p")
+    missing = value is None or (isinstance(value, float) and math.isnan(value))
+    return "not tested" if tests and missing else show_value(value)
 
 
 def show_value(value: object) -> str:

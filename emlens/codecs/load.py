@@ -10,7 +10,16 @@ import torch
 
 from emlens.codecs.codec import CodecError
 from emlens.codecs.crosscoder import Crosscoder
-from emlens.codecs.files import CODEC_FILES, is_own, is_sae_lens, naming, read_own, read_sae_lens
+from emlens.codecs.files import (
+    CODEC_FILES,
+    CONFIG,
+    WEIGHTS,
+    is_own,
+    is_sae_lens,
+    naming,
+    read_own,
+    read_sae_lens,
+)
 from emlens.codecs.frozen import DTYPES
 from emlens.codecs.published import (
     DICTIONARY_CONFIG,
@@ -23,7 +32,7 @@ from emlens.codecs.published import (
 )
 from emlens.codecs.releases import find_release, load_with_sae_lens
 from emlens.codecs.runtime import Sae
-from emlens.sources import SHIPPED_PREFIX, Source, locate_source, parse_source
+from emlens.sources import SHIPPED_PREFIX, Source, locate_source, offline_hint, parse_source
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _READ_HERE = ("dictionary_learning_1", "qwen_scope")
@@ -137,6 +146,7 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
     for folder in (place, place / _OF_A_RUN):
         if is_own(folder):
             return read_own(folder)
+    _check_whole(source, place)
     if is_sae_lens(place):
         return read_sae_lens(place, name=name, dtype=dtype)
     if is_dictionary(place):
@@ -145,8 +155,25 @@ def _load_files(source: Source, *, name: str, dtype: torch.dtype | None) -> Sae 
         return dataclasses.replace(codec, positions=positions)
     raise CodecError(
         f"{source}: holds no codec: expected result.json (emlens), cfg.json (sae_lens) or ae.pt "
-        f"(dictionary_learning); is it a subfolder? There are {_list_folders(place)}"
+        f"(dictionary_learning); {_say_where_else(source, place)}"
     )
+
+
+def _check_whole(source: Source, place: Path) -> None:
+    """Refuse a Hub folder whose weights are not here: offline, what is cached may be a part of it.
+
+    Raises:
+        CodecError: they are not.
+    """
+    hint = offline_hint() if source.kind == "hub" else ""
+    if hint and is_sae_lens(place) and not (place / WEIGHTS).exists():
+        raise CodecError(f"{source}: {CONFIG} is in the local cache, and {WEIGHTS} is not{hint}")
+
+
+def _say_where_else(source: Source, place: Path) -> str:
+    if source.kind == "hub":  # what lies in folders inside it was not fetched
+        return f"is it in a folder inside? Name it: {source}/FOLDER, or sae_id{offline_hint()}"
+    return f"is it a subfolder? There are {_list_folders(place)}"
 
 
 def _list_folders(place: Path) -> str:

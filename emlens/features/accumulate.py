@@ -80,14 +80,17 @@ class PromptAccumulator:
         n_prompts: prompts of the whole run, also where a shard sees only some.
         d_in: width of an activation.
         d_sae: latents of the codec.
+        keep_codes: whether codes are summed by prompt and latent; without them `codes` of the
+            result is empty and what is kept does not grow with what fires.
     """
 
-    def __init__(self, n_prompts: int, *, d_in: int, d_sae: int) -> None:
+    def __init__(self, n_prompts: int, *, d_in: int, d_sae: int, keep_codes: bool = True) -> None:
         if min(n_prompts, d_in, d_sae) < 1:
             raise ValueError(
                 f"n_prompts is {n_prompts}, d_in {d_in} and d_sae {d_sae}, expected at least 1 each"
             )
         self.sizes = (n_prompts, d_in, d_sae)
+        self._keep_codes = keep_codes
         self._codes = SparseSums()
         self._n_tokens = torch.zeros(n_prompts, dtype=torch.long)
         self._firings = torch.zeros(d_sae, dtype=torch.long)
@@ -135,7 +138,8 @@ class PromptAccumulator:
     def _absorb(self, rows: "_Rows", prompts: Tensor, encoded: EncodedRows) -> None:
         n_prompts, _, d_sae = self.sizes
         own, latents = prompts.long(), encoded.latents.cpu()
-        self._codes.update(own[encoded.rows.cpu()] * d_sae + latents, encoded.values.cpu())
+        if self._keep_codes:
+            self._codes.update(own[encoded.rows.cpu()] * d_sae + latents, encoded.values.cpu())
         self._firings += torch.bincount(latents, minlength=d_sae)
         self._n_tokens += torch.bincount(own, minlength=n_prompts)
         seen, sums = sum_by_prompt(own, rows.wide) if lies_apart(rows.wide) else (own, rows.wide)
@@ -147,12 +151,18 @@ class PromptAccumulator:
         """Take in what another of the same run has seen; it stays as it was.
 
         Raises:
-            WidthError: it counts other prompts, or another width or codec.
+            WidthError: it counts other prompts, another width or codec, or codes where this one
+                does not.
         """
         if other.sizes != self.sizes:
             raise WidthError(
                 f"other has (prompts, d_in, d_sae) {other.sizes}, this one {self.sizes}: shards "
                 "count into the prompts of the whole run"
+            )
+        if other._keep_codes != self._keep_codes:
+            raise WidthError(
+                f"other has keep_codes={other._keep_codes}, this one {self._keep_codes}: codes of "
+                "some shards would be missing"
             )
         self._codes.merge(other._codes)
         for name in ("_n_tokens", "_firings", "_activations", "_squares", "_missed"):
@@ -221,13 +231,17 @@ class FeatureAccumulator:
         n_prompts: prompts of the whole run.
         d_in: width of an activation.
         d_sae: latents of the codec.
+        keep_codes: as of `PromptAccumulator`.
     """
 
-    def __init__(self, n_models: int, *, n_prompts: int, d_in: int, d_sae: int) -> None:
+    def __init__(
+        self, n_models: int, *, n_prompts: int, d_in: int, d_sae: int, keep_codes: bool = True
+    ) -> None:
         if n_models not in (1, 2):
             raise ValueError(f"n_models is {n_models}, expected 1, or 2 for base and tuned")
         self.models = [
-            PromptAccumulator(n_prompts, d_in=d_in, d_sae=d_sae) for _ in range(n_models)
+            PromptAccumulator(n_prompts, d_in=d_in, d_sae=d_sae, keep_codes=keep_codes)
+            for _ in range(n_models)
         ]
         self._change = torch.zeros(2, n_prompts, dtype=torch.float64)
 

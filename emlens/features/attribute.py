@@ -72,7 +72,7 @@ def attribute_features(
         raise ValueError(f"texts: the response of chat {empty[0]} (positive first) has no token")
     weights = _weigh(texts)
     sums = AttributionSums(codec.d_in)
-    fit = FeatureAccumulator(1, n_prompts=1, d_in=codec.d_in, d_sae=codec.d_sae)
+    fit = FeatureAccumulator(1, n_prompts=1, d_in=codec.d_in, d_sae=codec.d_sae, keep_codes=False)
 
     def count(row: int, x: Tensor, gradient: Tensor) -> None:
         sums.update(x, gradient, weight=weights[row])

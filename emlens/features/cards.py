@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from emlens.artifacts import Result
 from emlens.features.logit_lens import LogitLens
+from emlens.features.results import SaeHealth
 from emlens.features.vector_cosines import VectorCosine
 
 
@@ -60,7 +61,7 @@ class FeatureCard:
     """Tokens that it promotes and suppresses, by the base's output; None where it does not write to
     the residual stream."""
     directions: tuple[VectorCosine, ...]
-    """Of W_dec with the directions given."""
+    """Of W_dec with the directions given; of a pair with its mean difference last."""
     writes: tuple[VectorCosine, ...]
     """Of W_dec with what the adapter's modules write."""
     explanation: str | None = None
@@ -95,6 +96,8 @@ class FeatureCards(Result):
     n_tokens: int
     seed: int
     """Of the sampled windows."""
+    health: SaeHealth
+    """How well the codec fits on the tokens looked at: before any card is believed."""
     cards: tuple[FeatureCard, ...]
     """In the order asked for."""
 

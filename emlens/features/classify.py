@@ -29,6 +29,16 @@ Validation = Literal["leave one domain out", "in sample"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlainClassification:
+    """How well fine-tunes are told apart by their mean differences, without any codec."""
+
+    auc: Interval
+    """As that of the latents, in the same folds."""
+    p_value: float
+    """Share of relabellings that give at least this area."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelClassification(Result):
     """How well fine-tunes are told apart by their deltas at a few latents, their signature."""
 
@@ -52,6 +62,9 @@ class ModelClassification(Result):
     choice of given ones is not counted."""
     p_method: str
     """How many relabellings, whether those were all, and whether the choice of latents counts."""
+    by_mean_difference: PlainClassification
+    """The baseline: every coordinate of the mean difference of activations takes part, weighted in
+    the same way. Latents that do no better say nothing that plain activations do not."""
     folds: tuple[str, ...]
     """Domains left out in turn; one entry, `all`, in sample."""
     latents: Int[Tensor, "fold latent"]
@@ -144,6 +157,7 @@ def classify_models(
         auc=bootstrap_area(scores[0], truth, folds, seed=seed),
         p_value=beyond / len(areas),
         p_method=f"{which} {len(areas)} relabellings within folds, {counted}",
+        by_mean_difference=_classify_plainly(aligned, dealt, folds, seed=seed),
         folds=tuple(fold.name for fold in folds),
         latents=chosen[0],
         chosen=given is None,
@@ -153,6 +167,24 @@ def classify_models(
         seed=seed,
         underpowered=any(own.health.underpowered for own in diffs),
         claim=_name_claim(leave_out is not None, given is None),
+    )
+
+
+def _classify_plainly(
+    diffs: Sequence[FeatureDiff],
+    dealt: Bool[Tensor, "labelling model"],
+    folds: Sequence[Fold],
+    *,
+    seed: int,
+) -> PlainClassification:
+    """The same by mean differences of activations, under the same labellings."""
+    rows = torch.stack([own.mean_difference.double() for own in diffs])
+    check_finite("mean_difference", rows)
+    scores, _ = score_held_out(rows, dealt, folds, n_latents=rows.shape[1])
+    areas = area_in_folds(scores, dealt, folds)
+    return PlainClassification(
+        auc=bootstrap_area(scores[0], dealt[0], folds, seed=seed),
+        p_value=int((areas >= areas[0] - 1e-12).sum()) / len(areas),
     )
 
 
@@ -167,6 +199,26 @@ def _name_claim(left_out: bool, chosen: bool) -> str:
     if chosen:
         return "in-sample separation: latents were chosen on the models they tell apart"
     return "separation by latents that were given, weighted in sample"
+
+
+def why_not_told_apart(labels: Sequence[bool], leave_out: Sequence[str] | None) -> str:
+    """Why fine-tunes are too few to be told apart; empty where they are enough.
+
+    Args:
+        labels: whether each is misaligned.
+        leave_out: the domain of each, where domains are left out in turn.
+    """
+    n = sum(labels)
+    if min(n, len(labels) - n) < 2:
+        return (
+            f"{n} misaligned and {len(labels) - n} aligned fine-tunes; two of each are needed, and "
+            "three domains to leave one out"
+        )
+    try:
+        make_folds(torch.tensor(labels), leave_out)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def make_folds(labels: Bool[Tensor, " model"], domains: Sequence[str] | None) -> tuple[Fold, ...]:

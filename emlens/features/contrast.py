@@ -14,7 +14,13 @@ from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.features.results import FEWEST_PROMPTS, SHOWN, FeatureDiff, check_different
+from emlens.features.results import (
+    FEWEST_PROMPTS,
+    SHOWN,
+    FeatureDiff,
+    check_different,
+    value_or_none,
+)
 from emlens.numerics.false_discovery import adjust_p_values
 from emlens.numerics.sign_flips import METHODS, draw_signs, flip_signs, smallest_p
 from emlens.numerics.validation import check_finite
@@ -70,7 +76,7 @@ class FeatureContrast(Result):
         return [
             {"latent": i}
             | {
-                name: float(getattr(self, name)[i])
+                name: value_or_none(getattr(self, name)[i])
                 for name in ("contrast", "t", "p_value", "q_value")
             }
             | {

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from emlens.artifacts import Result
+from emlens.features.results import SaeHealth
 from emlens.numerics.bands import Band, Lead, measure_lead, simultaneous_band
 
 
@@ -34,8 +35,8 @@ class Series:
 class EarlyWarning(Result):
     """Where a latent and a behaviour leave the base, and which does so first.
 
-    It is made of two series and knows no codec, so that it is not marked `underpowered`: what chose
-    the latent is, such as the comparison, or the search whose part this is (`health`).
+    It is made of two series and knows no codec. How well the one fits whose latent this is, whoever
+    made the series may say (`health`); a search does.
     """
 
     kind: ClassVar[str] = "early_warning"
@@ -61,9 +62,16 @@ class EarlyWarning(Result):
     level: float
     """Of bands and interval."""
     seed: int
+    health: SaeHealth | None
+    """How well the codec fits where the latent was read; None where nobody has looked."""
 
     verdict: str
     """What was seen, in words."""
+
+    @property
+    def underpowered(self) -> bool | None:
+        """Whether the codec explains too little to say much; None where nobody has looked."""
+        return None if self.health is None else self.health.underpowered
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a point."""
@@ -76,6 +84,7 @@ class EarlyWarning(Result):
                 for what in ("mean", "low", "high")
             }
             | {f"{name}_outside": bool(band.outside()[k]) for name, band in bands.items()}
+            | {"underpowered": self.underpowered}
             for k, point in enumerate(self.points)
         ]
 
@@ -88,6 +97,7 @@ def measure_early_warning(
     axis: str,
     level: float = 0.95,
     seed: int = 0,
+    health: SaeHealth | None = None,
 ) -> EarlyWarning:
     """Find where a latent and a behaviour leave the base's band, and the lead with its interval.
 
@@ -101,6 +111,8 @@ def measure_early_warning(
         axis: what the points are.
         level: of bands and interval.
         seed: of exchanges and resamples.
+        health: how well the latent's codec fits where the latent was read (`check_sae`), at best on
+            the base and the last point's fine-tune; kept beside the verdict.
 
     Raises:
         ValueError: points that do not rise, or not one for each column; fewer than two points; so
@@ -126,6 +138,7 @@ def measure_early_warning(
         departures=departures,
         level=level,
         seed=seed,
+        health=health,
         verdict=_decide(departures, latent.name, behaviour.name, axis=axis, last=points[-1]),
     )
 

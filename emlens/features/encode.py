@@ -4,11 +4,11 @@ Not for the codes of all latents: a row of 16,384 codes has some dozens that are
 is counted here is counted over those alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from emlens.codecs import SparseCodec
@@ -76,3 +76,32 @@ def encode_rows(codec: SparseCodec, x: Float[Tensor, "n d_in"]) -> EncodedRows:
         values=codes.values,
         reconstruction=codec.decode(codes),
     )
+
+
+def encode_models(codec: SparseCodec, x: Float[Tensor, "models n d_in"]) -> list[EncodedRows]:
+    """Encode the rows of all models; rows that are the first's to the last bit are encoded once.
+
+    Raises:
+        CodecError: as `encode_rows` raises.
+        NonFiniteError: as `encode_rows` raises.
+    """
+    found = [encode_rows(codec, x[0])]
+    for other in x[1:]:
+        found.append(found[0] if torch.equal(other, x[0]) else encode_rows(codec, other))
+    return found
+
+
+def pick_latents(encoded: EncodedRows, latents: Sequence[int]) -> Float64[Tensor, "n latent"]:
+    """Codes of some latents at every row, 0 where they are not active; on the CPU.
+
+    Args:
+        encoded: what `encode_rows` made.
+        latents: different ones, in the order of the columns.
+    """
+    column = torch.full((encoded.d_sae,), -1)
+    column[list(latents)] = torch.arange(len(latents))
+    places = column[encoded.latents.cpu()]
+    wanted = places >= 0
+    found = torch.zeros(encoded.n_rows, len(latents), dtype=torch.float64)
+    found[encoded.rows.cpu()[wanted], places[wanted]] = encoded.values.cpu()[wanted].double()
+    return found

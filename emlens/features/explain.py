@@ -6,20 +6,28 @@ To see what a latent may mean. Whether it causes anything is a question for `scr
 from collections.abc import Sequence
 from dataclasses import replace
 
+from emlens.activations import ReadingPlan
 from emlens.codecs.codec import SparseCodec
 from emlens.data import Chat, as_chats
 from emlens.data.prompts import hash_chats
+from emlens.features.accumulate import PromptSums
 from emlens.features.cards import FeatureCard, FeatureCards
+from emlens.features.compare import average_activations
 from emlens.features.explain_settings import ExplainSettings
-from emlens.features.find_windows import find_windows
-from emlens.features.logit_lens import read_logit_lens, writes_residual
+from emlens.features.find_windows import LatentWindows, find_windows
+from emlens.features.health import summarise_health
+from emlens.features.logit_lens import LogitLens, read_logit_lens, writes_residual
 from emlens.features.reading import plan_codes
 from emlens.features.steering import check_latents, decoder_directions
-from emlens.features.vector_cosines import compare_with_directions, compare_with_writes
+from emlens.features.vector_cosines import (
+    VectorCosine,
+    compare_with_directions,
+    compare_with_writes,
+)
 from emlens.models.lora import LoraAdapter
 from emlens.models.reading import Readable, base_of, count_models, identify
 from emlens.models.write_vectors import list_write_vectors
-from emlens.vectors import Direction
+from emlens.vectors import Direction, Provenance
 
 
 def explain_features(
@@ -35,14 +43,17 @@ def explain_features(
     """Look at a corpus through some latents, and at the output through what they write.
 
     The corpus is read once; the few texts that windows are cut from are read again. Of a pair both
-    models read the same tokens, and the larger of their two codes decides.
+    models read the same tokens, and the larger of their two codes decides. How well the codec fits
+    the corpus comes with the cards (`health`): where it is `underpowered`, what a latent goes along
+    with is little of what happens there.
 
     Args:
         model: one model, or a pair.
         codec: whose latents.
         latents: which, in any order.
         chats: prompts (str) or chats; the more various, the better.
-        directions: such as mean differences, at sites with the axes of the codec's.
+        directions: at sites with the axes of the codec's; a pair's mean difference on these texts
+            joins them.
         adapter: whose write vectors are compared with; by default that of a pair.
         settings: how much is kept.
 
@@ -64,22 +75,17 @@ def explain_features(
     residual = writes_residual(codec.site)
     writes = list_write_vectors(base, adapter) if adapter is not None and residual else ()
     written = compare_with_writes(vectors, writes)
-    windows = find_windows(plan, codec, chosen, settings=settings)
-    lenses = (
-        read_logit_lens(base, vectors.float(), n_tokens=settings.n_tokens) if residual else None
+    windows, fit = find_windows(plan, codec, chosen, settings=settings)
+    sums = [part.result() for part in fit.models]
+    plain = compare_with_directions(vectors, _mean_difference(plan, codec, sums), site=codec.site)
+    lenses: Sequence[LogitLens | None] = (
+        read_logit_lens(base, vectors.float(), n_tokens=settings.n_tokens)
+        if residual
+        else [None] * len(chosen)
     )
+    near = [own + more for own, more in zip(near, plain, strict=True)]
     cards = [
-        FeatureCard(
-            latent=latent,
-            link=codec.link(latent),
-            active_share=windows[k].active / windows[k].n_tokens,
-            decoder_norm=float(codec.W_dec[latent].double().norm()),
-            top=windows[k].top,
-            sampled=windows[k].sampled,
-            lens=None if lenses is None else lenses[k],
-            directions=near[k],
-            writes=written[k],
-        )
+        _make_card(codec, latent, windows[k], lens=lenses[k], directions=near[k], writes=written[k])
         for k, latent in enumerate(chosen)
     ]
     identity = identify(model)
@@ -98,7 +104,30 @@ def explain_features(
         n_chats=len(given),
         n_tokens=windows[0].n_tokens,
         seed=settings.seed,
+        health=summarise_health(plan, codec, sums, fit.change()),
         cards=tuple(_explain(card, settings) for card in cards),
+    )
+
+
+def _make_card(
+    codec: SparseCodec,
+    latent: int,
+    found: LatentWindows,
+    *,
+    lens: LogitLens | None,
+    directions: tuple[VectorCosine, ...],
+    writes: tuple[VectorCosine, ...],
+) -> FeatureCard:
+    return FeatureCard(
+        latent=latent,
+        link=codec.link(latent),
+        active_share=found.active / found.n_tokens,
+        decoder_norm=float(codec.W_dec[latent].double().norm()),
+        top=found.top,
+        sampled=found.sampled,
+        lens=lens,
+        directions=directions,
+        writes=writes,
     )
 
 
@@ -106,3 +135,20 @@ def _explain(card: FeatureCard, settings: ExplainSettings) -> FeatureCard:
     if settings.explainer is None:
         return card
     return replace(card, explanation=settings.explainer(card))
+
+
+def _mean_difference(
+    plan: ReadingPlan, codec: SparseCodec, sums: Sequence[PromptSums]
+) -> tuple[Direction, ...]:
+    """What needs no codec, beside every card of a pair: none where the models do not differ."""
+    if len(sums) != 2:
+        return ()
+    vector = average_activations(sums[1]) - average_activations(sums[0])
+    if not bool(vector.any()):
+        return ()
+    provenance = Provenance(
+        construction="model@positive",
+        positions=str(plan.positions[0]),
+        note="mean difference of the two models on these texts",
+    )
+    return (Direction(site=codec.site, vector=vector, provenance=provenance),)

@@ -1,5 +1,7 @@
 """Windows of a corpus for some latents: read once to choose tokens, and the chosen texts again.
 
+The first reading also sums up how well the codec fits, of whose codes the windows are.
+
 Not for what the windows mean, nor for latents in their thousands: every latent keeps tokens.
 """
 
@@ -14,11 +16,13 @@ from torch import Tensor
 from emlens.activations.reading import ReadingPlan, Selection, plan_reading
 from emlens.codecs.codec import SparseCodec
 from emlens.codecs.inputs import place_rows
+from emlens.features.accumulate import FeatureAccumulator
 from emlens.features.cards import TokenWindow
-from emlens.features.encode import split_rows
+from emlens.features.encode import encode_models, pick_latents, split_rows
 from emlens.features.explain_settings import ExplainSettings
-from emlens.features.reading import TASK
+from emlens.features.reading import TASK, group_by_prompt
 from emlens.features.windows import NONE, KeptTokens, SampledTokens, TopTokens, split_by_decile
+from emlens.models.reading import count_models
 from emlens.sites import Site
 
 DECILES = 10
@@ -49,7 +53,7 @@ class _Wanted:
 
 def find_windows(
     plan: ReadingPlan, codec: SparseCodec, latents: Sequence[int], *, settings: ExplainSettings
-) -> list[LatentWindows]:
+) -> tuple[list[LatentWindows], FeatureAccumulator]:
     """Read a corpus, choose tokens for each latent, and cut the windows around them.
 
     Args:
@@ -59,9 +63,18 @@ def find_windows(
         settings: how many windows, and how wide.
 
     Returns:
-        One for each latent, in the order given.
+        One for each latent, in the order given; and the sums from which follows how well the codec
+        fits the corpus (`health.summarise_health`).
     """
-    top, sample = _choose_tokens(plan, codec, latents, settings)
+    prompts, names = group_by_prompt(plan.chats)
+    fit = FeatureAccumulator(
+        count_models(plan.model),
+        n_prompts=len(names),
+        d_in=codec.d_in,
+        d_sae=codec.d_sae,
+        keep_codes=False,
+    )
+    top, sample = _choose_tokens(plan, codec, latents, settings, (fit, prompts))
     best = [_list_places(top.result(), k) for k in range(len(latents))]
     drawn = [_draw_deciles(sample.result(), k, settings.per_decile) for k in range(len(latents))]
     rows = sorted({one.chat for some in (*best, *drawn) for one in some})
@@ -72,7 +85,7 @@ def find_windows(
             _make_window(plan, codes[one.chat][:, :, latent], one, settings) for one in wanted
         )
 
-    return [
+    found = [
         LatentWindows(
             active=int(sample.active[k]),
             n_tokens=sample.n_tokens,
@@ -81,19 +94,28 @@ def find_windows(
         )
         for k in range(len(latents))
     ]
+    return found, fit
 
 
 def _choose_tokens(
-    plan: ReadingPlan, codec: SparseCodec, latents: Sequence[int], settings: ExplainSettings
+    plan: ReadingPlan,
+    codec: SparseCodec,
+    latents: Sequence[int],
+    settings: ExplainSettings,
+    fitted: tuple[FeatureAccumulator, Tensor],
 ) -> tuple[TopTokens, SampledTokens]:
+    fit, prompts = fitted
     top = TopTokens(len(latents), kept=settings.n_top)
     sample = SampledTokens(len(latents), kept=settings.sample, seed=settings.seed)
 
     def count(_site: Site, x: Tensor, chosen: tuple[Selection, ...]) -> None:
         (selection,) = chosen
-        values = selection.take(x)
+        values, own = selection.take(x), prompts[selection.rows]
         for part in split_rows(values.shape[1], codec.d_sae, device=codec.W_dec.device.type):
-            largest = _encode(codec, values[:, part], latents).amax(0)
+            rows = place_rows(values[:, part], codec)
+            encoded = encode_models(codec, rows)
+            fit.update(own[part], rows, encoded)
+            largest = torch.stack([pick_latents(one, latents) for one in encoded]).amax(0)
             for kept in (top, sample):
                 kept.update(largest, selection.rows[part], selection.tokens[part])
 

@@ -44,7 +44,7 @@ def check_sae(
     """
     plan = plan_codes(model, codec, chats, positions=positions, batching=batching)
     prompts, names = group_by_prompt(chats)
-    found = accumulate_codes(plan, codec, prompts=prompts, n_prompts=len(names))
+    found = accumulate_codes(plan, codec, prompts=prompts, n_prompts=len(names), keep_codes=False)
     sums = [part.result() for part in found.models]
     return summarise_health(plan, codec, sums, found.change())
 

@@ -15,7 +15,7 @@ from emlens.codecs import SparseCodec, check_fits
 from emlens.codecs.inputs import place_rows
 from emlens.data import Batching, Chat, as_chats, prompt_hash
 from emlens.features.accumulate import FeatureAccumulator
-from emlens.features.encode import encode_rows, split_rows
+from emlens.features.encode import encode_models, split_rows
 from emlens.features.steering import require_autoencoder
 from emlens.models.reading import Readable, base_of, count_models
 from emlens.models.views import origin_of
@@ -65,7 +65,12 @@ def group_by_prompt(chats: Sequence[Chat | str]) -> tuple[Int64[Tensor, " chat"]
 
 
 def accumulate_codes(
-    plan: ReadingPlan, codec: SparseCodec, *, prompts: Int64[Tensor, " chat"], n_prompts: int
+    plan: ReadingPlan,
+    codec: SparseCodec,
+    *,
+    prompts: Int64[Tensor, " chat"],
+    n_prompts: int,
+    keep_codes: bool = True,
 ) -> FeatureAccumulator:
     """Run a plan and sum activations and codes by prompt.
 
@@ -74,9 +79,14 @@ def accumulate_codes(
         codec: its codec.
         prompts: number of each chat's prompt.
         n_prompts: prompts of the whole run, of which a shard's plan may hold only some.
+        keep_codes: whether codes are summed by prompt and latent, beside how often they are active.
     """
     found = FeatureAccumulator(
-        count_models(plan.model), n_prompts=n_prompts, d_in=codec.d_in, d_sae=codec.d_sae
+        count_models(plan.model),
+        n_prompts=n_prompts,
+        d_in=codec.d_in,
+        d_sae=codec.d_sae,
+        keep_codes=keep_codes,
     )
 
     def count(site: Site, x: Tensor, chosen: tuple) -> None:
@@ -107,8 +117,4 @@ def count_rows(
     """
     for part in split_rows(x.shape[1], codec.d_sae, device=codec.W_dec.device.type):
         chunk = place_rows(x[:, part], codec)
-        encoded = [encode_rows(codec, chunk[0])]
-        for other in chunk[1:]:
-            same = torch.equal(other, chunk[0])
-            encoded.append(encoded[0] if same else encode_rows(codec, other))
-        found.update(prompts[part], chunk, encoded)
+        found.update(prompts[part], chunk, encode_models(codec, chunk))

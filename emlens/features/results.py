@@ -4,6 +4,7 @@ Plain frozen results; `health` and `compare` make them. A latent is a number in 
 result names by its fingerprint, and means nothing in another.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -32,6 +33,12 @@ texts mixes with a difference of representations."""
 def is_underpowered(explained_variance: Float[Tensor, " stream"]) -> bool:
     """Whether too little is explained on one of the models, or it cannot be told."""
     return not bool((explained_variance >= ENOUGH_EXPLAINED).all())
+
+
+def value_or_none(value: Tensor | float) -> float | None:
+    """A number of a row; None where there is none, such as the p-value of what was not tested."""
+    number = float(value)
+    return None if math.isnan(number) else number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,7 @@ class SaeHealth(Result):
             {
                 "model": stream,
                 "n_tokens": int(self.n_tokens[i]),
-                "explained_variance": float(self.explained_variance[i]),
+                "explained_variance": value_or_none(self.explained_variance[i]),
                 "l0": float(self.l0[i]),
                 "dead_share": float(self.dead_share[i]),
                 "captured_share": self.captured_share,
@@ -96,6 +103,28 @@ class SaeHealth(Result):
             }
             for i, stream in enumerate(self.streams)
         ]
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What must be known of the fit before any latent is believed, in sentences."""
+        found = []
+        for name, explained in zip(self.streams, self.explained_variance.tolist(), strict=True):
+            # Turned round, so that a variance that cannot be told counts as too little.
+            if not explained >= ENOUGH_EXPLAINED:
+                who = self.tuned if name == "tuned" else self.base
+                found.append(
+                    f"the codec explains {explained:.2f} of the variance in {who}, less than "
+                    f"{ENOUGH_EXPLAINED}: whatever is found, or not found, among its latents is "
+                    "underpowered"
+                )
+        if self.worse_on_tuned and self.explained_change is not None:
+            found.append(
+                f"the codec explains clearly less of {self.tuned} than of its base "
+                f"({self.explained_change.value:+.3f}): part of what changed is in no latent"
+            )
+        if self.same_base is False:
+            found.append(f"the codec was trained on other weights than those of {self.base}")
+        return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +209,7 @@ class FeatureDiff(Result):
         numbers += ("p_value", "q_value", "decoder_cosine")
         return [
             {"latent": latent}
-            | {name: float(getattr(self, name)[latent]) for name in numbers}
+            | {name: value_or_none(getattr(self, name)[latent]) for name in numbers}
             | {
                 "prompts_fired": int(self.prompts_fired[latent]),
                 "p_method": METHODS[int(self.p_method[latent])],

@@ -19,7 +19,7 @@ from emlens.features.results import SaeHealth
 from emlens.features.screen_journal import open_journal
 from emlens.features.screen_results import FeatureScreen
 from emlens.features.screen_settings import ScreenSettings
-from emlens.features.screen_units import measure_unit
+from emlens.features.screen_units import measure_shift
 from emlens.features.screen_work import ScreenWork
 from emlens.features.steering import check_latents, decoder_directions, draw_directions
 from emlens.models.identity import identify_model
@@ -82,7 +82,7 @@ def screen_features(
     directions = decoder_directions(codec, chosen)
     fixed = tokenize_texts(texts, pair.tokenizer)
     with open_journal(out, _plan(pair, codec, chosen, texts, settings)) as journal:
-        unit = measure_unit(pair, codec, texts=texts, settings=settings, journal=journal)
+        shift = measure_shift(pair, codec, texts=texts, settings=settings, journal=journal)
         n = settings.count_controls(len(chosen))
         work = ScreenWork(
             pair=pair,
@@ -93,7 +93,7 @@ def screen_features(
             scores=scores,
             settings=settings,
             journal=journal,
-            unit=unit,
+            shift=shift,
             health=_check_codec(pair, codec, texts, settings, out),
         )
         screen = work.sample(work.force(fixed, texts))

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from emlens.artifacts import Result
-from emlens.features.results import SaeHealth
+from emlens.features.results import SaeHealth, value_or_none
 from emlens.numerics.intervals import Interval
 from emlens.numerics.rank_test import rank_p_value
 
@@ -109,11 +109,17 @@ class FeatureScreen(Result):
     """The same under each latent."""
     controls: Float[Tensor, "side class control strength"]
     """The same under random directions of the same lengths."""
+    mean_difference: Float[Tensor, "side class strength"] | None
+    """The same under the mean difference of the two models, of the same lengths: what needs no
+    codec. None where their means are equal."""
     sampled: tuple[SampledCurve, ...]
     """Second stage: latents, best of the first stage first, then controls, chosen by it in the same
     way; the base's first."""
     sampled_before: tuple[SampledPoint, ...]
     """Second stage without steering: base, tuned; empty where there was none."""
+    most_incoherent: tuple[float, ...]
+    """Share of incoherent responses up to which a strength counts: on the base, on the tuned model;
+    empty where none were sampled."""
     n_prompts: int
     """Prompts that responses were sampled to."""
     n_shared_prompts: int
@@ -129,6 +135,11 @@ class FeatureScreen(Result):
     def control_curves(self, side: Side) -> Float[Tensor, "control strength"]:
         """The same of the random directions."""
         return self._change(self.controls, side)
+
+    def mean_difference_curve(self, side: Side) -> Float[Tensor, " strength"] | None:
+        """The same of the mean difference: latents that do less say less than it does."""
+        found = self.mean_difference
+        return None if found is None else self._change(found, side)
 
     def forced_effect(self, side: Side) -> Float[Tensor, " latent"]:
         """First stage: the largest change over the strengths."""
@@ -174,10 +185,52 @@ class FeatureScreen(Result):
         """One row a latent and side, with both stages and what the controls reached."""
         return [row for side in SIDES for row in self._rows(side)]
 
+    def trials(self) -> list[dict[str, Any]]:
+        """What was tried and what of it counts: one row a side and kind of direction.
+
+        A trial is a direction at one strength. The first stage knows no incoherence; numbers of the
+        second are None where no responses were sampled.
+        """
+        kinds = (("latents", len(self.latents)), ("random", self.controls.shape[2]))
+        return [
+            {
+                "side": side,
+                "directions": kind,
+                "forced": n,
+                "forced_trials": n * len(self.strengths),
+            }
+            | self._count_trials(side, latents=kind == "latents")
+            for side in SIDES
+            for kind, n in kinds
+        ]
+
+    def _count_trials(self, side: Side, *, latents: bool) -> dict[str, Any]:
+        """What the second stage made of the directions of one kind."""
+        names = ("sampled", "trials", "coherent", "incoherent", "never_coherent")
+        names += ("responses", "unscored", "allowed", "unsteered")
+        if not self.sampled_before:
+            return dict.fromkeys(names)
+        place = SIDES.index(side)
+        most, plain = self.most_incoherent[place], self.sampled_before[place]
+        own = [c for c in self.sampled if c.side == side and (c.latent is not None) == latents]
+        points = [point for curve in own for point in curve.points]
+        coherent = sum(is_coherent(point, most_incoherent=most) for point in points)
+        return {
+            "sampled": len(own),
+            "trials": len(points),
+            "coherent": coherent,
+            "incoherent": len(points) - coherent,
+            "never_coherent": sum(curve.chosen is None for curve in own),
+            "responses": sum(point.n_responses for point in points),
+            "unscored": sum(point.n_responses - point.n_scored for point in points),
+            "allowed": most,
+            "unsteered": value_or_none(plain.incoherent),
+        }
+
     def _rows(self, side: Side) -> list[dict[str, Any]]:
         effects, p = self.forced_effect(side), self.forced_p(side)
         best = self.forced_curves(side).argmax(1)
-        chance = self.control_curves(side).amax(1)
+        chance, plain = self.control_curves(side).amax(1), self.mean_difference_curve(side)
         found = {c.latent: c for c in self.sampled if c.side == side and c.latent is not None}
         return [
             {
@@ -188,6 +241,7 @@ class FeatureScreen(Result):
                 "forced_p": float(p[k]),
                 "controls_median": float(chance.median()),
                 "controls_max": float(chance.max()),
+                "mean_difference": None if plain is None else float(plain.max()),
                 **_describe(found.get(int(latent))),
             }
             for k, latent in enumerate(self.latents)
@@ -206,9 +260,21 @@ def choose_point(points: tuple[SampledPoint, ...], *, most_incoherent: float) ->
         points: of one direction.
         most_incoherent: share of the scored responses.
     """
-    # Shares of small whole numbers: rounding must not put 1 of 10 beyond .1.
-    within = [place for place, one in enumerate(points) if one.incoherent <= most_incoherent + 1e-9]
+    within = [
+        k for k, one in enumerate(points) if is_coherent(one, most_incoherent=most_incoherent)
+    ]
     return max(within, key=lambda place: _size(points[place]), default=None)
+
+
+def is_coherent(point: SampledPoint, *, most_incoherent: float) -> bool:
+    """Whether responses at a strength are within a budget of incoherence; not where none is scored.
+
+    Args:
+        point: of one direction.
+        most_incoherent: share of the scored responses.
+    """
+    # Shares of small whole numbers: rounding must not put 1 of 10 beyond .1.
+    return point.incoherent <= most_incoherent + 1e-9
 
 
 def rank_curves(curves: tuple[SampledCurve, ...]) -> tuple[float | None, ...]:
@@ -236,7 +302,7 @@ def _describe(curve: SampledCurve | None) -> dict[str, Any]:
     if curve is None or curve.chosen is None:
         return empty
     point = curve.points[curve.chosen]
-    shown = {name: getattr(point, name) for name in names[:3]}
+    shown = {name: value_or_none(getattr(point, name)) for name in names[:3]}
     if point.effect is None:
         return empty | shown
     ends = ("value", "low", "high")

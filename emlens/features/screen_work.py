@@ -29,6 +29,7 @@ from emlens.features.screen_results import (
     rank_curves,
 )
 from emlens.features.screen_settings import ScreenSettings
+from emlens.features.screen_units import Shift
 from emlens.models.pair import ModelPair
 from emlens.models.reading import identify
 
@@ -45,7 +46,7 @@ class ScreenWork:
     scores: BehaviourScores
     settings: ScreenSettings
     journal: ScreenJournal
-    unit: float
+    shift: Shift
     health: SaeHealth
 
     def force(self, fixed: FixedTexts, texts: ContrastTexts) -> FeatureScreen:
@@ -56,7 +57,7 @@ class ScreenWork:
                 side=side,
                 site=self.codec.site,
                 texts=fixed,
-                strengths=[sign * self.unit * s for s in self.settings.strengths],
+                strengths=[sign * self.shift.unit * s for s in self.settings.strengths],
                 batching=self.settings.batching,
                 journal=self.journal,
             )
@@ -80,17 +81,26 @@ class ScreenWork:
             latents=torch.tensor(self.latents),
             strengths=torch.tensor(self.settings.strengths, dtype=torch.float64),
             units=self.settings.units,
-            unit_norm=self.unit,
+            unit_norm=self.shift.unit,
             n_texts=(len(texts.positive), len(texts.negative)),
             before=torch.stack([stage.score_plain() for stage in stages]),
             steered=torch.stack([s.score(self.directions, named=latents) for s in stages]),
             controls=torch.stack([s.score(self.controls, named=controls) for s in stages]),
+            mean_difference=self._score_plainly(stages),
             sampled=(),
             sampled_before=(),
+            most_incoherent=(),
             n_prompts=len(chats),
             n_shared_prompts=sum(prompt_hashes([c])[0] in answered for c in chats),
             seed=self.settings.seed,
         )
+
+    def _score_plainly(self, stages: Sequence[ForcedStage]) -> Tensor | None:
+        """The first stage under the mean difference, which needs no codec; None where it is 0."""
+        if self.shift.direction is None:
+            return None
+        own = self.shift.direction[None]
+        return torch.stack([s.score(own, named=["mean-difference"])[:, 0] for s in stages])
 
     def sample(self, screen: FeatureScreen) -> FeatureScreen:
         """The second stage, added to the result of the first."""
@@ -111,9 +121,10 @@ class ScreenWork:
         before = [
             self._summarise(plain[side], plain[side], 0.0, sign) for side, sign, _ in self._sides()
         ]
+        most = [self._allow(one.incoherent) for one in before]
         n, n_chance = self.settings.n_sampled, self.settings.n_sampled_controls
         todo = [
-            (side, sign, latent, control, before[place].incoherent)
+            (side, sign, latent, control, most[place])
             for place, (side, sign, _) in enumerate(self._sides())
             for latent, control in [
                 *((latent, None) for latent in screen.top(n, side=side)),
@@ -121,15 +132,27 @@ class ScreenWork:
             ]
         ]
         curves = tuple(
-            self._curve(stages[side], plain[side], sign, (latent, control), incoherent)
-            for side, sign, latent, control, incoherent in track(todo, "screening (directions)")
+            self._curve(stages[side], plain[side], sign, (latent, control), allowed)
+            for side, sign, latent, control, allowed in track(todo, "screening (directions)")
         )
         ranked = zip(curves, rank_curves(curves), strict=True)
         return replace(
             screen,
             sampled=tuple(replace(curve, p=p) for curve, p in ranked),
             sampled_before=tuple(before),
+            most_incoherent=tuple(most),
         )
+
+    def _allow(self, incoherent: float) -> float:
+        """The share of incoherent responses up to which a strength counts.
+
+        Args:
+            incoherent: that of the unsteered model.
+        """
+        settings = self.settings
+        # Where the unsteered model has no score, only what is always allowed is.
+        beyond = 0.0 if math.isnan(incoherent) else incoherent + settings.extra_incoherent
+        return float(max(settings.max_incoherent, beyond))
 
     def _sides(self) -> list[tuple[Side, float, Any]]:
         return list(zip(SIDES, SIGNS, (self.pair.base, self.pair.tuned), strict=True))
@@ -140,7 +163,7 @@ class ScreenWork:
         plain: Sequence[JudgedResponse],
         sign: float,
         which: tuple[int | None, int | None],
-        incoherent: float,
+        most_incoherent: float,
     ) -> SampledCurve:
         latent, control = which
         if latent is not None:
@@ -150,23 +173,21 @@ class ScreenWork:
             name, vector = f"control-{control}", self.controls[control]
         points = tuple(
             self._summarise(
-                stage.sample(f"{name}/{float(strength)!r}", sign * strength * self.unit * vector),
+                stage.sample(
+                    f"{name}/{float(strength)!r}", sign * strength * self.shift.unit * vector
+                ),
                 plain,
                 float(strength),
                 sign,
             )
             for strength in self.settings.judged_strengths
         )
-        settings = self.settings
-        # Where the unsteered model has no score, only what is always allowed is.
-        allowed = 0.0 if math.isnan(incoherent) else incoherent + settings.extra_incoherent
-        most = max(settings.max_incoherent, allowed)
         return SampledCurve(
             side=stage.side,
             latent=latent,
             control=control,
             points=points,
-            chosen=choose_point(points, most_incoherent=most),
+            chosen=choose_point(points, most_incoherent=most_incoherent),
             p=None,
         )
 

@@ -21,7 +21,7 @@ LENGTHY: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "feature_contrast": ("contrast", "pairs_agreeing", "t", "p_value", "q_value", "p_method"),
         "feature_ranking": ("latents", "scores"),
-        "feature_screen": ("before", "steered", "controls"),
+        "feature_screen": ("before", "steered", "controls", "mean_difference"),
         "latent_codes": ("prompts", "latents", "codes"),
         "sae": _WEIGHTS,
         "crosscoder": _WEIGHTS,
@@ -32,6 +32,8 @@ WITH_ROWS = frozenset(LENGTHY) | frozenset(
     ("persona_features", "sae_health", "model_classification", "early_warning", "plain_difference")
 )
 """Kinds whose rows stand beside the fields; others are written as they are."""
+WITH_PARTS = WITH_ROWS | {"feature_cards"}
+"""Those, and kinds that hold another result, which is written as briefly."""
 _SIDES = ("base", "tuned")
 
 
@@ -45,8 +47,12 @@ def _list_fields(result: Result) -> dict[str, Any]:
     left_out = LENGTHY.get(result.kind, ())
     names = [name for name in field_names(result) if name not in left_out]
     fields = {name: _value(getattr(result, name), name) for name in names}
+    held: Any = result
     if result.kind == "feature_screen":
-        fields["curves"] = _list_curves(result)
+        fields["curves"] = _list_curves(held)
+        fields["trials"] = encode(held.trials(), "trials")
+    if result.kind == "sae_health":
+        fields["cautions"] = list(held.cautions)
     if result.kind in WITH_ROWS:
         fields["rows"] = encode(result.rows(), "rows")
     return fields
@@ -62,11 +68,12 @@ def _value(value: Any, name: str) -> Any:
 
 
 def _list_curves(screen: Any) -> dict[str, Any]:
-    """Change of the log-odds by strength, of each latent and of each random direction."""
+    """Change of the log-odds by strength: latents, random directions, the mean difference."""
     return {
         side: {
             "latents": encode(screen.forced_curves(side), "curves"),
             "controls": encode(screen.control_curves(side), "curves"),
+            "mean_difference": encode(screen.mean_difference_curve(side), "curves"),
         }
         for side in _SIDES
     }

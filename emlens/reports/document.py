@@ -16,7 +16,7 @@ from typing import Any
 from emlens import __version__
 from emlens.artifacts import Result, read_json
 from emlens.encoding import ArtifactError, encode
-from emlens.reports.brief import WITH_ROWS, describe_briefly
+from emlens.reports.brief import WITH_PARTS, describe_briefly
 
 SCHEMA = "emlens/report/1"
 VECTORS = ("mean_base", "mean_tuned", "top_directions")
@@ -97,7 +97,7 @@ def kind_of(result: Mapping[str, Any]) -> str:
 
 
 def _describe(result: Result) -> dict[str, Any]:
-    if result.kind in WITH_ROWS:
+    if result.kind in WITH_PARTS:
         return describe_briefly(result)
     document = result.to_dict()
     inner = document.get("activations")

@@ -16,13 +16,30 @@ from emlens.reports.feature_figures import (
     plot_steering,
     plot_warning,
 )
-from emlens.reports.features import TITLES, WHOLE, name_search, say_sampled
+from emlens.reports.features import (
+    TITLES,
+    WHOLE,
+    list_alarms,
+    list_notes,
+    name_search,
+    say_fit_of_warning,
+    say_sampled,
+    say_trials,
+)
 from emlens.reports.sections import Json
 from emlens.reports.tokens import find_level
-from emlens.reports.visible import finite, read_number, show_number, show_running
+from emlens.reports.visible import (
+    NOT_TESTED,
+    finite,
+    read_number,
+    show_number,
+    show_p,
+    show_running,
+)
 
 _LINK = "https://"
 """What an address must begin with to become a link: no other scheme runs or sends anything."""
+_FIT = ("explained_variance", "l0", "dead_share")
 SHOWN_ROWS = 50
 """Rows of a table of latents."""
 
@@ -95,6 +112,13 @@ class FeatureBlock:
     document: Json
     whole: Json | None
     """The document, where it is a whole search."""
+    alarms: list[str] = field(default_factory=list)
+    """What must be known first."""
+    notes: list[str] = field(default_factory=list)
+    """What is said beside the tables."""
+    trials: SortTable | None = None
+    """What a screen tried, and what of it counts."""
+    trial_notes: list[str] = field(default_factory=list)
     health: list[Json] = field(default_factory=list)
     overview: tuple[str, Plot] | None = None
     tables: list[SortTable] = field(default_factory=list)
@@ -103,12 +127,37 @@ class FeatureBlock:
     cards: list[CardBlock] = field(default_factory=list)
 
 
+def make_feature_blocks(documents: Sequence[Json], plots: Plots) -> list[FeatureBlock]:
+    """Lay out searches, and parts that stand alone: how well a codec fits first, in one table."""
+    fits = [one for one in documents if kind_of(one) == "sae_health"]
+    by_base: dict[str, list[Json]] = {}
+    for one in fits:
+        # What the base did on one text stands once; on another text it did something else.
+        base = (show_number(one["rows"][0][name]) for name in ("n_tokens", *_FIT))
+        key = (one["base_fingerprint"], one["codec_fingerprint"], *base)
+        by_base.setdefault(str(key), []).append(one)
+    first = [_fit_block(some) for some in by_base.values()]
+    return first + [make_feature_block(one, plots) for one in documents if one not in fits]
+
+
+def _fit_block(fits: Sequence[Json]) -> FeatureBlock:
+    alarms = dict.fromkeys(line for one in fits for line in list_alarms(one))
+    heading = name_search(fits[0]) if len(fits) == 1 else TITLES["sae_health"]
+    return FeatureBlock(
+        heading=heading, document=fits[0], whole=None, alarms=list(alarms), health=list(fits)
+    )
+
+
 def make_feature_block(document: Json, plots: Plots) -> FeatureBlock:
     """Lay out a search among latents, or a part of one that stands alone."""
     kind, heading = kind_of(document), name_search(document)
     if kind == WHOLE:
         return _whole_block(document, plots)
-    shared: dict[str, Any] = {"heading": heading, "document": document, "whole": None}
+    shared: dict[str, Any] = {
+        **{"heading": heading, "document": document, "whole": None},
+        **{"alarms": list_alarms(document), "notes": list_notes(document)},
+        "health": [document["health"]] if document.get("health") else [],
+    }
     if kind == "feature_cards":
         made = [
             _card_block(int(c["latent"]), plots, card=c, of=document) for c in document["cards"]
@@ -117,13 +166,14 @@ def make_feature_block(document: Json, plots: Plots) -> FeatureBlock:
     if kind == "early_warning":
         return FeatureBlock(**shared, warnings=[_warning(document, plots)])
     table = make_table(TITLES[kind], document["rows"][:SHOWN_ROWS])
-    health = [document["health"]] if "health" in document else []
     if kind == "feature_screen":
         says = "largest effect of each latent; lines: what the strongest random direction reaches"
         overview = (says, plots.add(plot_screen(document), says))
         cards = [_card_block(int(latent), plots, screen=document) for latent in document["latents"]]
-        return FeatureBlock(**shared, health=health, overview=overview, tables=[table], cards=cards)
-    return FeatureBlock(**shared, health=health, tables=[table])
+        return FeatureBlock(
+            **shared, **_tried(document), overview=overview, tables=[table], cards=cards
+        )
+    return FeatureBlock(**shared, tables=[table])
 
 
 def _whole_block(document: Json, plots: Plots) -> FeatureBlock:
@@ -151,12 +201,24 @@ def _whole_block(document: Json, plots: Plots) -> FeatureBlock:
         heading=name_search(document),
         document=document,
         whole=document,
+        alarms=list_alarms(document),
+        **({} if screened is None else _tried(screened)),
         health=list(document["health"]),
         overview=overview,
         tables=[make_table("Latents", document["rows"], targets=targets)],
         warnings=[_warning(one, plots) for one in document["warnings"]],
         cards=blocks,
     )
+
+
+def _tried(screen: Json) -> dict[str, Any]:
+    """What a screen tried and what of it counts; reports of old do not hold it."""
+    rows = screen.get("trials", ())
+    columns = (
+        [name for name in rows[0] if any(row[name] is not None for row in rows)] if rows else []
+    )
+    shown = [{name: row[name] for name in columns} for row in rows]
+    return {"trials": make_table("What was tried", shown), "trial_notes": say_trials(screen)}
 
 
 def make_table(
@@ -172,13 +234,23 @@ def make_table(
     columns = list(rows[0]) if rows else []
     cells = [[_cell(name, row[name], targets or {}) for name in columns] for row in rows]
     numbers = [
-        all(row[k].number or row[k].text == "–" for row in cells) for k in range(len(columns))
+        all(row[k].number or row[k].text in _NOTHING for row in cells) for k in range(len(columns))
     ]
     names = [name.replace("_", " ") for name in columns]
     return SortTable(title=title, columns=names, rows=cells, numbers=numbers)
 
 
+_NOTHING = ("–", NOT_TESTED)
+
+
+def _is_test(name: str) -> bool:
+    """Whether a column is of p- or q-values."""
+    return name in ("p", "p_value", "q_value") or name.endswith("_p")
+
+
 def _cell(name: str, value: Any, targets: dict[int, str]) -> Cell:
+    if _is_test(name) and show_p(value) == NOT_TESTED:
+        return Cell(text=NOT_TESTED, value=None, number=False)
     if value is None:
         return Cell(text="–", value=None, number=False)
     if isinstance(value, bool) or not _is_number(value):
@@ -215,6 +287,8 @@ def _card_block(
     if screen is not None and latent in [int(n) for n in screen["latents"]]:
         n = len(screen["curves"]["base"]["controls"])
         says = f"what steering does; shaded: {n} random directions of the same length"
+        if screen["curves"]["base"].get("mean_difference") is not None:
+            says = f"{says}; dashed: the mean difference of the models"
         if sampled := say_sampled(screen, latent):
             says = f"{says}. Sampled, {'; '.join(sampled)}"
         figures.append((says, plots.add(plot_steering(screen, latent), f"latent {latent}: {says}")))
@@ -265,5 +339,5 @@ def _say_codes(codes: Sequence[Any], models: Sequence[str]) -> str:
 
 
 def _warning(document: Json, plots: Plots) -> tuple[str, Plot]:
-    says = f"{document['latent']}: {document['verdict']}"
+    says = f"{document['latent']}: {document['verdict']}; {say_fit_of_warning(document)}"
     return says, plots.add(plot_warning(document), says)

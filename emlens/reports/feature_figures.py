@@ -13,7 +13,7 @@ from emlens.reports.features import DONE, SIDES, strongest_control
 from emlens.reports.labels import label, name_rows
 from emlens.reports.sections import Json, find_span, short_name
 from emlens.reports.theme import BAND, DASHES, LINES
-from emlens.reports.visible import finite, read_number, show_number, show_share
+from emlens.reports.visible import finite, read_number, show_number, show_p, show_share
 
 _SYMBOLS = ("circle", "diamond-open")
 _GREY = "#808080"
@@ -53,7 +53,7 @@ def _add_effects(
         name=words,
         customdata=[
             f"latent {int(row['latent'])}, {words}: {show_number(row['forced_effect'])}, "
-            f"p = {show_number(row['forced_p'], 2)}"
+            f"p = {show_p(row['forced_p'])}"
             for row in rows
         ],
         hovertemplate="%{customdata}<extra></extra>",
@@ -116,7 +116,7 @@ def plot_models(feature: Json) -> go.Figure:
 def _describe_model(one: Json) -> str:
     return (
         f"{label(short_name(str(one['tuned'])))}: mean {show_number(one['mean_base'])} to "
-        f"{show_number(one['mean_tuned'])}, q = {show_number(one['q_value'], 2)}"
+        f"{show_number(one['mean_tuned'])}, q = {show_p(one['q_value'])}"
     )
 
 
@@ -140,6 +140,8 @@ def plot_steering(screen: Json, latent: int) -> go.Figure:
                 *_sampled_traces(curve, before[column - 1], show=column == 1),
             ):
                 figure.add_trace(trace, row=2, col=column)
+        for trace in _plain_traces(screen, side, show=column == 1):
+            figure.add_trace(trace, row=1, col=column)
     figure.update_xaxes(title=f"strength, {label(screen['units'])}", row=rows)
     figure.update_yaxes(title="odds, nats a token", row=1, col=1)
     if sampled:
@@ -168,6 +170,26 @@ def _forced_traces(screen: Json, side: str, place: int) -> list[go.Scatter]:
         hovertemplate="strength %{x:g}: %{y:.3f}<extra></extra>",
     )
     return [*_shade(x, spans, texts), line]
+
+
+def _plain_traces(screen: Json, side: str, *, show: bool) -> list[go.Scatter]:
+    """What the mean difference does; none where there is none, and in reports of old."""
+    curve = screen["curves"][side].get("mean_difference")
+    if curve is None:
+        return []
+    points = sorted(zip(map(read_number, screen["strengths"]), map(finite, curve), strict=True))
+    x, y = zip(*points, strict=True)
+    return [
+        go.Scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            line={"width": 1.5, "color": _GREY, "dash": DASHES[1]},
+            name="mean difference, without a latent",
+            showlegend=show,
+            hovertemplate="mean difference, strength %{x:g}: %{y:.3f}<extra></extra>",
+        )
+    ]
 
 
 def _span(value: float | None) -> str:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from emlens.reports.document import kind_of
 from emlens.reports.sections import Json, short_name
-from emlens.reports.visible import finite, read_number, show_change, show_number, show_share
+from emlens.reports.visible import finite, read_number, show_change, show_number, show_p, show_share
 
 WHOLE = "persona_features"
 TITLES: Mapping[str, str] = MappingProxyType(
@@ -82,7 +82,7 @@ def say_sampled(screen: Json, latent: int) -> list[str]:
 
 
 def _say_curve(curve: Json) -> str:
-    p = f"p = {show_number(curve['p'], 2)}"
+    p = f"p = {show_p(curve['p'])}"
     if curve["chosen"] is None:
         return f"too many incoherent responses at every strength, {p}"
     point = curve["points"][curve["chosen"]]
@@ -123,7 +123,7 @@ def _say_strongest(document: Json) -> str:
         clauses.append(
             f"{words}, latent {best['latent']} does most: "
             f"{show_change(best['forced_effect'])} nats a token, random directions up to "
-            f"{show_change(best['controls_max'])} (p = {show_number(best['forced_p'], 2)})"
+            f"{show_change(best['controls_max'])} (p = {show_p(best['forced_p'])})"
             f"{_say_judged(rows)}"
         )
     return ", ".join(clauses)
@@ -137,7 +137,7 @@ def _say_judged(rows: list[Json]) -> str:
     low, high = show_number(best["effect_low"]), show_number(best["effect_high"])
     return (
         f" and of those sampled latent {best['latent']}: effect on the score "
-        f"{show_change(best['effect'])} [{low}, {high}] (p = {show_number(best['p'], 2)})"
+        f"{show_change(best['effect'])} [{low}, {high}] (p = {show_p(best['p'])})"
     )
 
 
@@ -152,8 +152,98 @@ def _say_captured(document: Json) -> str:
 
 
 def _say_area(document: Json) -> str:
-    found, plain = document["classification"], document["plain_classification"]
+    found = document["classification"]
     return (
         f"{found['claim']}: area {say_interval(found['auc'])}, by mean differences alone "
-        f"{say_interval(plain['auc'])}"
+        f"{say_interval(found['by_mean_difference']['auc'])}"
     )
+
+
+def list_alarms(document: Json) -> list[str]:
+    """What must be known before a search, or a part of one that stands alone, is believed."""
+    if kind_of(document) == WHOLE:
+        return [str(line) for line in document["cautions"]]
+    health = document if kind_of(document) == "sae_health" else document.get("health")
+    if health is not None:
+        # Reports of old hold no sentences.
+        return [str(line) for line in health.get("cautions", ())]
+    if document.get("underpowered"):
+        return ["the codec explains too little of one of the models: this is underpowered"]
+    return []
+
+
+def list_notes(document: Json) -> list[str]:
+    """What is said of a part that stands alone, beside its table; and why cells are empty."""
+    kind = kind_of(document)
+    if kind == "model_classification":
+        return _say_classification(document)
+    if kind == "feature_contrast":
+        n, least = len(document["harmful"]), show_number(document["smallest_p"])
+        return [f"{n} pairs of fine-tunes: no p-value of so few falls below {least}. {_FEW}"]
+    if kind == "feature_diff":
+        return [str(document["why_untested"]) or _FEW]
+    return []
+
+
+_FEW = "Latents that fire on fewer than 12 prompts are not tested."
+
+
+def _say_classification(document: Json) -> list[str]:
+    plain = document["by_mean_difference"]
+    folds = zip(document["folds"], document["latents"], strict=True)
+    used = "; ".join(f"{name}: {', '.join(str(n) for n in own)}" for name, own in folds)
+    scales = "Scores of different domains are on different scales"
+    return [
+        f"{document['claim']}: area {say_interval(document['auc'])}, p = "
+        f"{show_p(document['p_value'])} ({document['p_method']}). By mean differences alone, "
+        f"without any latent: {say_interval(plain['auc'])}, p = {show_p(plain['p_value'])}",
+        f"Latents used, by what was left out: {used}."
+        + (f" {scales}." if document["domains"] else ""),
+    ]
+
+
+def say_trials(screen: Json) -> list[str]:
+    """Whether responses were sampled, what of them counts, and on which prompts."""
+    forced = (
+        f"Fixed responses: {sum(screen['n_texts'])}, under every direction at every strength; they "
+        "know no incoherence."
+    )
+    if not screen["sampled_before"]:
+        return [
+            f"{forced} No responses were sampled: nothing is known of what steering says, nor of "
+            "how coherent it is.",
+            *_say_plainly(screen),
+        ]
+    shared = int(screen["n_shared_prompts"])
+    return [
+        forced,
+        *_say_plainly(screen),
+        f"Responses were sampled to {screen['n_prompts']} prompts, {shared} of them those of fixed "
+        "responses. A trial is a direction at one strength; it counts where no more of its scored "
+        "responses are incoherent than allowed, and of those that count the largest strength is "
+        "taken. A direction that is never coherent ranks last.",
+    ]
+
+
+def _say_plainly(screen: Json) -> list[str]:
+    """What steering with the mean difference does; reports of old do not hold it."""
+    said = []
+    for side, words in zip(SIDES, DONE, strict=True):
+        row = next((row for row in screen["rows"] if row["side"] == side), {})
+        if row.get("mean_difference") is not None:
+            said.append(f"{words} {show_change(row['mean_difference'])}")
+    if not said:
+        return []
+    return [
+        "The mean difference of the two models, which needs no latent, does at its best strength: "
+        f"{', '.join(said)} nats a token."
+    ]
+
+
+def say_fit_of_warning(document: Json) -> str:
+    """How well the codec fits where a latent was followed."""
+    health = document.get("health")
+    if health is None:
+        return "how well its autoencoder fits was not looked at"
+    weak = "; underpowered" if health["underpowered"] else ""
+    return f"explained variance {say_health(health)}{weak}"

@@ -30,6 +30,7 @@ from emlens.reports.visible import (
     show_change,
     show_change_from,
     show_number,
+    show_p,
     show_points,
     show_share,
     show_text,
@@ -46,6 +47,7 @@ def _show_judge(judge: object, name: object = "") -> str:
 _FILTERS = {
     "judge": _show_judge,
     "number": show_number,
+    "p": show_p,
     "share": show_share,
     "change": show_change,
     "change_from": show_change_from,

@@ -20,7 +20,7 @@ from emlens.reports.blocks import (
 )
 from emlens.reports.curves import list_curves
 from emlens.reports.document import reading
-from emlens.reports.feature_blocks import FeatureBlock, make_feature_block
+from emlens.reports.feature_blocks import FeatureBlock, make_feature_blocks
 from emlens.reports.features import name_search
 from emlens.reports.paths import TitledFigure, list_figures, plot_behaviour
 from emlens.reports.plots import plot_losses
@@ -127,7 +127,7 @@ def build_page(report: Json) -> Page:
     with reading("narrow"):
         solutions = [_solution_block(document, counter) for document in sections.solutions]
     with reading("features"):
-        features = [make_feature_block(document, counter) for document in sections.features]
+        features = make_feature_blocks(sections.features, counter)
     with reading("extra"):
         answers = [check_answer(row) for row in check_list(extra.get("answers", []), "answers")]
         facts = [

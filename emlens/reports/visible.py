@@ -6,6 +6,7 @@ Not an escape for HTML: that is the template engine's, after this.
 import math
 import unicodedata
 
+NOT_TESTED = "not tested"
 _JOINERS = "\u200c\u200d"
 """Invisible, but scripts and emoji fall apart without them, and they reorder nothing."""
 _TOKEN_SIGNS = str.maketrans({" ": "␣", "\n": "⏎", "\t": "⇥", "\u00a0": "⍽"})
@@ -73,6 +74,11 @@ def show_number(value: object, digits: int = 3) -> str:
     rounded = float(f"{number:.{digits}g}")
     decimals = max(digits - 1 - math.floor(math.log10(abs(rounded))), 0)
     return f"{rounded:,.{decimals}f}".replace("-", "−").replace(",", "\u202f")
+
+
+def show_p(value: object) -> str:
+    """A p- or q-value to two digits; without one, and NaN in results of old, nothing was tested."""
+    return NOT_TESTED if value is None or math.isnan(read_number(value)) else show_number(value, 2)
 
 
 def show_share(value: object) -> str:

@@ -28,6 +28,7 @@ from emlens.features import (
 )
 from emlens.features.attribute import attribute_features, pair_by_prompt
 from emlens.features.cards import FeatureCards
+from emlens.features.classify import why_not_told_apart
 from emlens.features.explain import explain_features
 from emlens.features.explain_settings import ExplainSettings
 from emlens.features.screen import screen_features
@@ -45,7 +46,7 @@ from emlens.studies.compare_by_latents import (
 from emlens.studies.follow_latents import FollowedTexts, follow_latents
 from emlens.studies.judge_scores import judge_scores, unscored
 from emlens.studies.persona_cautions import list_cautions
-from emlens.studies.persona_features import PersonaFeatures, PlainClassification
+from emlens.studies.persona_features import PersonaFeatures
 from emlens.studies.persona_plan import check_search, plan_search
 from emlens.studies.persona_settings import (
     FineTunes,
@@ -54,7 +55,6 @@ from emlens.studies.persona_settings import (
     PersonaTexts,
 )
 from emlens.studies.persona_table import describe_features, describe_models
-from emlens.studies.plain_classification import classify_plainly, why_not_told_apart
 from emlens.studies.plain_difference import PlainDifference, measure_plain_difference
 from emlens.studies.stages import Stages
 from emlens.vectors import Direction, Provenance
@@ -149,7 +149,7 @@ class _Search:
         contrast = self._contrast()
         attribution = self._attribute()
         chosen = self._choose(contrast, attribution)
-        classification, plainly = self._classify()
+        classification = self._classify()
         screen = self._screen(chosen)
         cards = self._explain(chosen, screen)
         warnings = self._follow(chosen)
@@ -164,7 +164,9 @@ class _Search:
             site=str(self.codec.site),
             positions=first.positions,
             responses=first.responses,
-            cautions=list_cautions(diffs, plain, contrast, screen, domains=self.fine_tunes.domains),
+            cautions=list_cautions(
+                diffs, plain, contrast, screen, cards=cards, domains=self.fine_tunes.domains
+            ),
             not_done=tuple(self.not_done),
             models=describe_models(self.members, diffs),
             health=tuple(own.health for own in diffs),
@@ -176,7 +178,6 @@ class _Search:
             n_pairs=len(self.careful),
             smallest_p=None if contrast is None else contrast.smallest_p,
             classification=classification,
-            plain_classification=plainly,
             screen=screen,
             cards=cards,
             warnings=warnings,
@@ -235,20 +236,19 @@ class _Search:
             )
         return choose_latents(scores, n=self.settings.n_latents)
 
-    def _classify(self) -> tuple[ModelClassification | None, PlainClassification | None]:
+    def _classify(self) -> ModelClassification | None:
         labels = [one.misaligned for one in self.members]
         domains = [one.domain for one in self.members if one.domain is not None] or None
         given: dict[str, Any] = {"leave_out": domains, "seed": self.settings.comparison.seed}
         if reason := why_not_told_apart(labels, domains):
             self.not_done.append(f"models told apart: {reason}")
-            return None, None
+            return None
         n, diffs = self.settings.n_signature, self.compared.diffs
-        found = self.stages.keep(
+        return self.stages.keep(
             "classification",
             ModelClassification,
             lambda: classify_models(diffs, labels, n_latents=n, **given),
         )
-        return found, classify_plainly(diffs, labels, **given)
 
     def _screen(self, chosen: Sequence[ChosenLatent]) -> FeatureScreen | None:
         screen, judge, contrast = self.probe.screen, self.probe.judge, self.texts.contrast

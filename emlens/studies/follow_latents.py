@@ -17,10 +17,19 @@ from torch import Tensor
 from emlens.codecs import SparseCodec
 from emlens.data import Batching, Chat, ContrastTexts, report_progress, tokenize_chat, track
 from emlens.data.prompts import hash_chats
-from emlens.features import EarlyWarning, LatentCodes, Series, measure_early_warning, read_latents
+from emlens.features import (
+    EarlyWarning,
+    LatentCodes,
+    SaeHealth,
+    Series,
+    check_sae,
+    measure_early_warning,
+    read_latents,
+)
 from emlens.features.reading import group_by_prompt
 from emlens.models.attach import attach_adapter
 from emlens.models.identity import identify_model
+from emlens.models.pair import load_pair
 from emlens.models.protocol import HookedModel
 from emlens.models.score import score_responses
 from emlens.organisms.trajectory import AdapterTrajectory, TrajectoryError
@@ -91,7 +100,7 @@ def follow_latents(
         seed: of exchanges and resamples.
 
     Returns:
-        One for each latent.
+        One for each latent, with how well the codec fits base and last checkpoint on `texts.chats`.
 
     Raises:
         TrajectoryError: the twin has other checkpoints.
@@ -108,6 +117,7 @@ def follow_latents(
         base_codes, base_odds = work.read_base()
     else:
         base_codes, base_odds = work.read("twin", path.twin)
+    health = work.check(path.trajectory)
     behaviour = Series(name=BEHAVIOUR, units="pairs", base=base_odds, values=odds)
     return tuple(
         measure_early_warning(
@@ -121,6 +131,7 @@ def follow_latents(
             points=[float(step) for step in steps],
             axis="training step",
             seed=seed,
+            health=health,
         )
         for place, latent in enumerate(latents)
     )
@@ -190,6 +201,21 @@ class _Following:
         codes = self.stages.keep("codes_base", LatentCodes, lambda: self._read(self.base)).codes[0]
         odds = self.stages.keep("odds_base", OddsCurve, self._score_base).odds.double()
         return codes[:, None].expand(-1, n, -1), odds.expand(-1, n)
+
+    def check(self, trajectory: AdapterTrajectory) -> SaeHealth:
+        """How well the codec fits the base and the last checkpoint, which is farthest from it."""
+
+        def make() -> SaeHealth:
+            with report_progress(None):
+                return check_sae(
+                    load_pair(self.base, trajectory.adapter(self.steps[-1])),
+                    self.codec,
+                    chats=self.texts.chats,
+                    positions=self.texts.positions,
+                    batching=self.texts.batching,
+                )
+
+        return self.stages.keep("health", SaeHealth, make)
 
     def _read(self, model: Any) -> LatentCodes:
         with report_progress(None):  # of checkpoints, not of the chats at each of them

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from emlens.features import FeatureContrast, FeatureDiff, SaeHealth
-from emlens.features.results import ENOUGH_EXPLAINED
-from emlens.features.screen_results import FeatureScreen
+from emlens.features import FeatureContrast, FeatureDiff
+from emlens.features.cards import FeatureCards
+from emlens.features.screen_results import SIDES, FeatureScreen
 from emlens.numerics.sign_flips import smallest_p
 from emlens.studies.plain_difference import PlainDifference
 
@@ -15,6 +15,7 @@ def list_cautions(
     contrast: FeatureContrast | None,
     screen: FeatureScreen | None,
     *,
+    cards: FeatureCards | None = None,
     domains: Sequence[str] = (),
 ) -> tuple[str, ...]:
     """Sentences, the worst first: a codec that is blind, units that are none, chance.
@@ -24,11 +25,20 @@ def list_cautions(
         plain: what needs no codec, in the same order.
         contrast: with careful twins; None where there are none.
         screen: of the causes; None where there is none.
+        cards: of what latents may mean; None where there are none.
         domains: of each pair of the contrast; empty where nobody knows.
     """
-    found = [line for diff in diffs for line in _judge_fit(diff.health)]
+    found = [line for diff in diffs for line in diff.health.cautions]
+    parts = {"at the fixed responses of the screen": screen, "on the texts of the cards": cards}
+    found += [
+        f"{where}: {line}"
+        for where, part in parts.items()
+        if part is not None
+        for line in part.health.cautions
+    ]
     found += [line for diff, own in zip(diffs, plain, strict=True) for line in _compare(diff, own)]
     found += _judge_units(diffs, contrast, domains)
+    found += [] if screen is None else _judge_effects(screen)
     if screen is not None and screen.n_shared_prompts:
         found.append(
             f"{screen.n_shared_prompts} of {screen.n_prompts} prompts of the sampled stage are "
@@ -42,25 +52,6 @@ def list_cautions(
     return tuple(dict.fromkeys(found))
 
 
-def _judge_fit(health: SaeHealth) -> Iterator[str]:
-    for name, explained in zip(health.streams, health.explained_variance.tolist(), strict=True):
-        # Turned round, so that a variance that cannot be told counts as too little.
-        if not explained >= ENOUGH_EXPLAINED:
-            who = health.base if name == "base" else health.tuned
-            yield (
-                f"the codec explains {explained:.2f} of the variance in {who}, less than "
-                f"{ENOUGH_EXPLAINED}: whatever is found, or not found, among its latents is "
-                "underpowered"
-            )
-    if health.worse_on_tuned and health.explained_change is not None:
-        yield (
-            f"the codec explains clearly less of {health.tuned} than of its base "
-            f"({health.explained_change.value:+.3f}): part of what changed is in no latent"
-        )
-    if health.same_base is False:
-        yield f"the codec was trained on other weights than those of {health.base}"
-
-
 def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
     share, mean = diff.health.captured_share, plain.vectors[0]
     if share is not None and share < mean.captured:
@@ -70,6 +61,17 @@ def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
         )
     if diff.why_untested:
         yield f"{diff.tuned}: no latent was tested: {diff.why_untested}"
+
+
+def _judge_effects(screen: FeatureScreen) -> Iterator[str]:
+    """Where steering with the mean difference does as much as steering with the best latent."""
+    for side, words in zip(SIDES, ("added to the base", "taken from the fine-tune"), strict=True):
+        curve, best = screen.mean_difference_curve(side), float(screen.forced_effect(side).max())
+        if curve is not None and float(curve.max()) >= best:
+            yield (
+                f"{words}, no latent does more than the mean difference, which needs no codec: "
+                f"{best:+.3f} against {float(curve.max()):+.3f} nats a token"
+            )
 
 
 def _judge_units(

@@ -10,7 +10,6 @@ from emlens.artifacts import Result
 from emlens.features import EarlyWarning, ModelClassification, SaeHealth
 from emlens.features.cards import FeatureCards
 from emlens.features.screen_results import SIDES, FeatureScreen, SampledCurve
-from emlens.numerics.intervals import Interval
 from emlens.studies.plain_difference import PlainDifference
 
 SIGNIFICANT = 0.05
@@ -33,8 +32,8 @@ class LatentInModel:
     frequency_tuned: float
     prompts_fired: int
     """Prompts on which it is active in either."""
-    q_value: float
-    """That they differ on such prompts, by sign flips; NaN where nothing was tested."""
+    q_value: float | None
+    """That they differ on such prompts, by sign flips; None where it was not tested."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +50,9 @@ class PersonaFeature:
     contrast: float | None
     """Mean of delta less that of the careful twin; None without twins."""
     contrast_p: float | None
-    """Over pairs, by sign flips; None without twins, NaN where nothing was tested."""
+    """Over pairs, by sign flips; None without twins and where it was not tested."""
     contrast_q: float | None
-    """Benjamini-Hochberg over all latents tested."""
+    """Benjamini-Hochberg over all latents tested; None where this one was not."""
     pairs_agreeing: int | None
     """Pairs whose own contrast has the sign of the mean."""
     decoder_cosine: float
@@ -80,16 +79,6 @@ class ComparedModel:
     """Of these, with a q-value up to .05: they differ on such prompts, as after any fine-tune."""
     why_untested: str
     """Why no latent was tested; empty where some were."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlainClassification:
-    """How well fine-tunes are told apart by mean differences, without any codec."""
-
-    auc: Interval
-    """As that of the latents, in the same folds."""
-    p_value: float
-    """Share of relabellings that give at least this area."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +118,7 @@ class PersonaFeatures(Result):
     smallest_p: float | None
     """The smallest p-value that so many pairs can give; None without twins."""
     classification: ModelClassification | None
-    """How well they are told apart by latents."""
-    plain_classification: PlainClassification | None
-    """How well without any."""
+    """How well they are told apart by latents, and without any."""
     screen: FeatureScreen | None
     """What the latents cause, in the first fine-tune and its base."""
     cards: FeatureCards | None

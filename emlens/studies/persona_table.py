@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from emlens.features import FeatureContrast, FeatureDiff, FeatureRanking
+from emlens.features.results import value_or_none
 from emlens.studies.choose_latents import ChosenLatent
 from emlens.studies.persona_features import (
     SIGNIFICANT,
@@ -61,8 +62,8 @@ def describe_features(
             ranks=one.ranks,
             delta=float(delta[one.latent]),
             contrast=None if contrast is None else float(contrast.contrast[one.latent]),
-            contrast_p=None if contrast is None else float(contrast.p_value[one.latent]),
-            contrast_q=None if contrast is None else float(contrast.q_value[one.latent]),
+            contrast_p=None if contrast is None else value_or_none(contrast.p_value[one.latent]),
+            contrast_q=None if contrast is None else value_or_none(contrast.q_value[one.latent]),
             pairs_agreeing=None if contrast is None else int(contrast.pairs_agreeing[one.latent]),
             decoder_cosine=float(cosine[one.latent]),
             attribution=None if by is None else float(by.scores[by.rank_of(one.latent) - 1]),
@@ -81,5 +82,5 @@ def _describe_latent(latent: int, diff: FeatureDiff) -> LatentInModel:
         frequency_base=float(diff.frequency_base[latent]),
         frequency_tuned=float(diff.frequency_tuned[latent]),
         prompts_fired=int(diff.prompts_fired[latent]),
-        q_value=float(diff.q_value[latent]),
+        q_value=value_or_none(diff.q_value[latent]),
     )

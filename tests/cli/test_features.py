@@ -69,7 +69,8 @@ def test_a_search_finds_screens_explains_and_writes_a_report(
     latent = found["features"][0]["latent"]
     again = cli(*find_words(tiny, folder, "--out", folder / "run"))
     assert again.code == 0, again.err
-    for part in ("beware: ", "without a codec", str(latent), "models told apart", "report:"):
+    parts = ("beware: ", "without a codec", str(latent), "no responses were sampled")
+    for part in (*parts, "models told apart", "report:"):
         assert part in again.out
     reported = cli("report", folder / "run", "--out", tmp_path / "page.html")
     assert reported.code == 0, reported.err
@@ -88,7 +89,7 @@ def test_a_dry_run_counts_what_would_be_done_and_writes_nothing(
     assert plan["schema"] == "emlens/plan/1"
     assert (plan["site"], plan["d_sae"], plan["positions"]) == ("resid_post.1", 32, "all")
     assert plan["passes_over_prompts"] == 4
-    assert plan["scored_responses"] == 2 * (1 + (3 + 24) * 2) * 6
+    assert plan["scored_responses"] == 2 * (1 + (3 + 24 + 1) * 2) * 6
     assert plan["sampled_responses"] == 2 * 16 * 2 * (1 + (2 + 16) * 2)
     assert plan["judge"] == "contrast"
     assert not (tmp_path / "run").exists()
@@ -108,6 +109,7 @@ def test_a_sampled_screen_is_judged(
     assert "What was not done" in page
     assert "induces sampled p" in page
     printed = cli(*(word for word in run if word != "--json"), "--strengths", "1")
+    assert "never_coherent" in printed.out
     assert "sampled, judged" in printed.out
     assert "effect_low" in printed.out
 
@@ -124,12 +126,16 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     assert (compared["n_prompts"], compared["responses"]) == (16, "same")
     first = [row["latent"] for row in compared["rows"][:2]]
     text = cli(*words(tiny, folder, "compare", *given))
-    assert "the largest changes" in text.out
+    assert compared["plain"]["schema"] == "emlens/plain_difference/1"
+    assert text.out.index("without a codec") < text.out.index("the largest changes")
     listed = ["--from", tmp_path / "compared", "--top", 2]
     cards = ["--prompts", folder / "chats.jsonl", "--limit", 4, "--out", tmp_path / "cards"]
     explained = cli(*words(tiny, folder, "explain", *listed, *cards, "--json"))
     assert explained.code == 0, explained.err
     assert [card["latent"] for card in explained.json["cards"]] == first
+    assert "underpowered" in explained.json["health"]["cautions"][0]
+    said = cli(*words(tiny, folder, "explain", *listed, *cards)).out
+    assert said.index("this is underpowered") < said.index("active_share")
     texts = ["--positive", folder / "bad.jsonl", "--negative", folder / "good.jsonl"]
     screen = words(tiny, folder, "screen", *listed, *texts, "--strengths", "2", "--units")
     screened = cli(*screen, "resid_norm", "--out", tmp_path / "screen", "--json")
@@ -169,11 +175,13 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     contrast, told = both.json["results"]
     assert told["validation"] == "in sample"
     assert "in-sample" in told["claim"]
-    assert both.json["by_mean_difference"]["auc"]["value"] <= 1
+    area = told["by_mean_difference"]["auc"]["value"]
     printed = cli(*run[:-1], tmp_path / "two", *more)
+    assert len(both.json["health"]) == 4
+    assert "How well the autoencoder fits" in (tmp_path / "two" / "report.html").read_text()
     assert "in-sample separation" in printed.out
+    assert f"latents {told['latents'][0][0]}" in printed.out
     assert "this is underpowered" in printed.out.partition("harmful less careful")[0]
-    area = both.json["by_mean_difference"]["auc"]["value"]
     assert f"by mean differences alone: area {area:.2f} [" in printed.out
     assert "{" not in printed.out
     few = cli(*run).out

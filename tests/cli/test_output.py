@@ -42,6 +42,16 @@ def test_a_table_shows_what_looks_like_markup_as_it_is(capsys: pytest.CaptureFix
     assert "[red]t" in out
 
 
+def test_a_p_value_that_there_is_none_of_is_not_tested(capsys: pytest.CaptureFixture[str]):
+    rows = [
+        {"latent": 3, "q_value": None, "contrast_p": math.nan, "delta": None},
+        {"latent": 4, "q_value": 0.5, "contrast_p": 0.25, "delta": 1.0},
+    ]
+    print_table(rows)
+    first = next(line for line in capsys.readouterr().out.splitlines() if line.strip()[:1] == "3")
+    assert first.split() == ["3", "not", "tested", "not", "tested", "-"]
+
+
 def test_an_empty_table_prints_nothing(capsys: pytest.CaptureFixture[str]):
     print_table([], title="t")
     assert capsys.readouterr().out == ""

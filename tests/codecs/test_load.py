@@ -351,6 +351,24 @@ def test_sources_that_hold_no_codec_are_refused_by_name(tmp_path: Path):
         load_sae("emlens:smollm2")
 
 
+def test_what_the_cache_holds_a_part_of_is_refused_offline_with_the_reason(tmp_path: Path):
+    write_text = {"README.md": lambda file: file.write_text("about")}
+    publish(tmp_path, "someone/other-files", write_text)
+    with pytest.raises(CodecError, match=r"Name it: someone.other-files/FOLDER.*HF_HUB_OFFLINE"):
+        load_sae("someone/other-files")
+    config = {"cfg.json": lambda file: file.write_text("{}")}
+    publish(tmp_path, "someone/half", config)
+    with pytest.raises(CodecError, match=r"sae_weights.safetensors is not.*HF_HUB_OFFLINE"):
+        load_sae("someone/half")
+    with pytest.raises(SourceNotFoundError, match=r"has no 'layer_3'.*HF_HUB_OFFLINE"):
+        load_sae("someone/half", sae_id="layer_3")
+    # Nothing of the Hub is said of a folder that lies here.
+    (tmp_path / "here").mkdir()
+    with pytest.raises(CodecError) as refused:
+        load_sae(tmp_path / "here")
+    assert "HF_HUB_OFFLINE" not in str(refused.value)
+
+
 def test_a_subfolder_is_named_by_its_id(tmp_path: Path):
     save_sae(make_sae(), tmp_path / "a" / "b")
     sae = load_sae(tmp_path, sae_id="a/b", dtype=torch.float64, device="cpu")

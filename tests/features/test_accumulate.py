@@ -169,6 +169,19 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         FeatureAccumulator(3, n_prompts=2, d_in=12, d_sae=96)
 
 
+def test_what_leaves_codes_out_counts_all_else_alike():
+    x, codes = make_rows()
+    prompts = torch.tensor([0, 0, 1])
+    full, bare = (PromptAccumulator(2, d_in=12, d_sae=96, keep_codes=k) for k in (True, False))
+    for own in (full, bare):
+        own.update(prompts, x, codes)
+    assert len(bare.result().codes) == 0 < len(full.result().codes)
+    for name in ("n_tokens", "firings", "activations", "squares", "missed"):
+        assert torch.equal(getattr(bare.result(), name), getattr(full.result(), name))
+    with pytest.raises(WidthError, match="codes of some shards would be missing"):
+        full.merge(bare)
+
+
 def test_a_prompt_without_tokens_is_named():
     own = PromptAccumulator(3, d_in=12, d_sae=96)
     x, codes = make_rows()

@@ -62,6 +62,25 @@ def test_a_planted_latent_tells_models_apart_in_domains_left_out():
     assert found.p_method.endswith("relabellings within folds, latents chosen for each")
 
 
+def test_mean_differences_stand_beside_in_the_same_folds():
+    """Noise in every latent, a direction in the activations: only what needs no codec finds it."""
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(16, 20, generator=generator, dtype=torch.float64)
+    shift = 6 * torch.randn(20, generator=generator, dtype=torch.float64)
+    rows = noise + shift * torch.tensor(LABELS)[:, None]
+    models = zip(make_models(0.0), rows, strict=True)
+    found = classify([replace(own, mean_difference=row) for own, row in models])
+    assert found.by_mean_difference.auc.value == 1.0 > found.auc.value
+    assert found.by_mean_difference.p_value < 0.01 < found.p_value
+    blind = classify(
+        [
+            replace(own, mean_difference=row)
+            for own, row in zip(make_models(9.0), noise, strict=True)
+        ]
+    )
+    assert blind.by_mean_difference.auc.value < 1.0 == blind.auc.value
+
+
 def test_given_latents_claim_nothing_of_their_own_choice():
     found = classify(make_models(9.0, domain=0.5), latents=[11])
     assert found.claim == (

@@ -63,3 +63,5 @@ def test_a_warning_survives_saving(tmp_path):
     assert isinstance(again, EarlyWarning)
     assert again.rows() == found.rows()
     assert again.verdict == found.verdict
+    assert found.underpowered is None
+    assert found.rows()[0]["underpowered"] is None

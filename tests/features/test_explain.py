@@ -9,8 +9,10 @@ import torch
 
 from emlens.codecs import CodecError
 from emlens.features.cards import FeatureCard, FeatureCards
+from emlens.features.compare import compare_features
 from emlens.features.explain import explain_features
 from emlens.features.explain_settings import ExplainSettings
+from emlens.features.health import check_sae
 from emlens.features.logit_lens import read_logit_lens
 from emlens.models import load_adapter, load_pair
 from emlens.models.lora import LoraAdapter, LoraModule
@@ -74,6 +76,20 @@ def test_top_windows_are_those_of_looking_at_every_token(cards, codes, latent):
     n_tokens = sum(own.shape[1] for own in codes)
     assert cards.card(latent).active_share == pytest.approx(active / n_tokens)
     assert cards.n_tokens == n_tokens
+
+
+def test_cards_say_how_well_the_codec_fits_the_texts_they_are_cut_from(pair, cards):
+    own = check_sae(pair, CODEC, chats=CHATS)
+    assert cards.health.to_dict() == own.to_dict()
+    alone = explain_features(pair.base, CODEC, latents=(7,), chats=CHATS[:3], settings=SETTINGS)
+    assert alone.health.streams == ("model",)
+    assert alone.health.n_prompts == 3
+    assert alone.cards[0].directions == ()
+    diff = compare_features(pair, CODEC, chats=CHATS)
+    for latent in LATENTS:
+        (near,) = cards.card(latent).directions
+        assert near.cosine == pytest.approx(float(diff.decoder_cosine[latent]), abs=1e-6)
+        assert "mean difference of the two models" in near.name
 
 
 def test_the_planted_latent_is_more_active_in_the_tuned_model(cards):
@@ -177,7 +193,7 @@ def test_cosines_stand_beside_those_of_random_vectors(pair):
         name="planted",
     )
     found = explain_features(
-        pair,
+        pair.base,
         CODEC,
         latents=LATENTS,
         chats=CHATS[:2],
@@ -225,7 +241,7 @@ def test_an_explainer_is_asked_about_each_finished_card(pair, cards, tmp_path):
     found = explain_features(pair, CODEC, latents=LATENTS, chats=CHATS, settings=settings)
     assert tuple(seen) == cards.cards
     assert [card.explanation for card in found.cards] == ["latent 7", "latent 5"]
-    assert load_result(found.save(tmp_path / "cards")) == found
+    assert load_result(found.save(tmp_path / "cards")).to_dict() == found.to_dict()
     with pytest.raises(KeyError, match="latent 3 has no card"):
         found.card(3)
 

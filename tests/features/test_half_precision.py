@@ -117,14 +117,15 @@ def test_what_float16_cannot_hold_is_refused_with_the_way_out_or_normalised_firs
                 read()
         scaled = replace(half, normalization="constant_norm_rescale")
         wide = scaled.to(dtype=torch.float32)
-        found, expected = ([read() for read in every_way(pair, c)[2:]] for c in (scaled, wide))
-        with pytest.raises(CodecError, match=r"reconstructions .* bfloat16 or float32"):
-            check_sae(pair, scaled, chats=CHATS)
+        # Codes alone can be had; what says how well they fit, the cards too, reconstructs.
+        found, expected = (every_way(pair, c)[2]() for c in (scaled, wide))
+        for read in (every_way(pair, scaled)[0], every_way(pair, scaled)[3]):
+            with pytest.raises(CodecError, match=r"reconstructions .* bfloat16 or float32"):
+                read()
     finally:
         for hook in hooks:
             hook.remove()
-    for own, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, theirs, rtol=2e-2, atol=5e-3)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=5e-3)
 
 
 def test_tokens_that_a_codec_leaves_out_are_not_encoded_for_the_texts_that_are_shown(pair):

@@ -147,6 +147,7 @@ def test_a_strength_counts_that_costs_little_coherence(pair, plain, weak, strong
     curve = found.curve(PLANTED, side="tuned")
     assert [point.incoherent for point in curve.points] == [weak / 8, strong / 8]
     assert curve.chosen == chosen
+    assert found.most_incoherent == pytest.approx((max(0.1, plain / 8 + 0.1),) * 2)
     if chosen is None:
         assert curve.p == 1.0
 
@@ -251,6 +252,7 @@ def test_latents_that_are_only_random_directions_beat_the_controls_as_often_as_p
             before=torch.zeros(2, 2).double(),
             steered=as_odds(effects[:n]),
             controls=as_odds(effects[n:]),
+            mean_difference=None,
         )
         chosen = [curve(k, judged[k]) for k in forced.top(n_best, side="base")]
         for found, numbers in (
@@ -304,9 +306,9 @@ def test_a_screen_that_was_killed_goes_on_where_it_was(pair, screen, tmp_path, m
     settings = replace(SETTINGS, batching=replace(SETTINGS.batching, tokens=999))
     with pytest.raises(Dies):
         run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")
-    assert sum(scored) == 2 * (1 + (5 + 16) * 3)
+    assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
     found = run(pair, settings, scores=replace(scores, sampled=judge), out=tmp_path / "run")
-    assert sum(scored) == 2 * (1 + (5 + 16) * 3)
+    assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
     assert len(asked) == 1 + 2 * (1 + 18 * 2)
     assert found.to_dict() == screen.to_dict()
     again = run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")

@@ -1,11 +1,13 @@
 """A search among latents made up: two fine-tunes with twins, three latents, one that acts."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from emlens.features import EarlyWarning, FeatureScreen, ModelClassification, SaeHealth
 from emlens.features.cards import FeatureCard, FeatureCards, TokenWindow
+from emlens.features.classify import PlainClassification
 from emlens.features.logit_lens import LogitLens, TokenWeight
 from emlens.features.screen_results import SIDES, SampledCurve, SampledPoint
 from emlens.features.vector_cosines import VectorCosine
@@ -16,7 +18,6 @@ from emlens.studies.persona_features import (
     LatentInModel,
     PersonaFeature,
     PersonaFeatures,
-    PlainClassification,
 )
 from emlens.studies.plain_difference import PlainDifference, PlainVector
 
@@ -94,8 +95,9 @@ def make_screen(**changed: Any) -> FeatureScreen:
         **{"units": "delta_norm", "unit_norm": 2.5, "n_texts": (20, 20)},
         "health": make_health(positions="response"),
         **{"before": before, "steered": place(effects), "controls": place(chance)},
+        "mean_difference": place(torch.tensor([0.25, 0.1, 0.2]).double()),
         **{"sampled": tuple(curves), "sampled_before": (plain, plain)},
-        **{"n_prompts": 4, "n_shared_prompts": 0, "seed": 0},
+        **{"most_incoherent": (0.1, 0.07), "n_prompts": 4, "n_shared_prompts": 0, "seed": 0},
     }
     return FeatureScreen(**(given | changed))
 
@@ -136,12 +138,13 @@ def make_cards(latents: tuple[int, ...] = LATENTS[:2], **changed: Any) -> Featur
     )
     given: dict[str, Any] = ORIGIN | {
         **{"tuned": NAMES[0], "positions": "all[24:]", "models": ("base", "tuned")},
-        **{"chats_sha256": "0", "n_chats": 50, "n_tokens": 4000, "seed": 0, "cards": cards},
+        **{"chats_sha256": "0", "n_chats": 50, "n_tokens": 4000, "seed": 0},
+        **{"health": make_health(), "cards": cards},
     }
     return FeatureCards(**(given | changed))
 
 
-def make_warning() -> EarlyWarning:
+def make_warning(**changed: Any) -> EarlyWarning:
     points = torch.arange(4).double()
 
     def band(mean: torch.Tensor) -> Band:
@@ -149,7 +152,7 @@ def make_warning() -> EarlyWarning:
         half = torch.full((4,), 0.5).double()
         return Band(mean=mean, centre=still, low=-half, high=half, level=0.95, critical=2.5)
 
-    return EarlyWarning(
+    made = EarlyWarning(
         axis="training step",
         points=(0.0, 10.0, 20.0, 30.0),
         latent="latent 12",
@@ -163,8 +166,10 @@ def make_warning() -> EarlyWarning:
         departures=Lead(early=10.0, late=20.0, lead=interval(10.0, 4.0)),
         level=0.95,
         seed=0,
+        health=make_health(),
         verdict="a lead of 10 [6, 14] of training step: the latent warns",
     )
+    return replace(made, **changed)
 
 
 def make_plain(tuned: str) -> PlainDifference:
@@ -207,6 +212,7 @@ def make_classification() -> ModelClassification:
         auc=interval(0.95, 0.05),
         p_value=0.17,
         p_method="all 6 relabellings within folds, latents chosen for each",
+        by_mean_difference=PlainClassification(auc=interval(0.9), p_value=0.33),
         folds=("all",),
         latents=torch.tensor([[12]]),
         chosen=True,
@@ -219,7 +225,7 @@ def make_classification() -> ModelClassification:
     )
 
 
-def make_feature(latent: int, delta: float) -> PersonaFeature:
+def make_feature(latent: int, delta: float, *, q_value: float | None = 0.003) -> PersonaFeature:
     models = tuple(
         LatentInModel(
             tuned=name,
@@ -229,7 +235,7 @@ def make_feature(latent: int, delta: float) -> PersonaFeature:
             frequency_base=0.02,
             frequency_tuned=0.09,
             prompts_fired=44,
-            q_value=0.003,
+            q_value=q_value,
         )
         for name in NAMES
     )
@@ -240,7 +246,7 @@ def make_feature(latent: int, delta: float) -> PersonaFeature:
         delta=delta,
         contrast=delta - 0.1,
         contrast_p=0.5,
-        contrast_q=float("nan"),
+        contrast_q=None,
         pairs_agreeing=2,
         decoder_cosine=0.61,
         attribution=None,
@@ -272,7 +278,6 @@ def make_search(**changed: Any) -> PersonaFeatures:
         "plain": tuple(make_plain(name) for name in NAMES),
         **{"orders": ("contrast", "delta"), "features": features},
         **{"n_pairs": 2, "smallest_p": 0.5, "classification": make_classification()},
-        "plain_classification": PlainClassification(auc=interval(0.9), p_value=0.33),
         **{"screen": make_screen(), "cards": make_cards(), "warnings": (make_warning(),)},
     }
     return PersonaFeatures(**(given | changed))

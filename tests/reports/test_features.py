@@ -23,6 +23,8 @@ from tests.reports.searches import (
     LATENTS,
     NAMES,
     make_cards,
+    make_classification,
+    make_feature,
     make_health,
     make_screen,
     make_search,
@@ -71,7 +73,9 @@ def test_steering_is_drawn_in_the_order_of_the_strengths_beside_the_controls():
     assert list(incoherent["y"]) == pytest.approx([0.0, 5.0, 10.0])
     # The others were not sampled.
     other: Any = plot_steering(screen, 7)
-    assert len(other.data) == 6
+    assert len(other.data) == 8
+    plain = other.data[3]
+    assert (list(plain.x), list(plain.y)) == ([-1.0, 1.0, 2.0], pytest.approx([0.1, 0.2, 0.25]))
 
 
 def test_a_latent_is_drawn_in_both_models_of_every_fine_tune():
@@ -135,6 +139,78 @@ def test_the_page_has_cautions_first_tables_cards_and_windows():
 def test_a_screen_alone_says_how_well_its_codec_fits():
     text = Outline(page_of(make_screen())).text
     assert text.index("How well") < text.index("added to the base")
+
+
+def test_a_screen_says_what_was_sampled_and_what_of_it_was_too_incoherent():
+    screen = make_screen()
+    added, added_chance, taken, _ = as_json(screen)["trials"]
+    assert (added["forced"], added["forced_trials"]) == (3, 9)
+    assert (added["sampled"], added["trials"], added["responses"]) == (1, 2, 16)
+    # At strength 2 a tenth is incoherent: within the budget of the base, beyond that of the other.
+    assert (added["coherent"], added["incoherent"]) == (2, 0)
+    assert (taken["coherent"], taken["incoherent"], taken["allowed"]) == (1, 1, 0.07)
+    assert (added_chance["sampled"], added_chance["trials"]) == (16, 32)
+    text = Outline(page_of(screen)).text
+    assert "Responses were sampled to 4 prompts, 0 of them" in text
+    assert "never coherent" in text
+    said = "which needs no latent, does at its best strength: added to the base +0.250, taken"
+    assert said in text
+    bare = make_screen(sampled=(), sampled_before=(), most_incoherent=())
+    assert as_json(bare)["trials"][0]["trials"] is None
+    text = Outline(page_of(bare)).text
+    assert "No responses were sampled: nothing is known" in text
+    assert "never coherent" not in text
+
+
+def test_what_was_not_tested_is_said_in_words_and_is_null_in_json():
+    delta = torch.tensor([3.0, 1.0, 2.0]).double()
+    p = torch.tensor([torch.nan, 0.25, 0.5]).double()
+    diff = make_diff("a", delta, p_value=p, q_value=p)
+    rows = as_json(diff)["rows"]
+    assert [row["p_value"] for row in rows] == [None, 0.5, 0.25]
+    text = Outline(page_of(diff)).text
+    assert text.count("not tested") == 3
+    assert "fewer than 12 prompts are not tested" in text
+    assert "nan" not in text.lower().split()
+    page = page_of(make_search(features=(make_feature(12, 1.0, q_value=None),)))
+    table = re.search(r"Activity of latent 12.*?</table>", page, re.DOTALL)
+    assert table is not None
+    assert table[0].count("not tested") == 4
+
+
+@pytest.mark.parametrize("make", [make_cards, make_warning])
+def test_a_poor_fit_is_said_before_a_card_or_a_warning_is_shown(make):
+    poor = make_health(explained_variance=torch.tensor([0.81, 0.41]), underpowered=True)
+    text = Outline(page_of(make(health=poor))).text
+    said = text.index("the codec explains 0.41 of the variance in emlens:bad-finance")
+    assert said < text.index("Latent 12" if make is make_cards else "a lead of 10")
+    assert text.index("How well the autoencoder fits") > said
+    fine = Outline(page_of(make(health=make_health(worse_on_tuned=False)))).text
+    assert "Before any latent is believed" not in fine
+
+
+def test_a_warning_without_a_codec_says_that_nobody_has_looked():
+    assert make_warning(health=None).underpowered is None
+    assert "was not looked at" in Outline(page_of(make_warning(health=None))).text
+    assert "explained variance 0.81 in the base" in Outline(page_of(make_warning())).text
+
+
+def test_a_classification_alone_stands_beside_mean_differences_with_its_latents():
+    text = Outline(page_of(make_classification())).text
+    assert "area 0.950 [0.900, 1.00], p = 0.17 (all 6 relabellings" in text
+    assert "By mean differences alone, without any latent: 0.900 [0.800, 1.00], p = 0.33" in text
+    assert "Latents used, by what was left out: all: 12." in text
+
+
+def test_fits_of_several_fine_tunes_share_a_table_that_comes_first():
+    fits = [make_health(name) for name in NAMES[:2]]
+    page = page_of(make_classification(), *fits)
+    assert page.count('aria-label="Fit of the autoencoder"') == 1
+    text = Outline(page).text
+    assert text.index("emlens:bad-health") < text.index("By mean differences alone")
+    # On another text the base did something else.
+    other = make_health(NAMES[2], n_tokens=torch.tensor([9, 9]))
+    assert page_of(*fits, other).count('aria-label="Fit of the autoencoder"') == 2
 
 
 def test_stages_beside_the_whole_are_shown_once():
@@ -215,7 +291,7 @@ def test_a_search_of_one_fine_tune_without_anything_else_is_a_page():
     search = make_search()
     bare = make_search(
         **{"models": search.models[:1], "health": search.health[:1], "plain": search.plain[:1]},
-        **{"classification": None, "plain_classification": None, "screen": None, "cards": None},
+        **{"classification": None, "screen": None, "cards": None},
         **{"warnings": (), "features": (), "n_pairs": 0, "smallest_p": None},
     )
     text = Outline(page_of(bare)).text

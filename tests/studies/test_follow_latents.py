@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from emlens.data import ContrastTexts
+from emlens.features import check_sae
 from emlens.models.pair import load_pair
 from emlens.organisms.trajectory import AdapterTrajectory, TrajectoryError, stack_adapters
 from emlens.studies import FollowedTexts, LatentPath, follow_latents
@@ -59,7 +60,13 @@ def test_the_planted_latent_leaves_the_base_when_it_is_planted(
     assert (planted.latent, still.latent) == (f"latent {PLANTED}", "latent 3")
     torch.testing.assert_close(still.latent_band.mean, still.latent_band.centre)
     assert (planted.n_latent_units, planted.n_behaviour_units) == (8, 6)
+    last = load_pair(base, path.trajectory.adapter(4))
+    own = check_sae(last, CODEC, chats=texts.chats, positions="all")
+    assert planted.health is not None
+    assert torch.equal(planted.health.explained_variance, own.explained_variance)
+    assert planted.underpowered is own.underpowered
     assert torch.equal(planted.behaviour_band.mean, still.behaviour_band.mean)
+    monkeypatch.setattr(module, "check_sae", None)
     monkeypatch.setattr(module, "read_latents", None)
     monkeypatch.setattr(module, "measure_odds_curve", None)
     again, _ = follow_latents(base, path, out=tmp_path / "run", **given)
