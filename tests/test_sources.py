@@ -120,7 +120,10 @@ def test_a_text_that_is_neither_path_nor_hub_id_says_what_is_expected(text: str)
     "text",
     ["./org/name", "/org/name", "~/nowhere/name", "../x", "org\\name", "runs/prompts.jsonl"],
 )
-def test_a_missing_local_path_is_not_taken_for_a_hub_id(text: str) -> None:
+def test_a_missing_local_path_is_not_taken_for_a_hub_id(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # beside the checkout there may be an x
     with pytest.raises(SourceNotFoundError, match="does not exist"):
         parse_source(text)
 

@@ -62,9 +62,12 @@ def test_a_commands_own_flags_come_before_the_common_ones():
     sample.__annotations__["flags"] = SampleFlags
     command = takes_flags(sample)
     parameters = inspect.signature(command).parameters
-    assert list(parameters) == ["needed", "number", "json", "quiet", "offline"]
+    own = list(parameters)[1:]  # the first is typer's context, which is no flag
+    assert own == ["needed", "number", "json", "quiet", "offline"]
     assert parameters["needed"].default is inspect.Parameter.empty
     assert parameters["number"].default == 3
     assert command.__doc__ == "Say something."
-    command(needed="x", number=4)
+    context = typer.Context(typer.main.get_command(typer.Typer(callback=lambda: None)))
+    command(typer_context=context, needed="x", number=4)
     assert seen == [SampleFlags(needed="x", number=4)]
+    assert context.meta["emlens.flags"] == seen[0]

@@ -216,8 +216,13 @@ def test_ctrl_c_ends_judging_and_the_same_call_goes_on(tmp_path: Path):
 
     pressed: list[bool] = []
     judge = judge_by(Script(answer), tmp_path, concurrency=1)
-    with pytest.raises(KeyboardInterrupt):
-        judge_responses(rows, judge, out=tmp_path / "run")
+    # What a shell starts in its background ignores Ctrl-C, and so would the tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            judge_responses(rows, judge, out=tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert pressed
     done = judge_responses(rows, judge, out=tmp_path / "run")
     assert [row.aligned for row in done.responses] == [pytest.approx(70)] * 5
