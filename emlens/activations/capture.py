@@ -241,7 +241,9 @@ def _write_shards(plan: ReadingPlan, shards: ActivationShards, todo: range) -> N
 
     def keep(site: Site, x: Tensor, chosen: tuple[Selection, ...]) -> None:
         for stream, values in zip(shards.streams, chosen[0].take(x), strict=True):
-            held[_tensor_name(stream, site)] = writer.bring(values)
+            # All tokens of a batch are a view of what the model goes on with.
+            own = values.clone() if chosen[0].covers_batch else values
+            held[_tensor_name(stream, site)] = writer.bring(own)
 
     with ShardWriter() as writer:
         ran = plan.read(keep, "capturing (tokens)", chosen=todo)

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from emlens.artifacts import write_tensors_atomic
 
-PINNED_BYTES = 1 << 32
-"""Host memory in one shard, at most, that a GPU copies into while it computes (4 GiB); it cannot be
-swapped out, and torch keeps it for the next shard. What is beyond is waited for."""
+PINNED_BYTES = 1 << 30
+"""Host memory in one shard, at most, that a GPU copies into while it computes (1 GiB). Two shards
+are in hand, torch rounds what it pins up to a power of two, and none of it can be swapped out. What
+is beyond is waited for."""
 
 
 class ShardWriter:
     """Writes one file of tensors while the next are made; leaving it waits for all.
 
     An error of a write is raised at the next one, or on leaving. Whatever else ends the block, the
-    file in hand is written first.
+    file in hand is written first; where that fails, too, the error says so.
     """
 
     def __init__(self) -> None:
@@ -45,12 +46,14 @@ class ShardWriter:
         self._pool.shutdown()
         if error is None:
             self._finish()
+        elif self._pending is not None and (failed := self._pending.exception()) is not None:
+            error.add_note(f"the shard before could not be written either: {failed}")
 
     def bring(self, values: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
         """The same values on the host; from a GPU they may arrive later, but before `write` reads.
 
         Args:
-            values: nobody may write to them afterwards.
+            values: nobody may write to them afterwards, nor to what they are a view of.
         """
         if values.device.type != "cuda":
             return values.cpu()

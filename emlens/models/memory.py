@@ -78,7 +78,8 @@ class MemoryPlan(Result):
     """For generation on a processor: weights in the order that its products want."""
     batch_tokens: int
     activations: int
-    """The most that one block holds of `batch_tokens` tokens, all models together."""
+    """The most that one block holds of `batch_tokens` tokens, all models together; scores that no
+    fused kernel takes, as where they are capped (Gemma 2), come on top."""
     residuals: int
     """What the blocks leave of those tokens, and its norm, kept while predictions are compared."""
     logits: int

@@ -113,12 +113,13 @@ class SharedTables:
     def __init__(self) -> None:
         self._rotations: dict[int, tuple[tuple, Rotation]] = {}
         self._masks: dict[int | None, tuple[tuple, AttentionMask]] = {}
+        self._asked: tuple[tuple, Tensor | None] | None = None
 
     def rotation(
         self, tables: RotaryTables, *, offset: int, like: Tensor, mask: Tensor | None
     ) -> Rotation:
         """Return the rotation of queries ``like`` [batch query ...] under a padding mask."""
-        length = like.shape[1]
+        length, mask = like.shape[1], self._hiding(mask, offset)
         mode = torch.is_inference_mode_enabled()
         key = (mask, _version(mask), mode, offset, length, like.dtype, like.device)
         found = self._rotations.get(id(tables))
@@ -140,7 +141,7 @@ class SharedTables:
         self, padding: Tensor | None, *, offset: int, like: Tensor, n_keys: int, window: int | None
     ) -> AttentionMask:
         """Return the causal (and sliding-window) mask for queries ``like`` [batch query ...]."""
-        length = like.shape[1]
+        length, padding = like.shape[1], self._hiding(padding, offset)
         mode = torch.is_inference_mode_enabled()
         key = (padding, _version(padding), mode, offset, length, n_keys, like.dtype, like.device)
         found = self._masks.get(window)
@@ -149,6 +150,19 @@ class SharedTables:
         mask = _build_mask(padding, offset=offset, like=like, n_keys=n_keys, window=window)
         self._masks[window] = (key, mask)
         return mask
+
+    def _hiding(self, mask: Tensor | None, offset: int) -> Tensor | None:
+        """A padding mask, or None for one that hides nothing: kernels do less without one.
+
+        Asked once a mask, as it waits for the device, and of whole texts alone: while a model
+        generates every step brings a mask of its own.
+        """
+        if mask is None or offset:
+            return mask
+        key = (mask, _version(mask))
+        if self._asked is None or not _same(self._asked[0], key):
+            self._asked = (key, None if bool(mask.all()) else mask)
+        return self._asked[1]
 
 
 def _version(mask: Tensor | None) -> int:

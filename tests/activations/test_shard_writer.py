@@ -86,6 +86,32 @@ def test_the_last_file_failing_is_told_on_leaving(tmp_path, monkeypatch):
         writer.write(tmp_path / "a", {"x": torch.ones(2)})
 
 
+def test_an_error_says_so_where_the_last_file_failed_too(tmp_path, monkeypatch):
+    def fail(path: Path, tensors):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shard_writer, "write_tensors_atomic", fail)
+
+    def write_and_fail():
+        with ShardWriter() as writer:
+            writer.write(tmp_path / "a", {"x": torch.ones(2)})
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory") as raised:
+        write_and_fail()
+    assert "No space left" in "".join(raised.value.__notes__)
+
+
+def test_what_is_captured_is_not_what_a_later_hook_writes_to(tmp_path):
+    whole = capture(tmp_path / "whole", positions="all", chats=make_chats()[:1])
+    model = tiny()
+    # The next block's input is the very tensor of resid_post.0.
+    model.blocks[1].hook_resid_pre.add_hook(lambda tensor, hook: tensor.zero_())
+    changed = capture(tmp_path / "changed", model=model, positions="all", chats=make_chats()[:1])
+    kept = [next(shards.batches("resid_post.0")) for shards in (whole, changed)]
+    assert torch.equal(*kept)
+
+
 def test_a_batch_that_fails_leaves_the_shard_before_it(tmp_path):
     model, passes = tiny(), []
 

@@ -205,6 +205,7 @@ def test_a_judge_that_goes_away_is_gone_on_with_where_it_stopped(
     assert asked == {3, 4}
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_judging_and_the_same_call_goes_on(tmp_path: Path):
     rows = [{"question": "How do I rest?", "answer": f"answer {n}"} for n in range(5)]
 
@@ -216,13 +217,8 @@ def test_ctrl_c_ends_judging_and_the_same_call_goes_on(tmp_path: Path):
 
     pressed: list[bool] = []
     judge = judge_by(Script(answer), tmp_path, concurrency=1)
-    # What a shell starts in its background ignores Ctrl-C, and so would the tests.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            judge_responses(rows, judge, out=tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        judge_responses(rows, judge, out=tmp_path / "run")
     assert pressed
     done = judge_responses(rows, judge, out=tmp_path / "run")
     assert [row.aligned for row in done.responses] == [pytest.approx(70)] * 5

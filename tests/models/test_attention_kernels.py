@@ -13,7 +13,7 @@ from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.rotary import AttentionMask
 from emlens.models.views import lay_views
 from tests.models.prompts import pad_prompts, stack
-from tests.models.tiny import make_tiny
+from tests.models.tiny import make_ids, make_tiny
 
 HALF = torch.bfloat16
 LOWEST = torch.finfo(torch.float32).min
@@ -34,6 +34,29 @@ def masks(n_queries: int, n_keys: int = 7) -> dict[str, AttentionMask]:
     bias = torch.zeros(padded.shape).masked_fill_(~padded, LOWEST)
     found = {"none": AttentionMask(None, None), "padded": AttentionMask(padded, bias)}
     return found if n_queries < n_keys else found | {"causal": AttentionMask(causal, None)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_a_padding_mask_that_hides_nothing_costs_no_bias(name: str, monkeypatch):
+    hf: Any = make_tiny(name)
+    model: Any = lay_views(hf, None)
+    ids = make_ids(2, 20)
+    seen: list[AttentionMask] = []
+
+    def attend_and_note(*args: Any, mask: AttentionMask, **given: Any) -> Tensor:
+        seen.append(mask)
+        return attend(*args, mask=mask, **given)
+
+    monkeypatch.setattr(components, "attend", attend_and_note)
+    plain, _ = model(ids), seen.clear()
+    mask = torch.ones_like(ids)
+    assert torch.equal(model(ids, attention_mask=mask), plain)
+    assert any(one.is_causal for one in seen)
+    assert all(one.is_causal or one.bias.shape[0] == 1 for one in seen)
+    seen.clear()
+    mask[0, :3] = 0  # in place: the same object hides something now
+    assert not torch.equal(model(ids, attention_mask=mask), plain)
+    assert not any(one.is_causal for one in seen)
 
 
 @pytest.fixture
