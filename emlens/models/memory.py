@@ -188,8 +188,9 @@ def _values_a_token(sizes: ModelSizes) -> int:
 
     By the live tensors at the peak of a comparison. In the MLP its gate, its input, both as the
     adapter leaves them, and seven residual widths: the batch's first residual and its copy, the
-    block's before and after attention, two norms, what attention wrote. In attention heads as they
-    are multiplied and turned, values and outputs beside them, and five.
+    block's before and after attention, two norms, what attention wrote. Without a gate (GPT-2,
+    NeoX) it is less, which is not counted apart. In attention heads as they are multiplied and
+    turned, values and outputs beside them, and five.
     """
     heads = 3 * sizes.n_heads + 3 * (sizes.n_key_value_heads or sizes.n_heads)
     attention = 5 * sizes.d_model + heads * sizes.d_head

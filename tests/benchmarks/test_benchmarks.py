@@ -24,6 +24,7 @@ from benchmarks import __main__ as suite
 from benchmarks import gpu
 from benchmarks.decode import step_seconds
 from benchmarks.records import Figure, Record, find_slowdowns, format_line, format_table
+from benchmarks.rows import rows_of
 from benchmarks.settings import Settings
 from benchmarks.timing import (
     Ratio,
@@ -379,7 +380,7 @@ def test_clocks_are_those_of_a_busy_device(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("row", ["prefill", "decode", "stream", "growth", "judging"])
+@pytest.mark.parametrize("row", rows_of(replace(TOY, device="cuda")))
 def test_a_row_runs_on_a_gpu(row: str):
     found = as_json(suite.run_row(row, replace(TOY, device="cuda")))
     assert found["device"] == torch.cuda.get_device_name()

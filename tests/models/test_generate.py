@@ -49,14 +49,29 @@ def test_left_padded_rows_equal_hugging_faces_and_those_of_each_row_alone(name):
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_cached_steps_give_the_logits_of_one_pass(name, monkeypatch: pytest.MonkeyPatch):
-    model = lay_views(make_tiny(name), None)
-    ids, mask = pad_prompts()
+    check_steps(lay_views(make_tiny(name), None), monkeypatch, closeness=1e-4)
+
+
+# Of logits up to about 1; bfloat16 keeps eight bits.
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "closeness"), [(torch.float32, 1e-3), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("name", PLAIN)
+def test_cached_steps_give_the_logits_of_one_pass_on_a_gpu(
+    name: str, dtype: torch.dtype, closeness: float, monkeypatch: pytest.MonkeyPatch
+):
+    hf: Any = make_tiny(name)
+    check_steps(lay_views(hf.to("cuda", dtype), None), monkeypatch, closeness=closeness)
+
+
+def check_steps(model: Any, monkeypatch: pytest.MonkeyPatch, *, closeness: float) -> None:
+    device = model.W_E.device
+    ids, mask = (tensor.to(device) for tensor in pad_prompts())
     logits = record_logits(monkeypatch)
     found = generate_tokens(model, ids, mask, sampling=greedy(9))
     for row, n in enumerate(LENGTHS):
-        whole = model(torch.cat([ids[row, -n:], found.ids[row]])[None])[0, n - 1 : -1]
+        whole = model(torch.cat([ids[row, -n:], found.ids[row].to(device)])[None])[0, n - 1 : -1]
         steps = torch.stack([step[row] for step in logits])
-        torch.testing.assert_close(steps, whole, rtol=0, atol=1e-4)
+        torch.testing.assert_close(steps, whole.to(steps), rtol=0, atol=closeness)
         assert all(step.shape == (len(LENGTHS), D_VOCAB) for step in logits)
 
 
