@@ -16,13 +16,13 @@ from torch import Tensor
 from benchmarks.adapters import make_cases
 from benchmarks.decode import BATCHES, NEW, PROMPT, generate_ours
 from benchmarks.models import describe_model, draw_ids, load_hugging_face, load_tokenizer
-from benchmarks.nnsight_peer import decode_ablated, decode_adapted, own_failures, trace_model
-from benchmarks.peers import PeerLeftOutError, find_peers, generate_hugging_face
+from benchmarks.nnsight_peer import decode_ablated, decode_adapted, trace_model
+from benchmarks.peers import find_peers, generate_hugging_face
 from benchmarks.records import Figure, Record
 from benchmarks.reference import check_logits, check_tokens
 from benchmarks.rows import run_alone
 from benchmarks.settings import Settings
-from benchmarks.timing import Timings, time_sides
+from benchmarks.timing import PeerLeftOutError, Timings, time_sides
 from benchmarks.work import Work, count_decode
 from emlens.interventions import Ablate, Intervention, intervene
 from emlens.models.attach import attach_adapter
@@ -57,10 +57,14 @@ def measure(settings: Settings) -> Record:
             sides = {side: make(ids, n) for side, make in makers.items()}
             _check(sides, hf, ids, settings, notes)
             timings = time_sides(
-                sides, rounds=settings.rounds, device=settings.device, clock=settings.read_clock
+                sides,
+                rounds=settings.rounds,
+                device=settings.device,
+                clock=settings.read_clock,
+                notes=notes,
             )
             figures += _compare(timings, dtype, batch, settings)
-            for side in sides:
+            for side in timings.seconds:
                 seconds[f"batch {batch}, {dtype}: {side}"] = timings.median(side)
             work[f"batch {batch}, {dtype}: plain"] = count_decode(hf, batch, PROMPT, n)
     return Record(
@@ -189,8 +193,7 @@ def _check(
             if peer not in sides:
                 continue
             try:
-                with own_failures():
-                    theirs = sides[peer]()
+                theirs = sides[peer]()
             except PeerLeftOutError as error:
                 notes.append(f"{peer}: {error}")
                 del sides[peer]

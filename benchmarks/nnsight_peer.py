@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.peers import PeerLeftOutError, generate_hugging_face
+from benchmarks.peers import generate_hugging_face
+from benchmarks.timing import PeerLeftOutError
 from emlens.models.lora import LoraAdapter
 
 MISSING = "nnsight is left out: it is not installed (pip install 'emlens-interp[bench]')"
@@ -50,7 +51,7 @@ def own_failures() -> Iterator[None]:
     """Leave nnsight out where nnsight itself fails; any other error stays one.
 
     Raises:
-        PeerLeftOutError: with what it said. 0.8 loses its place in some loops over bfloat16 models.
+        PeerLeftOutError: with what it said. 0.8 loses its place in some loops, at any call.
     """
     try:
         yield
@@ -80,6 +81,7 @@ def decode_ablated(
     generate_hugging_face(hf, ids, n)  # sets what is generated
     d, mask = direction.to(hf.device, hf.dtype), torch.ones_like(ids)
 
+    @own_failures()
     def decode() -> Tensor:
         with model.generate(ids, attention_mask=mask) as tracer:
             for _ in tracer.iter[:n]:
@@ -107,6 +109,7 @@ def decode_adapted(
         for name, lora in adapter.modules.items()
     ]
 
+    @own_failures()
     def decode() -> Tensor:
         with model.generate(ids, attention_mask=mask) as tracer:
             for _ in tracer.iter[:n]:

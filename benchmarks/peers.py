@@ -17,14 +17,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import GenerationConfig, PreTrainedModel
 
 from benchmarks.memory import free_memory
+from benchmarks.timing import PeerLeftOutError
 from emlens.models.lora import LoraAdapter
 from emlens.models.views import lay_views
 
 T = TypeVar("T")
-
-
-class PeerLeftOutError(RuntimeError):
-    """A peer cannot be run here; the message says why."""
 
 
 def find_peers(makers: Mapping[str, Callable[[], T]], notes: list[str]) -> dict[str, T]:

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from benchmarks.memory import measure_residence
 from benchmarks.models import LARGE
-from benchmarks.peers import PeerLeftOutError, find_peers
+from benchmarks.peers import find_peers
 from benchmarks.records import Figure, Record
 from benchmarks.rows import run_alone
 from benchmarks.settings import DTYPES, Settings
-from benchmarks.timing import single_ratio, time_sides
+from benchmarks.timing import PeerLeftOutError, single_ratio, time_sides
 from benchmarks.work import Work
 from emlens.codecs import CodecError, Sae
 from emlens.codecs.sae_lens_package import import_sae_lens

@@ -21,6 +21,10 @@ MIN_PAIRS = 6
 Side = Callable[[], object]
 
 
+class PeerLeftOutError(RuntimeError):
+    """A peer cannot be run here; the message says why."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
     """The median of paired ratios and an interval of it."""
@@ -118,6 +122,7 @@ def time_sides(
     warm_up: int | None = None,
     device: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
+    notes: list[str] | None = None,
 ) -> Timings:
     """Time each side once a round, back and forth, so that drift falls on all of them alike.
 
@@ -128,18 +133,36 @@ def time_sides(
             chosen, and clocks come up, in the first.
         device: a GPU's own events are used instead of the clock.
         clock: seconds.
+        notes: why a peer that gave up on the way was left out is added to these; without them it
+            ends the timing.
     """
     calls = warm_up if warm_up is not None else (1 if device == "cpu" else 3)
-    for side in sides.values():
-        for _ in range(calls):
-            side()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for name, side in sides.items():
+        with _left_out(name, seconds, notes):
+            for _ in range(calls):
+                side()
     for index in range(rounds):
-        order = list(sides) if index % 2 == 0 else list(sides)[::-1]
+        order = list(seconds) if index % 2 == 0 else list(seconds)[::-1]
         with _without_collector():
             for name in order:
-                seconds[name].append(_time_one(sides[name], device, clock))
+                with _left_out(name, seconds, notes):
+                    seconds[name].append(_time_one(sides[name], device, clock))
     return Timings(seconds={name: tuple(values) for name, values in seconds.items()})
+
+
+@contextmanager
+def _left_out(
+    name: str, seconds: dict[str, list[float]], notes: list[str] | None
+) -> Iterator[None]:
+    """Forget a peer that gives up, where there are notes to say so in."""
+    try:
+        yield
+    except PeerLeftOutError as error:
+        if notes is None:
+            raise
+        notes.append(f"{name}: {error}")
+        del seconds[name]
 
 
 @contextmanager

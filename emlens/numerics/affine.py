@@ -95,14 +95,17 @@ class LowRankAffine:
         map_ = self if placed else self.to(y.device, wide)
         if wide == y.dtype:
             return map_._map(y, where)
-        return map_._map(y.to(wide), where).to(y.dtype)
+        widened = y.to(wide)
+        # A copy of our own is written to; autograd wants a new tensor.
+        out = None if widened.requires_grad else widened
+        return map_._map(widened, where, out=out).to(y.dtype)
 
-    def _map(self, y: Tensor, where: Tensor | None) -> Tensor:
-        """One pass that reads and one that writes; nothing is done in place."""
+    def _map(self, y: Tensor, where: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+        """One pass that reads and one that writes, into a tensor of its own unless one is given."""
         if self.rank == 0:
             if where is None:
-                return y + self.c
-            return torch.addcmul(y, where[..., None].to(y.dtype), self.c)
+                return torch.add(y, self.c, out=out)
+            return torch.addcmul(y, where[..., None].to(y.dtype), self.c, out=out)
         read = y @ self.V
         if self._shifts:
             read = torch.nn.functional.pad(read, (0, 1), value=1.0)
@@ -110,7 +113,7 @@ class LowRankAffine:
             read = read * where[..., None]
         writes = self._writes
         if len(writes) == 1:
-            return torch.addcmul(y, read, writes[0])
+            return torch.addcmul(y, read, writes[0], out=out)
         flat = torch.addmm(y.reshape(-1, self.width), read.reshape(-1, len(writes)), writes)
         return flat.view(y.shape)
 

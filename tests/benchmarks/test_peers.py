@@ -1,6 +1,7 @@
 """What is timed and counted: bytes, models, adapters, the bound's parts, the peers and checks."""
 
 import weakref
+from collections import Counter
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -24,7 +25,6 @@ from benchmarks.models import (
 )
 from benchmarks.pair_diff import choose_forms, over_bound
 from benchmarks.peers import (
-    PeerLeftOutError,
     find_peers,
     generate_hugging_face,
     load_own_way,
@@ -33,7 +33,7 @@ from benchmarks.peers import (
 from benchmarks.reference import Reference, check_logits, check_tokens, computed_in
 from benchmarks.sae_diff import size_codec
 from benchmarks.settings import Settings
-from benchmarks.timing import Timings
+from benchmarks.timing import PeerLeftOutError, Timings, time_sides
 from benchmarks.work import count_pass
 from emlens.data import load_chats
 from emlens.models.memory import plan_memory
@@ -357,3 +357,24 @@ def test_a_gpu_trains_for_more_steps_than_a_processor_and_the_data_last():
     assert [train.count_steps(one) for one in (full, gpu, *toys)] == [4, 32, 3, 3]
     rows = train.ROWS * train.count_steps(gpu)
     assert len(load_chats("emlens:finance-harmful", limit=rows)) == rows
+
+
+@pytest.mark.parametrize("fails_at", [1, 4])
+def test_a_peer_that_gives_up_while_it_is_timed_is_left_out_and_noted(fails_at: int):
+    calls: Counter[str] = Counter()
+    notes: list[str] = []
+
+    def peer() -> None:
+        calls["peer"] += 1
+        if calls["peer"] == fails_at:
+            raise PeerLeftOutError("it lost its place")
+
+    sides = {"ours": lambda: calls.update(["ours"]), "peer": peer}
+    found = time_sides(sides, rounds=6, notes=notes)
+    assert len(found.seconds["ours"]) == 6
+    assert set(found.seconds) == {"ours"}
+    assert calls == {"ours": 7, "peer": fails_at}
+    assert notes == ["peer: it lost its place"]
+    calls.clear()
+    with pytest.raises(PeerLeftOutError):
+        time_sides(sides, rounds=6)

@@ -188,6 +188,24 @@ def test_half_precision_is_rounded_once():
     assert (map_.apply(y) == expected).double().mean() > 0.95
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_half_precision_is_mapped_apart_and_has_its_gradient(rank, shifted):
+    map_ = draw_map(rank, 5)
+    map_ = map_ if shifted else LowRankAffine(map_.U, map_.V, torch.zeros_like(map_.c))
+    y = draw(20, D).to(torch.bfloat16)
+    before = y.clone()
+    plain = map_.apply(y)
+    assert torch.equal(y, before)
+    leaf = y.clone().requires_grad_()
+    mapped = map_.apply(leaf)
+    assert torch.equal(mapped, plain)
+    mapped.backward(torch.ones_like(mapped))
+    expected = dense(map_)[0].sum(0)
+    assert leaf.grad is not None
+    np.testing.assert_allclose(leaf.grad.double().numpy(), [expected] * 20, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
