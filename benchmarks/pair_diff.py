@@ -43,8 +43,6 @@ WIDE_AIM = 1.10
 WIDE = 32
 CHATS = {"toy": (4, 24), "full": (8, 98)}
 """Chats and words in each; a chat of SmolLM2 has 30 tokens of header and system prompt more."""
-SLOW_CHATS = 2
-"""In bfloat16 on a CPU: without such instructions a pass takes seven times as long."""
 PARTS = ("prefill", "sketches", "log-probabilities")
 CHECKED = "nine down_proj, rank 1"
 
@@ -101,7 +99,7 @@ def make_bench(dtype: str, settings: Settings) -> Bench:
     """Load a base and lay out its chats in one batch without padding."""
     hf = load_hugging_face(dtype, settings)
     base = lay_views(hf, load_tokenizer(settings))
-    chats = make_chats(settings, *size_chats(dtype, settings))
+    chats = make_chats(settings, *CHATS[settings.size])
     cases = make_cases(hf, settings)
     pair = load_pair(base, cases[0].adapter)
     plan = plan_reading(pair, chats, sites="resid_post", positions="all", batching=Batching())
@@ -110,13 +108,6 @@ def make_bench(dtype: str, settings: Settings) -> Bench:
     return Bench(
         hf=hf, base=base, chats=chats, ids=batch.ids.to(hf.device), mask=batch.mask, cases=cases
     )
-
-
-def size_chats(dtype: str, settings: Settings) -> tuple[int, int]:
-    """How many chats, and how many words in each."""
-    n, words = CHATS[settings.size]
-    slow = dtype == "bfloat16" and settings.device == "cpu"
-    return (min(n, SLOW_CHATS) if slow else n), words
 
 
 def _measure_dtype(
