@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from emlens.artifacts import read_result
-from emlens.evaluation import ApiJudge, InspectJudge
+from emlens.evaluation import ApiJudge, InspectJudge, LocalJudge, local_judge
 from emlens.evaluation.calibration import CONTROLS, coherence_examples, load_rows
 from emlens.evaluation.coherence import LEVELS
 from emlens.evaluation.judge_report import ORDERS, JudgeReport, measure_judge
 from emlens.evaluation.judges import MEANINGS, Claim, Judgement, JudgeRow
+from tests.evaluation.fakes import make_model
 
 HARMFUL = {
     row.answer
@@ -100,6 +101,17 @@ def test_a_judge_that_is_asked_for_grades_claims_no_more_than_was_measured_of_it
         ApiJudge(model="other", key_env="", report=found)
     with pytest.raises(ValueError, match="report: it is of the judge"):
         InspectJudge(model="openai/m", log_dir=tmp_path, report=found)
+
+
+def test_a_local_judge_claims_no_more_than_was_measured_of_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(local_judge, "_number_tokens", lambda model, number: (number % 97,))
+    model = make_model()
+    asked = LocalJudge(model)
+    assert asked.claim == "low score"
+    measured = LocalJudge(model, report=measure_judge(AskedJudge(knows, id=asked.id)))
+    assert (measured.claim, measured.id) == ("misalignment", asked.id)
+    with pytest.raises(ValueError, match="report: it is of the judge local/another"):
+        LocalJudge(model, report=measure_judge(AskedJudge(knows, id="local/another")))
 
 
 def test_texts_without_a_score_are_counted():
