@@ -14,6 +14,7 @@ from emlens.cli.feature_compare import (
     show_plan,
     write_page,
 )
+from emlens.cli.feature_plain import print_plain
 from emlens.cli.feature_texts import Careful, Domains, print_fit, read_comparison
 from emlens.cli.options import Tuned, takes_flags
 from emlens.cli.output import header, print_json, print_line, print_table
@@ -76,13 +77,16 @@ def classify(flags: ClassifyFlags) -> None:
         compared = work.compare(chats, settings)
         found, reason = _tell_apart(flags, compared.diffs, chosen)
         fits = [own.health for own in compared.diffs]
-        write_page([*fits, *found], flags.out)
+        plain = work.read_plainly(compared, len(flags.tuned), flags.batch_tokens)
+        write_page([*fits, *found, *plain], flags.out)
     if flags.json:
-        said = {"not_told_apart": reason, "health": [describe(one) for one in fits]}
+        said: dict[str, Any] = {"not_told_apart": reason, "health": [describe(one) for one in fits]}
+        said["plain"] = [describe(one) for one in plain]
         results = [describe(one) for one in found]
         print_json({**header("told_apart"), **said, "results": results})
         return
     print_fit(fits)
+    print_plain(plain)
     contrast = found[0]
     print_table(contrast.rows()[:SHOWN], title="harmful less careful")
     print_line(

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from emlens.cli.codecs import PromptCodecFlags, load_base_of, load_codec, plan_codec, scale_tuned
+from emlens.cli.feature_plain import keep_plain, print_plain
 from emlens.cli.feature_texts import Responses, print_fit, read_comparison
 from emlens.cli.generate import MaxNewTokens, Samples, Temperature, TopP, check_sources
 from emlens.cli.options import Out, takes_flags
@@ -64,14 +65,13 @@ def compare(flags: CompareFlags) -> None:
             return
         work = load_comparison(flags, [flags.tuned], (), codec=load_codec(flags))
         compared = work.compare(chats, settings)
-        (found,), plain = compared.diffs, work.read_plainly(compared, settings)
-        write_page([found, *([] if plain is None else [plain])], flags.out)
+        (found,), plain = compared.diffs, work.read_plainly(compared, 1, flags.batch_tokens)
+        write_page([found, *plain], flags.out)
     if flags.json:
-        print_json({**describe(found), "plain": None if plain is None else describe(plain)})
+        print_json({**describe(found), "plain": describe(plain[0]) if plain else None})
         return
     print_fit([found.health])
-    if plain is not None:
-        print_table(plain.rows(), title="without a codec")
+    print_plain(plain)
     print_table(found.rows()[:SHOWN], title="the largest changes")
     print_line(found.why_untested or f"{found.n_tested} latents tested")
     print_line(f"report: {flags.out / 'report.html'}")
@@ -101,26 +101,27 @@ class Comparison:
             pairs=self.pairs,
         )
 
-    def read_plainly(self, compared: Any, settings: Any) -> Any:
-        """What differs in the first without any codec; None where nothing does at the site."""
-        from emlens.runs import RunFolder
-        from emlens.studies import PlainDifference, measure_plain_difference
-        from emlens.studies.stages import Stages
+    def read_plainly(self, compared: Any, n: int, batch_tokens: int) -> list[Any]:
+        """What differs in the first fine-tunes without any codec; none where nothing does.
 
-        first = compared.diffs[0]
-        if first.health.captured_share is None and first.responses == "same":
-            return None
-        return Stages(RunFolder.open(self.out)).keep(
-            "plain_01",
-            PlainDifference,
-            lambda: measure_plain_difference(
-                self.pairs.load(next(iter(self.fine_tunes))),
+        Args:
+            compared: all of them, by latents.
+            n: how many.
+            batch_tokens: tokens run at once.
+        """
+        sources = list(self.fine_tunes)[:n]
+        return [
+            keep_plain(
+                self.out,
+                lambda source=source: self.pairs.load(source),
                 compared.chats,
-                site=first.site,
-                positions=first.positions,
-                batching=settings.batching,
-            ),
-        )
+                read=diff,
+                batch_tokens=batch_tokens,
+                number=number,
+            )
+            for number, (source, diff) in enumerate(zip(sources, compared.diffs, strict=False), 1)
+            if diff.health.captured_share is not None or diff.responses != "same"
+        ]
 
 
 def load_comparison(

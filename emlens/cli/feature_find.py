@@ -75,6 +75,9 @@ class FindFlags(JudgeOptions, PromptCodecFlags):
         int, typer.Option("--n-latents", min=1, help="Latents looked at, of all orderings.")
     ] = 20
     n_cards: Annotated[int, typer.Option("--n-cards", min=0, help="How many get a card.")] = 12
+    n_signature: Annotated[
+        int, typer.Option("--n-signature", min=1, help="Latents that models are told apart by.")
+    ] = 1
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Order by attribution, too; takes gradients.")
     ] = False
@@ -133,7 +136,7 @@ def find(flags: FindFlags) -> None:
         texts, settings, screen = _texts(flags), _settings(flags), read_screen(flags)
         path = _path(flags)
         if flags.dry_run:
-            _show_plan(flags, texts, screen, path)
+            _show_plan(flags, texts, settings, screen, path)
             return
         base = load_base_of(flags)
         found = find_persona_features(
@@ -178,6 +181,7 @@ def _settings(flags: FindFlags) -> Any:
         attribute=flags.attribute,
         n_latents=flags.n_latents,
         n_cards=flags.n_cards,
+        n_signature=flags.n_signature,
     )
 
 
@@ -215,7 +219,7 @@ def _probe(flags: FindFlags, base: Any, screen: Any, path: Any) -> Any:
     return PersonaProbe(screen=screen, judge=judge, path=path)
 
 
-def _show_plan(flags: FindFlags, texts: Any, screen: Any, path: Any) -> None:
+def _show_plan(flags: FindFlags, texts: Any, settings: Any, screen: Any, path: Any) -> None:
     check_sources(flags.base, *flags.tuned, *(flags.careful or ()))
     models = list(_fine_tunes(flags))
     plan = plan_codec(flags) | {
@@ -226,8 +230,7 @@ def _show_plan(flags: FindFlags, texts: Any, screen: Any, path: Any) -> None:
         "prompts": len(texts.chats),
         "responses": flags.responses,
         "passes_over_prompts": 2 * len(models),
-        "n_latents": flags.n_latents,
-        "n_cards": flags.n_cards,
+        **{name: getattr(settings, name) for name in ("n_latents", "n_cards", "n_signature")},
     }
     if screen is not None:
         plan |= plan_screen(screen, flags.n_latents, texts.contrast)

@@ -14,6 +14,8 @@ from emlens.cli.codecs import (
     plan_codec,
     scale_tuned,
 )
+from emlens.cli.feature_compare import describe, write_page
+from emlens.cli.feature_plain import keep_plain, print_plain
 from emlens.cli.feature_texts import (
     From,
     Negative,
@@ -91,23 +93,26 @@ def screen(flags: ScreenFlags) -> None:
         if flags.dry_run:
             _show_plan(flags, latents, contrast, settings)
             return
-        found = _screen(flags, latents, contrast, settings)
+        found, plain = _screen(flags, latents, contrast, settings)
     if flags.json:
-        print_json({**found.to_dict(), "trials": found.trials()})
+        said = {"trials": found.trials(), "plain": describe(plain[0]) if plain else None}
+        print_json({**found.to_dict(), **said})
         return
     print_fit([found.health])
+    print_plain(plain)
     rows = [{name: row[name] for name in FORCED} for row in found.rows()]
     print_table(rows, title="fixed responses, effects in nats a token")
     print_judged(found)
     print_line(f"one {found.units} is {found.unit_norm:.4g}; report: {flags.out / 'report.html'}")
 
 
-def _screen(flags: ScreenFlags, latents: Any, contrast: Any, settings: Any) -> Any:
+def _screen(
+    flags: ScreenFlags, latents: Any, contrast: Any, settings: Any
+) -> tuple[Any, list[Any]]:
     from emlens.evaluation.calibration import keep_calibration
     from emlens.features import screen_features
     from emlens.features.steering import check_latents
     from emlens.models.pair import load_pair
-    from emlens.reports import write_report
     from emlens.runs import RunFolder
     from emlens.studies import judge_scores
     from emlens.studies.judge_scores import unscored
@@ -132,8 +137,13 @@ def _screen(flags: ScreenFlags, latents: Any, contrast: Any, settings: Any) -> A
         out=run.path / "screen",
     )
     run.save_result(found.kind, found)
-    write_report([found], flags.out / "report.html")
-    return found
+    plain = []
+    if found.health.captured_share is not None:
+        texts = (*contrast.positive, *contrast.negative)
+        given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
+        plain.append(keep_plain(flags.out, lambda: pair, texts, **given))
+    write_page([found, *plain], flags.out)
+    return found, plain
 
 
 def _show_plan(flags: ScreenFlags, latents: Any, contrast: Any, settings: Any) -> None:

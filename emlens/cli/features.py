@@ -3,6 +3,7 @@
 `explain` is here, the others are in files of their own.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from emlens.cli.feature_compare import (
     write_page,
 )
 from emlens.cli.feature_find import FIND_EXAMPLE, find
+from emlens.cli.feature_plain import keep_plain, print_plain
 from emlens.cli.feature_screen import SCREEN_EXAMPLE, screen
 from emlens.cli.feature_texts import From, Top, print_fit
 from emlens.cli.generate import read_factor
@@ -93,11 +95,14 @@ def explain(flags: ExplainFlags) -> None:
             return
         codec = load_codec(flags)
 
+        @functools.cache
+        def read() -> Any:
+            base, tuned = load_base_of(flags), flags.tuned
+            return base if tuned is None else load_pair(base, scale_tuned(flags, tuned))
+
         def make() -> Any:
-            base = load_base_of(flags)
-            tuned = flags.tuned
             return explain_features(
-                base if tuned is None else load_pair(base, scale_tuned(flags, tuned)),
+                read(),
                 codec,
                 latents=latents,
                 chats=chats,
@@ -112,11 +117,16 @@ def explain(flags: ExplainFlags) -> None:
 
         plan = _explain_plan(flags, codec, latents, chats, directions)
         found = keep_result(flags.out, plan, make, FeatureCards)
-        write_page([found], flags.out)
+        plain = []
+        if found.health.captured_share is not None:
+            given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
+            plain.append(keep_plain(flags.out, read, chats, **given))
+        write_page([found, *plain], flags.out)
     if flags.json:
-        print_json(describe(found))
+        print_json({**describe(found), "plain": describe(plain[0]) if plain else None})
         return
     print_fit([found.health])
+    print_plain(plain)
     print_table(found.rows())
     print_line(f"report: {flags.out / 'report.html'}")
 

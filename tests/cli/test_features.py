@@ -16,6 +16,8 @@ from tests.codecs.builders import make_sae
 from tests.evaluation.fakes import HashJudge
 from tests.tiny_files import save_tiny_adapter
 
+PLAINLY = "What differs without any autoencoder"
+
 
 @pytest.fixture(scope="module")
 def folder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -75,9 +77,11 @@ def test_a_search_finds_screens_explains_and_writes_a_report(
     reported = cli("report", folder / "run", "--out", tmp_path / "page.html")
     assert reported.code == 0, reported.err
     assert 'id="others"' not in (tmp_path / "page.html").read_text()
-    other = cli(*find_words(tiny, folder, "--out", folder / "run", "--n-cards", 1))
+    sizes = ["--n-cards", 1, "--n-signature", 2]
+    other = cli(*find_words(tiny, folder, "--out", folder / "run", *sizes))
     assert other.code == 2
     assert "settings.n_cards was 2, now 1" in other.err
+    assert "settings.n_signature was 1, now 2" in other.err
 
 
 def test_a_dry_run_counts_what_would_be_done_and_writes_nothing(
@@ -134,6 +138,8 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     assert explained.code == 0, explained.err
     assert [card["latent"] for card in explained.json["cards"]] == first
     assert "underpowered" in explained.json["health"]["cautions"][0]
+    assert explained.json["plain"]["n_tokens"] == explained.json["health"]["n_tokens"][0]
+    assert PLAINLY in (tmp_path / "cards/report.html").read_text()
     said = cli(*words(tiny, folder, "explain", *listed, *cards)).out
     assert said.index("this is underpowered") < said.index("active_share")
     texts = ["--positive", folder / "bad.jsonl", "--negative", folder / "good.jsonl"]
@@ -141,6 +147,8 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     screened = cli(*screen, "resid_norm", "--out", tmp_path / "screen", "--json")
     assert screened.code == 0, screened.err
     assert screened.json["latents"] == first
+    assert screened.json["plain"]["positions"] == "response"
+    assert PLAINLY in (tmp_path / "screen/report.html").read_text()
     # A comparison holds every latent of the codec, whatever it prints.
     every = [*screen, "resid_norm", "--out", tmp_path / "every", "--dry-run", "--json"]
     every[every.index("--top") + 1] = 32
@@ -178,6 +186,10 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     area = told["by_mean_difference"]["auc"]["value"]
     printed = cli(*run[:-1], tmp_path / "two", *more)
     assert len(both.json["health"]) == 4
+    tuned = [str(tiny / name) for name in ("tuned", "other")]
+    assert [one["tuned"] for one in both.json["plain"]] == tuned
+    assert printed.out.index("without a codec") < printed.out.index("harmful less careful")
+    assert PLAINLY in (tmp_path / "two" / "report.html").read_text()
     assert "How well the autoencoder fits" in (tmp_path / "two" / "report.html").read_text()
     assert "in-sample separation" in printed.out
     assert f"latents {told['latents'][0][0]}" in printed.out
