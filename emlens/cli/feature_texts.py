@@ -187,7 +187,7 @@ def print_judged(screen: Any) -> None:
     if not screen.sampled_before:
         print_line("no responses were sampled: how coherent steered answers are is not known")
         return
-    rows = [row for row in screen.rows() if row["sampled"]]
+    rows = [row for row in (*screen.rows(), *screen.plain_rows()) if row["sampled"]]
     print_table([{name: row[name] for name in _JUDGED} for row in rows], title="sampled, judged")
 
 
@@ -197,7 +197,8 @@ def plan_screen(screen: Any, n_latents: int, contrast: Any) -> dict[str, Any]:
     best = min(screen.n_sampled, n_latents)
     strengths = len(screen.judged_strengths)
     sampled = best + (screen.n_sampled_controls if screen.n_sampled else 0)
-    responses = sides * len(screen.chats) * screen.sampling.n * (1 + sampled * strengths)
+    # The unsteered model once; then the mean difference, too.
+    responses = sides * len(screen.chats) * screen.sampling.n * (1 + (sampled + 1) * strengths)
     return {
         "screened_latents": n_latents,
         "random_directions": n_controls,

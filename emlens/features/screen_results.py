@@ -4,6 +4,7 @@ It computes nothing but changes and ranks: `screen_features` makes one.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -47,16 +48,16 @@ class SampledCurve:
 
     side: Side
     latent: int | None
-    """None for a random direction."""
+    """None for any other direction."""
     control: int | None
-    """Number of the random direction; None for a latent."""
+    """Number of the random direction; None for a latent. Neither: the mean difference."""
     points: tuple[SampledPoint, ...]
     chosen: int | None
     """Place of the largest strength, by size, whose incoherence is within the budget; of two
     equally large the one with the larger effect. None where all are out of it."""
     p: float | None
-    """Of a latent, by rank among the controls of this stage: (1 + those at least as strong) /
-    (controls + 1), each at its own largest strength."""
+    """By rank among the controls of this stage: (1 + those at least as strong) / (controls + 1),
+    each at its own largest strength. None for a control."""
 
     @property
     def effect(self) -> float:
@@ -115,6 +116,9 @@ class FeatureScreen(Result):
     sampled: tuple[SampledCurve, ...]
     """Second stage: latents, best of the first stage first, then controls, chosen by it in the same
     way; the base's first."""
+    sampled_plainly: tuple[SampledCurve, ...]
+    """Second stage under the mean difference, which needs no codec: base, tuned; empty where their
+    means are equal or nothing was sampled."""
     sampled_before: tuple[SampledPoint, ...]
     """Second stage without steering: base, tuned; empty where there was none."""
     most_incoherent: tuple[float, ...]
@@ -191,7 +195,11 @@ class FeatureScreen(Result):
         A trial is a direction at one strength. The first stage knows no incoherence; numbers of the
         second are None where no responses were sampled.
         """
-        kinds = (("latents", len(self.latents)), ("random", self.controls.shape[2]))
+        kinds = (
+            ("latents", len(self.latents), [c for c in self.sampled if c.latent is not None]),
+            ("random", self.controls.shape[2], [c for c in self.sampled if c.latent is None]),
+            ("mean difference", int(self.mean_difference is not None), self.sampled_plainly),
+        )
         return [
             {
                 "side": side,
@@ -199,20 +207,27 @@ class FeatureScreen(Result):
                 "forced": n,
                 "forced_trials": n * len(self.strengths),
             }
-            | self._count_trials(side, latents=kind == "latents")
+            | self._count_trials(side, [c for c in curves if c.side == side])
             for side in SIDES
-            for kind, n in kinds
+            for kind, n, curves in kinds
+            if n
         ]
 
-    def _count_trials(self, side: Side, *, latents: bool) -> dict[str, Any]:
-        """What the second stage made of the directions of one kind."""
+    def plain_rows(self) -> list[dict[str, Any]]:
+        """The second stage under the mean difference, in the columns of `rows`: one row a side."""
+        return [
+            {"side": c.side, "latent": "mean difference", **_describe(c)}
+            for c in self.sampled_plainly
+        ]
+
+    def _count_trials(self, side: Side, own: Sequence[SampledCurve]) -> dict[str, Any]:
+        """What the second stage made of directions of one kind."""
         names = ("sampled", "trials", "coherent", "incoherent", "never_coherent")
         names += ("responses", "unscored", "allowed", "unsteered")
         if not self.sampled_before:
             return dict.fromkeys(names)
         place = SIDES.index(side)
         most, plain = self.most_incoherent[place], self.sampled_before[place]
-        own = [c for c in self.sampled if c.side == side and (c.latent is not None) == latents]
         points = [point for curve in own for point in curve.points]
         coherent = sum(is_coherent(point, most_incoherent=most) for point in points)
         return {
@@ -278,11 +293,11 @@ def is_coherent(point: SampledPoint, *, most_incoherent: float) -> bool:
 
 
 def rank_curves(curves: tuple[SampledCurve, ...]) -> tuple[float | None, ...]:
-    """P-values of the latents among curves by rank among the controls of the same side."""
+    """P-values of all but the controls among curves, by rank among those of the same side."""
     found: list[float | None] = []
     for curve in curves:
-        chance = [one.effect for one in curves if one.side == curve.side and one.latent is None]
-        if curve.latent is None or not chance:
+        chance = [c.effect for c in curves if c.side == curve.side and c.control is not None]
+        if curve.control is not None or not chance:
             found.append(None)
             continue
         value = torch.tensor([curve.effect], dtype=torch.float64)

@@ -33,6 +33,9 @@ from emlens.features.screen_units import Shift
 from emlens.models.pair import ModelPair
 from emlens.models.reading import identify
 
+MEAN_DIFFERENCE = (None, None)
+"""Neither a latent nor a control."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScreenWork:
@@ -88,6 +91,7 @@ class ScreenWork:
             controls=torch.stack([s.score(self.controls, named=controls) for s in stages]),
             mean_difference=self._score_plainly(stages),
             sampled=(),
+            sampled_plainly=(),
             sampled_before=(),
             most_incoherent=(),
             n_prompts=len(chats),
@@ -124,21 +128,23 @@ class ScreenWork:
         most = [self._allow(one.incoherent) for one in before]
         n, n_chance = self.settings.n_sampled, self.settings.n_sampled_controls
         todo = [
-            (side, sign, latent, control, most[place])
+            (side, sign, which, most[place])
             for place, (side, sign, _) in enumerate(self._sides())
-            for latent, control in [
+            for which in [
                 *((latent, None) for latent in screen.top(n, side=side)),
                 *((None, k) for k in screen.top_controls(n_chance, side=side)),
+                *([] if self.shift.direction is None else [MEAN_DIFFERENCE]),
             ]
         ]
         curves = tuple(
-            self._curve(stages[side], plain[side], sign, (latent, control), allowed)
-            for side, sign, latent, control, allowed in track(todo, "screening (directions)")
+            self._curve(stages[side], plain[side], sign, which, allowed)
+            for side, sign, which, allowed in track(todo, "screening (directions)")
         )
-        ranked = zip(curves, rank_curves(curves), strict=True)
+        ranked = [replace(curve, p=p) for curve, p in zip(curves, rank_curves(curves), strict=True)]
         return replace(
             screen,
-            sampled=tuple(replace(curve, p=p) for curve, p in ranked),
+            sampled=tuple(c for c in ranked if (c.latent, c.control) != MEAN_DIFFERENCE),
+            sampled_plainly=tuple(c for c in ranked if (c.latent, c.control) == MEAN_DIFFERENCE),
             sampled_before=tuple(before),
             most_incoherent=tuple(most),
         )
@@ -168,9 +174,12 @@ class ScreenWork:
         latent, control = which
         if latent is not None:
             name, vector = f"latent-{latent}", self.directions[self.latents.index(latent)]
-        else:
-            assert control is not None
+        elif control is not None:
             name, vector = f"control-{control}", self.controls[control]
+        else:
+            assert self.shift.direction is not None
+            # Of the dtype of the others, so that all are added in the same way.
+            name, vector = "mean-difference", self.shift.direction.to(self.directions)
         points = tuple(
             self._summarise(
                 stage.sample(

@@ -3,7 +3,7 @@
 What is said about them is in `features`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -138,6 +138,7 @@ def plot_steering(screen: Json, latent: int) -> go.Figure:
             for trace in (
                 *_chance_traces(chance, before[column - 1]),
                 *_sampled_traces(curve, before[column - 1], show=column == 1),
+                *_sampled_plainly(screen, side, before[column - 1]),
             ):
                 figure.add_trace(trace, row=2, col=column)
         for trace in _plain_traces(screen, side, show=column == 1):
@@ -177,18 +178,36 @@ def _plain_traces(screen: Json, side: str, *, show: bool) -> list[go.Scatter]:
     curve = screen["curves"][side].get("mean_difference")
     if curve is None:
         return []
-    points = sorted(zip(map(read_number, screen["strengths"]), map(finite, curve), strict=True))
-    x, y = zip(*points, strict=True)
+    points = zip(map(read_number, screen["strengths"]), map(finite, curve), strict=True)
+    return [_dash(points, show=show)]
+
+
+def _dash(points: Iterable[tuple[float, float | None]], *, show: bool) -> go.Scatter:
+    """The mean difference, by strength."""
+    x, y = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    return go.Scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"width": 1.5, "color": _GREY, "dash": DASHES[1]},
+        name="mean difference, without a latent",
+        showlegend=show,
+        hovertemplate="mean difference, strength %{x:g}: %{y:.3f}<extra></extra>",
+    )
+
+
+def _sampled_plainly(screen: Json, side: str, before: Json) -> list[go.Scatter]:
+    """Scores under the mean difference; none where there is none, and in reports of old."""
+    own = [c for c in screen.get("sampled_plainly", ()) if c["side"] == side]
     return [
-        go.Scatter(
-            x=x,
-            y=y,
-            mode="lines",
-            line={"width": 1.5, "color": _GREY, "dash": DASHES[1]},
-            name="mean difference, without a latent",
-            showlegend=show,
-            hovertemplate="mean difference, strength %{x:g}: %{y:.3f}<extra></extra>",
+        _dash(
+            [
+                (read_number(one["strength"]), finite(one["behaviour"]))
+                for one in (before, *curve["points"])
+            ],
+            show=False,
         )
+        for curve in own
     ]
 
 

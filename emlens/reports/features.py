@@ -81,13 +81,23 @@ def say_sampled(screen: Json, latent: int) -> list[str]:
     ]
 
 
+def _plainly(screen: Json, side: str) -> list[Json]:
+    """What sampled responses say of the mean difference; reports of old do not hold it."""
+    return [one for one in screen.get("sampled_plainly", ()) if one["side"] == side]
+
+
+def _say_effect(curve: Json) -> str:
+    if curve["chosen"] is None:
+        return "incoherent at every strength"
+    effect = curve["points"][curve["chosen"]]["effect"]
+    return "on too few prompts" if effect is None else say_interval(effect)
+
+
 def _say_curve(curve: Json) -> str:
     p = f"p = {show_p(curve['p'])}"
     if curve["chosen"] is None:
         return f"too many incoherent responses at every strength, {p}"
-    point = curve["points"][curve["chosen"]]
-    effect = point["effect"]
-    said = "on too few prompts" if effect is None else say_interval(effect)
+    point, said = curve["points"][curve["chosen"]], _say_effect(curve)
     return (
         f"effect on the score {said} at strength {show_number(point['strength'])}, "
         f"{show_share(point['incoherent'])} incoherent, {p}"
@@ -124,12 +134,12 @@ def _say_strongest(document: Json) -> str:
             f"{words}, latent {best['latent']} does most: "
             f"{show_change(best['forced_effect'])} nats a token, random directions up to "
             f"{show_change(best['controls_max'])} (p = {show_p(best['forced_p'])})"
-            f"{_say_judged(rows)}"
+            f"{_say_judged(rows, screen, side)}"
         )
     return ", ".join(clauses)
 
 
-def _say_judged(rows: list[Json]) -> str:
+def _say_judged(rows: list[Json], screen: Json, side: str) -> str:
     judged = [row for row in rows if row["effect"] is not None]
     if not judged:
         return ""
@@ -138,6 +148,7 @@ def _say_judged(rows: list[Json]) -> str:
     return (
         f" and of those sampled latent {best['latent']}: effect on the score "
         f"{show_change(best['effect'])} [{low}, {high}] (p = {show_p(best['p'])})"
+        + "".join(f", the mean difference {_say_effect(one)}" for one in _plainly(screen, side))
     )
 
 
@@ -215,9 +226,15 @@ def say_trials(screen: Json) -> list[str]:
             *_say_plainly(screen),
         ]
     shared = int(screen["n_shared_prompts"])
+    plain = [
+        f"{words}: {_say_curve(curve)}"
+        for side, words in zip(SIDES, DONE, strict=True)
+        for curve in _plainly(screen, side)
+    ]
     return [
         forced,
         *_say_plainly(screen),
+        *([f"Sampled under the mean difference, {'; '.join(plain)}."] if plain else []),
         f"Responses were sampled to {screen['n_prompts']} prompts, {shared} of them those of fixed "
         "responses. A trial is a direction at one strength; it counts where no more of its scored "
         "responses are incoherent than allowed, and of those that count the largest strength is "

@@ -94,7 +94,7 @@ def test_a_dry_run_counts_what_would_be_done_and_writes_nothing(
     assert (plan["site"], plan["d_sae"], plan["positions"]) == ("resid_post.1", 32, "all")
     assert plan["passes_over_prompts"] == 4
     assert plan["scored_responses"] == 2 * (1 + (3 + 24 + 1) * 2) * 6
-    assert plan["sampled_responses"] == 2 * 16 * 2 * (1 + (2 + 16) * 2)
+    assert plan["sampled_responses"] == 2 * 16 * 2 * (1 + (2 + 16 + 1) * 2)
     assert plan["judge"] == "contrast"
     assert not (tmp_path / "run").exists()
 

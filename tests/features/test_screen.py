@@ -136,7 +136,7 @@ def test_the_planted_latent_comes_first_and_random_directions_do_not(screen, sid
     [(0, 0, 1, 0), (0, 0, 0, 1), (2, 2, 3, 0), (3, 3, 3, 1), (0, 2, 2, None)],
 )
 def test_a_strength_counts_that_costs_little_coherence(pair, plain, weak, strong, chosen):
-    calls = iter([plain, plain] + [weak, strong] * 36)
+    calls = iter([plain, plain] + [weak, strong] * 38)
 
     def judge(chats: Any) -> list[float]:
         lost = next(calls)
@@ -202,13 +202,13 @@ def test_behaviour_is_that_of_responses_made_under_the_latent(pair, screen, monk
     plain = [model for model, interventions in acting if not interventions]
     assert plain == [pair.base, pair.tuned]
     steered = [(m, i.operator.vector) for m, (i,) in (a for a in acting if a[1])]
-    assert len(steered) == 2 * 18 * 2
+    assert len(steered) == 2 * 19 * 2
     expected = screen.unit_norm * CODEC.W_dec[PLANTED].double()
     for model, sign in ((pair.base, 1), (pair.tuned, -1)):
         found = [v for m, v in steered if m is model]
         torch.testing.assert_close(found[0], sign * expected, rtol=1e-5, atol=1e-6)
         lengths = torch.stack(found).norm(dim=1) / screen.unit_norm
-        assert torch.allclose(lengths, torch.tensor([1.0, 4.0] * 18, dtype=torch.float64))
+        assert torch.allclose(lengths, torch.tensor([1.0, 4.0] * 19, dtype=torch.float64))
 
 
 def test_controls_go_on_by_what_latents_go_on_by(pair):
@@ -309,11 +309,11 @@ def test_a_screen_that_was_killed_goes_on_where_it_was(pair, screen, tmp_path, m
     assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
     found = run(pair, settings, scores=replace(scores, sampled=judge), out=tmp_path / "run")
     assert sum(scored) == 2 * (1 + (5 + 16 + 1) * 3)
-    assert len(asked) == 1 + 2 * (1 + 18 * 2)
+    assert len(asked) == 1 + 2 * (1 + 19 * 2)
     assert found.to_dict() == screen.to_dict()
     again = run(pair, scores=replace(scores, sampled=judge), out=tmp_path / "run")
     assert again.to_dict() == screen.to_dict()
-    assert len(asked) == 1 + 2 * (1 + 18 * 2)
+    assert len(asked) == 1 + 2 * (1 + 19 * 2)
     kept = RunFolder.open(tmp_path / "run").read_result("screen", FeatureScreen)
     assert kept.to_dict() == screen.to_dict()
     with pytest.raises(PlanChangedError, match=r"settings.seed was 0, now 1"):

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emlens.data import BehaviourScores
+from emlens.data import BehaviourScores, Chat, Message
 from emlens.features import FeatureScreen, ScreenSettings, screen_features
 from emlens.features.screen_results import SIDES
+from emlens.models import Sampling
 from emlens.models.pair import ModelPair
 from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
 
@@ -24,9 +25,12 @@ def pair() -> ModelPair:
 
 
 def screen(
-    pair: ModelPair, between: ModelPair, settings: ScreenSettings = SETTINGS
+    pair: ModelPair,
+    between: ModelPair,
+    settings: ScreenSettings = SETTINGS,
+    scores: BehaviourScores = UNASKED,
 ) -> FeatureScreen:
-    given = {"latents": (PLANTED, 3), "texts": make_texts(pair), "scores": UNASKED}
+    given = {"latents": (PLANTED, 3), "texts": make_texts(pair), "scores": scores}
     return screen_features(between, CODEC, settings=settings, **given)
 
 
@@ -47,3 +51,33 @@ def test_two_models_of_one_mean_have_none(pair: ModelPair):
     assert found.mean_difference is None
     assert found.mean_difference_curve("base") is None
     assert found.rows()[0]["mean_difference"] is None
+    assert [row["directions"] for row in found.trials()] == ["latents", "random"] * 2
+
+
+def test_responses_are_sampled_under_it_as_under_the_latent_planted_along_it(pair: ModelPair):
+    scores = replace(
+        UNASKED,
+        sampled=lambda chats: [100.0 * len(set(words_of(chat))) / 6 for chat in chats],
+        coherence=lambda chats: [100.0] * len(chats),
+    )
+    chats = [Chat((Message("user", f"w{40 + k} w{50 + k}"),)) for k in range(3)]
+    sampling = Sampling(n=2, temperature=0.4, max_new_tokens=6)
+    settings = replace(SETTINGS, strengths=(1.0, 4.0), chats=chats, sampling=sampling, n_sampled=2)
+    found = screen(pair, pair, settings, scores)
+    plainly = dict(zip(SIDES, found.sampled_plainly, strict=True))
+    for side, curve in plainly.items():
+        planted = found.curve(PLANTED, side=side)
+        assert (curve.side, curve.points, curve.p) == (side, planted.points, planted.p)
+        assert any(point.effect and point.effect.value for point in curve.points)
+        # It is no latent, and none of the controls that both are held against.
+        chance = [c for c in found.sampled if c.side == side and c.latent is None]
+        assert {c.control for c in chance} == set(range(16))
+        assert planted.p == (1 + sum(c.effect >= planted.effect for c in chance)) / 17
+    row, *_ = found.plain_rows()
+    assert (row["side"], row["latent"], row["strength"]) == ("base", "mean difference", 4.0)
+    assert [t["trials"] for t in found.trials()] == [4, 32, 2] * 2
+
+
+def words_of(chat: Chat) -> list[str]:
+    assert chat.response is not None
+    return chat.response.content.split()

@@ -88,6 +88,10 @@ def make_screen(**changed: Any) -> FeatureScreen:
         for side in SIDES
         for k in range(16)
     ]
+    plainly = tuple(
+        SampledCurve(side=side, latent=None, control=None, points=sampled(6), chosen=1, p=8 / 17)
+        for side in SIDES
+    )
     given: dict[str, Any] = ORIGIN | {
         "tuned": NAMES[0],
         "latents": torch.tensor(LATENTS),
@@ -96,7 +100,7 @@ def make_screen(**changed: Any) -> FeatureScreen:
         "health": make_health(positions="response"),
         **{"before": before, "steered": place(effects), "controls": place(chance)},
         "mean_difference": place(torch.tensor([0.25, 0.1, 0.2]).double()),
-        **{"sampled": tuple(curves), "sampled_before": (plain, plain)},
+        **{"sampled": tuple(curves), "sampled_plainly": plainly, "sampled_before": (plain, plain)},
         **{"most_incoherent": (0.1, 0.07), "n_prompts": 4, "n_shared_prompts": 0, "seed": 0},
     }
     return FeatureScreen(**(given | changed))

@@ -105,7 +105,7 @@ def test_the_sentence_says_what_was_tested_what_acts_and_what_needs_no_autoencod
         "37 of 410 latents tested differ in bad-finance",
         "added to the base, latent 12 does most: +0.300 nats a token, random directions up to "
         "+0.100 (p = 0.059) and of those sampled latent 12: effect on the score +20.0 "
-        "[16.0, 24.0] (p = 0.059)",
+        "[16.0, 24.0] (p = 0.059), the mean difference 12.0 [8.00, 16.0]",
         "all latents together capture 31.0 % of the squared change, the mean difference alone "
         "42.0 %",
         "in-sample separation",
@@ -143,19 +143,23 @@ def test_a_screen_alone_says_how_well_its_codec_fits():
 
 def test_a_screen_says_what_was_sampled_and_what_of_it_was_too_incoherent():
     screen = make_screen()
-    added, added_chance, taken, _ = as_json(screen)["trials"]
+    added, added_chance, added_plainly, taken, *_ = as_json(screen)["trials"]
     assert (added["forced"], added["forced_trials"]) == (3, 9)
     assert (added["sampled"], added["trials"], added["responses"]) == (1, 2, 16)
     # At strength 2 a tenth is incoherent: within the budget of the base, beyond that of the other.
     assert (added["coherent"], added["incoherent"]) == (2, 0)
     assert (taken["coherent"], taken["incoherent"], taken["allowed"]) == (1, 1, 0.07)
     assert (added_chance["sampled"], added_chance["trials"]) == (16, 32)
+    assert added_plainly["directions"] == "mean difference"
+    assert (added_plainly["forced_trials"], added_plainly["trials"]) == (3, 2)
     text = Outline(page_of(screen)).text
     assert "Responses were sampled to 4 prompts, 0 of them" in text
     assert "never coherent" in text
     said = "which needs no latent, does at its best strength: added to the base +0.250, taken"
     assert said in text
-    bare = make_screen(sampled=(), sampled_before=(), most_incoherent=())
+    said = "Sampled under the mean difference, added to the base: effect on the score 12.0 [8.00"
+    assert said in text
+    bare = make_screen(sampled=(), sampled_plainly=(), sampled_before=(), most_incoherent=())
     assert as_json(bare)["trials"][0]["trials"] is None
     text = Outline(page_of(bare)).text
     assert "No responses were sampled: nothing is known" in text
