@@ -35,10 +35,10 @@ class ClassifyFlags(ComparisonFlags):
     tuned: Tuned
     careful: Careful = None
     domains: Domains = None
-    n_latents: Annotated[
+    n_signature: Annotated[
         int | None,
         typer.Option(
-            "--n-latents",
+            "--n-signature",
             min=1,
             help="Latents that a model is told apart by, chosen from all.",
             show_default="1",
@@ -62,8 +62,8 @@ def classify(flags: ClassifyFlags) -> None:
 
         if not flags.careful:
             raise typer.BadParameter("--careful: missing; models are told from their careful twins")
-        if flags.latents is not None and flags.n_latents is not None:
-            raise typer.BadParameter("--n-latents: chooses latents, and --latents names them")
+        if flags.latents is not None and flags.n_signature is not None:
+            raise typer.BadParameter("--n-signature: chooses latents, and --latents names them")
         chosen = None if flags.latents is None else parse_latents(flags.latents)
         chats, settings = load_chats(flags.prompts, limit=flags.limit), read_comparison(flags)
         if flags.dry_run:
@@ -77,7 +77,7 @@ def classify(flags: ClassifyFlags) -> None:
         compared = work.compare(chats, settings)
         found, reason = _tell_apart(flags, compared.diffs, chosen)
         fits = [own.health for own in compared.diffs]
-        plain = work.read_plainly(compared, len(flags.tuned), flags.batch_tokens)
+        plain = work.read_plainly(compared, flags.batch_tokens)
         write_page([*fits, *found, *plain], flags.out)
     if flags.json:
         said: dict[str, Any] = {"not_told_apart": reason, "health": [describe(one) for one in fits]}
@@ -132,7 +132,9 @@ def _tell_apart(
     if not reason:
         given: dict[str, Any] = {"leave_out": domains, "seed": flags.seed}
         found.append(
-            classify_models(diffs, labels, latents=chosen, n_latents=flags.n_latents or 1, **given)
+            classify_models(
+                diffs, labels, latents=chosen, n_signature=flags.n_signature or 1, **given
+            )
         )
     for one in found:
         run.save_result(one.kind, one)

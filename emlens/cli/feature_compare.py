@@ -65,10 +65,10 @@ def compare(flags: CompareFlags) -> None:
             return
         work = load_comparison(flags, [flags.tuned], (), codec=load_codec(flags))
         compared = work.compare(chats, settings)
-        (found,), plain = compared.diffs, work.read_plainly(compared, 1, flags.batch_tokens)
+        (found,), plain = compared.diffs, work.read_plainly(compared, flags.batch_tokens)
         write_page([found, *plain], flags.out)
     if flags.json:
-        print_json({**describe(found), "plain": describe(plain[0]) if plain else None})
+        print_json({**describe(found), "plain": [describe(one) for one in plain]})
         return
     print_fit([found.health])
     print_plain(plain)
@@ -101,17 +101,18 @@ class Comparison:
             pairs=self.pairs,
         )
 
-    def read_plainly(self, compared: Any, n: int, batch_tokens: int) -> list[Any]:
-        """What differs in the first fine-tunes without any codec; none where nothing does.
+    def read_plainly(self, compared: Any, batch_tokens: int) -> list[Any]:
+        """What differs in each fine-tune without any codec; none of those where nothing does.
 
         Args:
             compared: all of them, by latents.
-            n: how many.
             batch_tokens: tokens run at once.
         """
-        sources = list(self.fine_tunes)[:n]
+        members = zip(self.fine_tunes, compared.diffs, strict=True)
         return [
-            keep_plain(
+            own
+            for number, (source, diff) in enumerate(members, 1)
+            for own in keep_plain(
                 self.out,
                 lambda source=source: self.pairs.load(source),
                 compared.chats,
@@ -119,8 +120,6 @@ class Comparison:
                 batch_tokens=batch_tokens,
                 number=number,
             )
-            for number, (source, diff) in enumerate(zip(sources, compared.diffs, strict=False), 1)
-            if diff.health.captured_share is not None or diff.responses != "same"
         ]
 
 

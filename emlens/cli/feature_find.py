@@ -76,8 +76,14 @@ class FindFlags(JudgeOptions, PromptCodecFlags):
     ] = 20
     n_cards: Annotated[int, typer.Option("--n-cards", min=0, help="How many get a card.")] = 12
     n_signature: Annotated[
-        int, typer.Option("--n-signature", min=1, help="Latents that models are told apart by.")
-    ] = 1
+        int | None,
+        typer.Option(
+            "--n-signature",
+            min=1,
+            help="Latents that models are told apart by.",
+            show_default="1",
+        ),
+    ] = None
     attribute: Annotated[
         bool, typer.Option("--attribute", help="Order by attribution, too; takes gradients.")
     ] = False
@@ -125,6 +131,10 @@ def find(flags: FindFlags) -> None:
 
     if flags.sampled:
         check_judge(flags)
+    if flags.n_signature is not None and not flags.careful:
+        raise typer.BadParameter(
+            "--careful: missing; --n-signature counts latents that tell models from careful twins"
+        )
     if flags.trajectory is None:
         for flag, given in (("--twin-trajectory", flags.twin_trajectory), ("--every", flags.every)):
             if given is not None:
@@ -181,7 +191,7 @@ def _settings(flags: FindFlags) -> Any:
         attribute=flags.attribute,
         n_latents=flags.n_latents,
         n_cards=flags.n_cards,
-        n_signature=flags.n_signature,
+        n_signature=flags.n_signature or 1,
     )
 
 
@@ -220,6 +230,8 @@ def _probe(flags: FindFlags, base: Any, screen: Any, path: Any) -> Any:
 
 
 def _show_plan(flags: FindFlags, texts: Any, settings: Any, screen: Any, path: Any) -> None:
+    from emlens.studies.persona_plan import check_signature
+
     check_sources(flags.base, *flags.tuned, *(flags.careful or ()))
     models = list(_fine_tunes(flags))
     plan = plan_codec(flags) | {
@@ -229,9 +241,10 @@ def _show_plan(flags: FindFlags, texts: Any, settings: Any, screen: Any, path: A
         "domains": flags.domains,
         "prompts": len(texts.chats),
         "responses": flags.responses,
-        "passes_over_prompts": 2 * len(models),
+        "passes_over_prompts": 4 * len(models),  # two models, with the codec and without
         **{name: getattr(settings, name) for name in ("n_latents", "n_cards", "n_signature")},
     }
+    check_signature(settings, plan.get("d_sae"))
     if screen is not None:
         plan |= plan_screen(screen, flags.n_latents, texts.contrast)
         if n := plan["sampled_responses"]:
@@ -247,7 +260,7 @@ def _show_plan(flags: FindFlags, texts: Any, settings: Any, screen: Any, path: A
 def _show(found: Any) -> None:
     for caution in found.cautions:
         print_line(f"beware: {caution}")
-    print_fit(found.health)
+    print_fit(found.health, beware=False)
     print_table([row for own in found.plain for row in own.rows()], title="without a codec")
     # What was judged has a table of its own: one of all columns is wider than a terminal.
     rows = [{k: v for k, v in row.items() if k not in JUDGED} for row in found.rows()]

@@ -1,6 +1,7 @@
 """What a fine-tune changed at a codec's site without the codec: beside every result of latents.
 
-A table and a section of the report, of the same texts that the latents were read on.
+A table and a section of the report, of the same texts that the latents were read on. Not the way to
+measure it alone: `studies.measure_plain_difference` is.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,33 +13,36 @@ from emlens.cli.output import print_table
 
 def keep_plain(
     run: Path, pair: Callable[[], Any], chats: Any, *, read: Any, batch_tokens: int, number: int = 1
-) -> Any:
-    """Measure it once, and keep it in a run.
+) -> list[Any]:
+    """Measure it once, and keep it in a run; none where there is no fine-tune, or nothing differs.
 
     Args:
         run: its folder.
         pair: loads base and fine-tune, where it was not kept.
         chats: what the latents were read on.
-        read: a result of latents that says at which `site` and `positions`.
+        read: a result of latents: which fine-tune, site and tokens.
         batch_tokens: tokens run at once.
         number: of the fine-tune, where there are several.
+
+    Raises:
+        ValueError: tokens that a chat does not have.
     """
+    if read.tuned is None:
+        return []
     from emlens.data import Batching
     from emlens.runs import RunFolder
-    from emlens.studies import PlainDifference, measure_plain_difference
+    from emlens.studies.keep_plain import keep_plain_difference
     from emlens.studies.stages import Stages
 
-    return Stages(RunFolder.open(run)).keep(
-        f"plain_{number:02d}",
-        PlainDifference,
-        lambda: measure_plain_difference(
-            pair(),
-            chats,
-            site=read.site,
-            positions=read.positions,
-            batching=Batching(batch_tokens),
-        ),
+    found = keep_plain_difference(
+        Stages(RunFolder.open(run)),
+        pair,
+        chats,
+        read=read,
+        batching=Batching(batch_tokens),
+        number=number,
     )
+    return [] if found is None else [found]
 
 
 def print_plain(found: Sequence[Any]) -> None:

@@ -95,7 +95,7 @@ def screen(flags: ScreenFlags) -> None:
             return
         found, plain = _screen(flags, latents, contrast, settings)
     if flags.json:
-        said = {"trials": found.trials(), "plain": describe(plain[0]) if plain else None}
+        said = {"trials": found.trials(), "plain": [describe(one) for one in plain]}
         print_json({**found.to_dict(), **said})
         return
     print_fit([found.health])
@@ -137,11 +137,9 @@ def _screen(
         out=run.path / "screen",
     )
     run.save_result(found.kind, found)
-    plain = []
-    if found.health.captured_share is not None:
-        texts = (*contrast.positive, *contrast.negative)
-        given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
-        plain.append(keep_plain(flags.out, lambda: pair, texts, **given))
+    texts = (*contrast.positive, *contrast.negative)
+    given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
+    plain = keep_plain(flags.out, lambda: pair, texts, **given)
     write_page([found, *plain], flags.out)
     return found, plain
 

@@ -166,16 +166,19 @@ def read_screen(flags: Any) -> Any:
     )
 
 
-def print_fit(health: Sequence[Any]) -> None:
+def print_fit(health: Sequence[Any], *, beware: bool = True) -> None:
     """Print how well an autoencoder fits base and fine-tunes, and say so where that is too little.
 
     Args:
         health: of each fine-tune.
+        beware: say what must be known of it, too; where that is not said already.
     """
     rows = [{"tuned": own.tuned} | row for own in health for row in own.rows()]
     print_table(rows, title="how well it fits")
     if any(own.underpowered for own in health):
         print_line("the autoencoder explains less than .6 of the variance: this is underpowered")
+    for line in dict.fromkeys(line for own in health for line in own.cautions if beware):
+        print_line(f"beware: {line}")
 
 
 def print_judged(screen: Any) -> None:

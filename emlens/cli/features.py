@@ -117,13 +117,11 @@ def explain(flags: ExplainFlags) -> None:
 
         plan = _explain_plan(flags, codec, latents, chats, directions)
         found = keep_result(flags.out, plan, make, FeatureCards)
-        plain = []
-        if found.health.captured_share is not None:
-            given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
-            plain.append(keep_plain(flags.out, read, chats, **given))
+        given: dict[str, Any] = {"read": found.health, "batch_tokens": flags.batch_tokens}
+        plain = keep_plain(flags.out, read, chats, **given)
         write_page([found, *plain], flags.out)
     if flags.json:
-        print_json({**describe(found), "plain": describe(plain[0]) if plain else None})
+        print_json({**describe(found), "plain": [describe(one) for one in plain]})
         return
     print_fit([found.health])
     print_plain(plain)

@@ -102,7 +102,7 @@ def classify_models(
     *,
     leave_out: Sequence[str] | None,
     latents: Sequence[int] | None = None,
-    n_latents: int = 1,
+    n_signature: int = 1,
     seed: int = 0,
 ) -> ModelClassification:
     """Tell misaligned from aligned fine-tunes by one latent, or by a signature of several.
@@ -120,7 +120,7 @@ def classify_models(
             latents chosen without it. None is in sample, and the result says so.
         latents: used instead of chosen ones. Nothing here knows what chose them: unless other
             models did, area and p-value flatter them, left-out domains or not.
-        n_latents: how many are chosen.
+        n_signature: how many are chosen.
         seed: of resamples and relabellings.
 
     Raises:
@@ -138,10 +138,10 @@ def classify_models(
     deltas = torch.stack([own.delta.double() for own in aligned])
     check_finite("delta", deltas)
     given = None if latents is None else _check_latents(latents, deltas.shape[1])
-    if given is None and not 1 <= n_latents <= deltas.shape[1]:
-        raise ValueError(f"n_latents: got {n_latents}, expected 1 to {deltas.shape[1]}")
+    if given is None and not 1 <= n_signature <= deltas.shape[1]:
+        raise ValueError(f"n_signature: got {n_signature}, expected 1 to {deltas.shape[1]}")
     folds = make_folds(truth, leave_out)
-    used = len(given) if given is not None else n_latents
+    used = len(given) if given is not None else n_signature
     dealt, exact = deal_labels(truth, folds, seed=seed)
     scores, chosen = score_held_out(deltas, dealt, folds, latents=given, n_latents=used)
     areas = area_in_folds(scores, dealt, folds)

@@ -124,6 +124,15 @@ class SaeHealth(Result):
             )
         if self.same_base is False:
             found.append(f"the codec was trained on other weights than those of {self.base}")
+        if self.same_base is None:
+            found.append(
+                f"whether the codec was trained on the weights of {self.base} is not known"
+            )
+        if self.n_prompts < FEWEST_PROMPTS:
+            found.append(
+                f"only {self.n_prompts} prompts were read: what latents do on others, and how well "
+                "the codec fits there, is open"
+            )
         return tuple(found)
 
 

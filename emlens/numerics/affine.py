@@ -96,8 +96,10 @@ class LowRankAffine:
         if wide == y.dtype:
             return map_._map(y, where)
         widened = y.to(wide)
-        # A copy of our own is written to; autograd wants a new tensor.
-        out = None if widened.requires_grad else widened
+        # A copy of our own is written to, unless autograd follows anything that goes into it.
+        read = (widened, map_.U, map_.V, map_.c)
+        followed = torch.is_grad_enabled() and any(t.requires_grad for t in read)
+        out = None if followed else widened
         return map_._map(widened, where, out=out).to(y.dtype)
 
     def _map(self, y: Tensor, where: Tensor | None, *, out: Tensor | None = None) -> Tensor:

@@ -153,8 +153,9 @@ def _say_judged(rows: list[Json], screen: Json, side: str) -> str:
 
 
 def _say_captured(document: Json) -> str:
-    health, plain = document["health"][0], document["plain"][0]
-    if health["captured_share"] is None:
+    health = document["health"][0]
+    plain = next((one for one in document["plain"] if one["tuned"] == health["tuned"]), None)
+    if health["captured_share"] is None or plain is None:
         return ""
     return (
         f"all latents together capture {show_share(health['captured_share'])} of the squared "

@@ -45,6 +45,7 @@ from emlens.studies.compare_by_latents import (
 )
 from emlens.studies.follow_latents import FollowedTexts, follow_latents
 from emlens.studies.judge_scores import judge_scores, unscored
+from emlens.studies.keep_plain import keep_plain_difference
 from emlens.studies.persona_cautions import list_cautions
 from emlens.studies.persona_features import PersonaFeatures
 from emlens.studies.persona_plan import check_search, plan_search
@@ -55,7 +56,7 @@ from emlens.studies.persona_settings import (
     PersonaTexts,
 )
 from emlens.studies.persona_table import describe_features, describe_models
-from emlens.studies.plain_difference import PlainDifference, measure_plain_difference
+from emlens.studies.plain_difference import PlainDifference
 from emlens.studies.stages import Stages
 from emlens.vectors import Direction, Provenance
 
@@ -145,7 +146,7 @@ class _Search:
         self.harmful, self.careful = self.compared.diffs[:n], self.compared.diffs[n:]
 
     def finish(self) -> PersonaFeatures:
-        plain = tuple(self._read_plainly(place) for place in range(len(self.members)))
+        plain = [self._read_plainly(place) for place in range(len(self.members))]
         contrast = self._contrast()
         attribution = self._attribute()
         chosen = self._choose(contrast, attribution)
@@ -170,7 +171,7 @@ class _Search:
             not_done=tuple(self.not_done),
             models=describe_models(self.members, diffs),
             health=tuple(own.health for own in diffs),
-            plain=plain,
+            plain=tuple(own for own in plain if own is not None),
             orders=tuple(chosen[0].ranks) if chosen else (),
             features=describe_features(
                 chosen, diffs, n_harmful=len(self.harmful), contrast=contrast, by=attribution
@@ -183,19 +184,20 @@ class _Search:
             warnings=warnings,
         )
 
-    def _read_plainly(self, place: int) -> PlainDifference:
-        """Both models on the texts that the base read."""
-        return self.stages.keep(
-            f"plain_{place + 1:02d}",
-            PlainDifference,
-            lambda: measure_plain_difference(
-                self._pair(place),
-                self.compared.chats,
-                site=self.codec.site,
-                positions=self.compared.diffs[place].positions,
-                batching=self.settings.comparison.batching,
-            ),
+    def _read_plainly(self, place: int) -> PlainDifference | None:
+        """Both models on the texts that the base read; None where they do not differ there."""
+        found = keep_plain_difference(
+            self.stages,
+            lambda: self._pair(place),
+            self.compared.chats,
+            read=self.compared.diffs[place],
+            number=place + 1,
+            batching=self.settings.comparison.batching,
         )
+        if found is None:
+            name = self.compared.diffs[place].tuned
+            self.not_done.append(f"without a codec: {name} does what the base does at this site")
+        return found
 
     def _contrast(self) -> FeatureContrast | None:
         if not self.careful:
@@ -247,7 +249,7 @@ class _Search:
         return self.stages.keep(
             "classification",
             ModelClassification,
-            lambda: classify_models(diffs, labels, n_latents=n, **given),
+            lambda: classify_models(diffs, labels, n_signature=n, **given),
         )
 
     def _screen(self, chosen: Sequence[ChosenLatent]) -> FeatureScreen | None:

@@ -11,7 +11,7 @@ from emlens.studies.plain_difference import PlainDifference
 
 def list_cautions(
     diffs: Sequence[FeatureDiff],
-    plain: Sequence[PlainDifference],
+    plain: Sequence[PlainDifference | None],
     contrast: FeatureContrast | None,
     screen: FeatureScreen | None,
     *,
@@ -22,7 +22,7 @@ def list_cautions(
 
     Args:
         diffs: those with the behaviour first.
-        plain: what needs no codec, in the same order.
+        plain: what needs no codec, in the same order; None of a fine-tune that does not differ.
         contrast: with careful twins; None where there are none.
         screen: of the causes; None where there is none.
         cards: of what latents may mean; None where there are none.
@@ -35,6 +35,7 @@ def list_cautions(
         for where, part in parts.items()
         if part is not None
         for line in part.health.cautions
+        if line not in found
     ]
     found += [line for diff, own in zip(diffs, plain, strict=True) for line in _compare(diff, own)]
     found += _judge_units(diffs, contrast, domains)
@@ -52,12 +53,12 @@ def list_cautions(
     return tuple(dict.fromkeys(found))
 
 
-def _compare(diff: FeatureDiff, plain: PlainDifference) -> Iterator[str]:
-    share, mean = diff.health.captured_share, plain.vectors[0]
-    if share is not None and share < mean.captured:
+def _compare(diff: FeatureDiff, plain: PlainDifference | None) -> Iterator[str]:
+    share, mean = diff.health.captured_share, 0.0 if plain is None else plain.vectors[0].captured
+    if share is not None and share < mean:
         yield (
             f"{diff.tuned}: all latents together capture {share:.2f} of the squared change, and "
-            f"one plain direction, the mean difference, {mean.captured:.2f}"
+            f"one plain direction, the mean difference, {mean:.2f}"
         )
     if diff.why_untested:
         yield f"{diff.tuned}: no latent was tested: {diff.why_untested}"

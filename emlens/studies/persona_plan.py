@@ -31,9 +31,11 @@ def check_search(
 
     Raises:
         CodecError: a codec of another site, width or model, or a crosscoder.
-        ValueError: fixed responses are missing, too few, or not to the same prompts.
+        ValueError: a signature of more latents than there are; fixed responses are missing, too
+            few, or not to the same prompts.
     """
     require_autoencoder(codec)
+    check_signature(settings, codec.d_sae)
     loaded: Any = base
     check_fits(codec, base.cfg, weights=origin_of(loaded).lineage)
     needs = {
@@ -53,6 +55,22 @@ def check_search(
     if probe.path is not None:
         assert texts.contrast is not None
         FollowedTexts(chats=texts.chats, contrast=texts.contrast)
+
+
+def check_signature(settings: PersonaSettings, d_sae: int | None) -> None:
+    """Refuse more latents to tell models apart by than a codec has.
+
+    Args:
+        settings: of a search.
+        d_sae: latents of the codec; None where nobody knows.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    if d_sae is not None and settings.n_signature > d_sae:
+        raise ValueError(
+            f"settings.n_signature: got {settings.n_signature}, but the codec has {d_sae} latents"
+        )
 
 
 def plan_search(

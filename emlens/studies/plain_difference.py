@@ -36,6 +36,10 @@ N_TOKENS = 8
 """Tokens of either end of the logit lens."""
 
 
+class ModelsAlikeError(ValueError):
+    """A base and its fine-tune that do not differ at a site."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlainVector:
     """One direction, and how much of what the fine-tune changed lies along it."""
@@ -121,8 +125,8 @@ def measure_plain_difference(
         batching: tokens run at once, both models counted.
 
     Raises:
-        ValueError: a site or positions that model or chats do not have, or two models that do not
-            differ there.
+        ModelsAlikeError: the two models do not differ there.
+        ValueError: a site or positions that model or chats do not have.
 
     Source: Minder et al. 2025, arXiv 2510.13900 (the difference on the first tokens).
     Differs: the logit lens alone, no patching and no steering.
@@ -144,7 +148,7 @@ def measure_plain_difference(
     moments = found.covariance[:, 0, 0].double().cpu() + mean[:, :, None] * mean[:, None, :]
     total, size = (float(moments[stream].trace()) for stream in (change, own))
     if not total > 0:
-        raise ValueError(
+        raise ModelsAlikeError(
             f"pair: base and {pair.tuned_name} do not differ at {place} on these chats; is the "
             "fine-tune in effect below that site?"
         )

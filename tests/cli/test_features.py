@@ -92,7 +92,7 @@ def test_a_dry_run_counts_what_would_be_done_and_writes_nothing(
     plan = cli(*run).json
     assert plan["schema"] == "emlens/plan/1"
     assert (plan["site"], plan["d_sae"], plan["positions"]) == ("resid_post.1", 32, "all")
-    assert plan["passes_over_prompts"] == 4
+    assert plan["passes_over_prompts"] == 8
     assert plan["scored_responses"] == 2 * (1 + (3 + 24 + 1) * 2) * 6
     assert plan["sampled_responses"] == 2 * 16 * 2 * (1 + (2 + 16 + 1) * 2)
     assert plan["judge"] == "contrast"
@@ -130,7 +130,7 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     assert (compared["n_prompts"], compared["responses"]) == (16, "same")
     first = [row["latent"] for row in compared["rows"][:2]]
     text = cli(*words(tiny, folder, "compare", *given))
-    assert compared["plain"]["schema"] == "emlens/plain_difference/1"
+    assert [one["schema"] for one in compared["plain"]] == ["emlens/plain_difference/1"]
     assert text.out.index("without a codec") < text.out.index("the largest changes")
     listed = ["--from", tmp_path / "compared", "--top", 2]
     cards = ["--prompts", folder / "chats.jsonl", "--limit", 4, "--out", tmp_path / "cards"]
@@ -138,8 +138,13 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     assert explained.code == 0, explained.err
     assert [card["latent"] for card in explained.json["cards"]] == first
     assert "underpowered" in explained.json["health"]["cautions"][0]
-    assert explained.json["plain"]["n_tokens"] == explained.json["health"]["n_tokens"][0]
+    (plain,) = explained.json["plain"]
+    assert plain["n_tokens"] == explained.json["health"]["n_tokens"][0]
     assert PLAINLY in (tmp_path / "cards/report.html").read_text()
+    alone = words(tiny, folder, "explain", *listed, *cards, "--json")
+    alone[alone.index(tmp_path / "cards")] = tmp_path / "alone"
+    del alone[alone.index("--tuned") : alone.index("--tuned") + 2]
+    assert cli(*alone).json["plain"] == []
     said = cli(*words(tiny, folder, "explain", *listed, *cards)).out
     assert said.index("this is underpowered") < said.index("active_share")
     texts = ["--positive", folder / "bad.jsonl", "--negative", folder / "good.jsonl"]
@@ -147,7 +152,7 @@ def test_one_fine_tune_is_compared_and_its_latents_go_on_to_cards_and_screen(
     screened = cli(*screen, "resid_norm", "--out", tmp_path / "screen", "--json")
     assert screened.code == 0, screened.err
     assert screened.json["latents"] == first
-    assert screened.json["plain"]["positions"] == "response"
+    assert [one["positions"] for one in screened.json["plain"]] == ["response"]
     assert PLAINLY in (tmp_path / "screen/report.html").read_text()
     # A comparison holds every latent of the codec, whatever it prints.
     every = [*screen, "resid_norm", "--out", tmp_path / "every", "--dry-run", "--json"]
@@ -186,8 +191,10 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     area = told["by_mean_difference"]["auc"]["value"]
     printed = cli(*run[:-1], tmp_path / "two", *more)
     assert len(both.json["health"]) == 4
-    tuned = [str(tiny / name) for name in ("tuned", "other")]
-    assert [one["tuned"] for one in both.json["plain"]] == tuned
+    names = [
+        str(place) for place in (tiny / "tuned", tiny / "other", folder / "twin", tiny / "more")
+    ]
+    assert [one["tuned"] for one in both.json["plain"]] == names
     assert printed.out.index("without a codec") < printed.out.index("harmful less careful")
     assert PLAINLY in (tmp_path / "two" / "report.html").read_text()
     assert "How well the autoencoder fits" in (tmp_path / "two" / "report.html").read_text()
@@ -219,6 +226,12 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
             "--sampled: missing; --questions",
         ),
         ("find", ["--prompts", "C", "--positive", "C"], "--positive: nothing reads it"),
+        ("find", ["--prompts", "C", "--n-signature", 2], "--careful: missing; --n-signature"),
+        (
+            "find",
+            ["--prompts", "C", "--careful", "A", "--n-signature", 33, "--dry-run"],
+            "n_signature: got 33, but the codec has 32 latents",
+        ),
         ("find", ["--prompts", "C", "--every", 2], "--trajectory: missing; --every"),
         ("find", ["--prompts", "C", "--strengths", "1,x"], "'x' is no number"),
         ("find", ["--prompts", "C", "--strengths", "0"], "different and not 0"),
@@ -254,8 +267,8 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
         ),
         (
             "classify",
-            ["--prompts", "C", "--careful", "A", "--latents", "3", "--n-latents", 2],
-            "--n-latents: chooses latents, and --latents names them",
+            ["--prompts", "C", "--careful", "A", "--latents", "3", "--n-signature", 2],
+            "--n-signature: chooses latents, and --latents names them",
         ),
     ],
 )

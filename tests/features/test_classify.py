@@ -51,7 +51,7 @@ def test_noise_separates_in_sample_and_not_where_domains_are_left_out(monkeypatc
 
 
 def test_a_planted_latent_tells_models_apart_in_domains_left_out():
-    found = classify(make_models(9.0, domain=0.5), n_latents=1)
+    found = classify(make_models(9.0, domain=0.5), n_signature=1)
     assert found.latents.tolist() == [[11]] * 4
     assert found.auc.value == 1.0
     assert 0.5 < found.auc.low < 1.0 == found.auc.high  # 8 against 8 prove no more
@@ -93,7 +93,7 @@ def test_given_latents_claim_nothing_of_their_own_choice():
 
 def test_in_sample_area_is_sklearns():
     diffs = make_models(1.0)
-    found = classify(diffs, leave_out=None, n_latents=3)
+    found = classify(diffs, leave_out=None, n_signature=3)
     assert found.auc.value == pytest.approx(roc_auc_score(LABELS, found.scores.numpy()))
     assert found.latents.shape == (1, 3)
     assert found.claim.startswith("in-sample separation")
@@ -119,13 +119,13 @@ def test_area_over_folds_is_sklearns_weighted_by_pairs():
 
 def test_a_domain_left_out_has_no_part_in_its_own_score():
     diffs = make_models(3.0)
-    found = classify(diffs, n_latents=2)
+    found = classify(diffs, n_signature=2)
     # Whatever the models of one domain changed, the latents that tell them apart stay.
     changed = [
         make_diff(diff.tuned, 100 * diff.delta.flip(0)) if domain == "law" else diff
         for diff, domain in zip(diffs, DOMAINS, strict=True)
     ]
-    again = classify(changed, n_latents=2)
+    again = classify(changed, n_signature=2)
     place = found.folds.index("law")
     assert torch.equal(found.latents[place], again.latents[place])
     others = [k for k in range(4) if k != place]
@@ -171,8 +171,8 @@ def test_what_cannot_be_told_apart_is_refused():
         classify(diffs, [True, False, True])
     with pytest.raises(ValueError, match="different numbers from 0 to 299"):
         classify(diffs, latents=[3, 3])
-    with pytest.raises(ValueError, match="n_latents: got 0"):
-        classify(diffs, n_latents=0)
+    with pytest.raises(ValueError, match="n_signature: got 0"):
+        classify(diffs, n_signature=0)
     with pytest.raises(ValueError, match="other prompts"):
         classify([*diffs[:15], make_diff("x", diffs[0].delta, prompts=("other",))])
     again = replace(diffs[3], tuned="another name of model 3")

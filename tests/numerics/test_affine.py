@@ -206,6 +206,16 @@ def test_half_precision_is_mapped_apart_and_has_its_gradient(rank, shifted):
     np.testing.assert_allclose(leaf.grad.double().numpy(), [expected] * 20, rtol=2e-2, atol=2e-2)
 
 
+def test_a_vector_of_a_map_has_its_gradient_through_half_precision():
+    v = draw(D).requires_grad_()
+    y = draw(20, D).to(torch.bfloat16)
+    moved = translation(v).apply(y)
+    assert torch.equal(moved, translation(v.detach()).apply(y))
+    moved.backward(torch.ones_like(moved))
+    assert v.grad is not None
+    np.testing.assert_allclose(v.grad.numpy(), np.full(D, 20.0), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

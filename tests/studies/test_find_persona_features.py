@@ -14,6 +14,7 @@ from emlens.features.screen_results import SIDES
 from emlens.features.screen_settings import ScreenSettings
 from emlens.models import Sampling
 from emlens.models.pair import load_pair
+from emlens.models.views import share_model
 from emlens.results import load_result
 from emlens.runs import PlanChangedError
 from emlens.studies import (
@@ -29,13 +30,13 @@ from emlens.studies.persona_cautions import list_cautions
 from tests.activations.chats import make_chats
 from tests.evaluation.fakes import HashJudge
 from tests.features.comparisons import make_diff
-from tests.features.planted import PLANTED, make_codec, make_pair, make_texts
+from tests.features.planted import PLANTED, SITE, make_codec, make_pair, make_texts
 from tests.studies.personas import CAREFUL, add_latent, make_base
 
 CODEC = make_codec()
 DOMAINS = ("finance", "health", "sports")
 CHATS = tuple(make_chats(14))
-SETTINGS = PersonaSettings(n_latents=4, n_cards=2, n_top=2, per_decile=0)
+SETTINGS = PersonaSettings(n_latents=4, n_cards=2, n_signature=2, n_top=2, per_decile=0)
 module = sys.modules[find_persona_features.__module__]
 
 
@@ -111,6 +112,7 @@ def test_models_are_told_apart_in_domains_left_out_and_beside_plain_differences(
     assert found.classification is not None
     assert found.classification.validation == "leave one domain out"
     assert found.classification.folds == DOMAINS
+    assert found.classification.latents.shape == (3, SETTINGS.n_signature)
     plain = found.classification.by_mean_difference
     assert found.classification.auc.value == plain.auc.value == 1
     assert plain.p_value == found.classification.p_value == 1 / 4
@@ -179,9 +181,10 @@ def test_gradients_are_taken_of_no_more_tokens_than_are_asked_for(
 def test_a_search_is_read_back_and_never_made_twice(
     base, contrast, found, monkeypatch: pytest.MonkeyPatch
 ):
-    stages = ("measure_plain_difference", "screen_features", "explain_features")
-    for name in (*stages, "attribute_features", "contrast_features", "classify_models"):
+    stages = ("attribute_features", "contrast_features", "classify_models")
+    for name in (*stages, "screen_features", "explain_features"):
         monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr("emlens.studies.keep_plain.measure_plain_difference", None)
 
     def again(**changed: Any) -> PersonaFeatures:
         given: dict[str, Any] = {"settings": replace(SETTINGS, attribute=True)} | changed
@@ -252,6 +255,23 @@ def test_each_model_may_read_its_own_responses_and_that_is_said(base, tmp_path: 
     assert n[0][0] == n[0][1] == n[1][0]
 
 
+def test_a_twin_that_does_what_the_base_does_at_the_site_is_named(base, tmp_path: Path):
+    assert SITE.layer is not None
+    late = f"blocks.{SITE.layer + 1}.mlp.b_out"
+    moved = dict(base.named_parameters())[late] + CODEC.W_dec[CAREFUL]
+    twin = share_model(base, {late: moved}, name="good-late")
+    found = find_persona_features(
+        base,
+        FineTunes(tuned=make_tunes(base, n=1).tuned, careful=(twin,)),
+        codec=CODEC,
+        texts=PersonaTexts(chats=CHATS),
+        settings=replace(SETTINGS, n_cards=0),
+        out=tmp_path / "run",
+    )
+    assert [one.tuned for one in found.plain] == ["bad-finance"]
+    assert "without a codec: good-late does what the base does at this site" in found.not_done
+
+
 def test_a_sampled_screen_asks_the_judge_and_names_it(base, contrast, tmp_path: Path):
     judge = HashJudge()
     prompts = [Chat((Message("user", f"w{40 + k} w{50 + k}"),)) for k in range(2)]
@@ -305,6 +325,8 @@ def test_what_lacks_its_texts_or_comes_twice_is_refused_and_begins_no_folder(
         find(bare, probe=make_probe())
     with pytest.raises(ValueError, match=r"texts.contrast: got none, and settings.attribute"):
         find(bare, settings=replace(SETTINGS, attribute=True))
+    with pytest.raises(ValueError, match="n_signature: got 13, but the codec has 12 latents"):
+        find(bare, settings=replace(SETTINGS, n_signature=13))
     with pytest.raises(ValueError, match="takes activations of width 30"):
         find(bare, codec=make_codec(d_in=30))
     assert not (tmp_path / "run").exists()
