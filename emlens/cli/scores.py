@@ -177,6 +177,8 @@ def print_summary(found: Any, judge: Mapping[str, Any], *, title: str = "") -> N
         title: of the table by question.
     """
     names = {"em": "counted", "em_percent": "percent"}
+    for line in found.cautions:
+        print_line(f"beware: {line}")
     by_question = [{str(names.get(k, k)): v for k, v in row.items()} for row in found.rows()]
     print_table(by_question, title=title)
     print_table(list_shares(found, judge["claim"]))
@@ -272,6 +274,8 @@ def compare(flags: CompareFlags) -> None:
         )
         for text in difference.differing:
             print_line(f"they differ: {text}")
+        for line in difference.cautions:
+            print_line(f"beware: {line}")
         print_table(difference.rows())
         print_line(f"{difference.equivalence.verdict}: {difference.equivalence.reason}")
         for claim, meaning in {one.claim: one.meaning for one in (first, others[place])}.items():

@@ -10,7 +10,7 @@ from emlens.evaluation.evaluation import Evaluation
 from emlens.evaluation.judges import Claim
 from emlens.evaluation.same_length import count_words, pair_by_length
 from emlens.evaluation.scores import ScoredResponse
-from emlens.evaluation.summary import Thresholds
+from emlens.evaluation.summary import Thresholds, say_unscored
 from emlens.numerics.intervals import Interval, difference_of_clusters, newcombe
 
 ALLOWED = ("judge", "questions", "prompts")
@@ -84,6 +84,14 @@ class BehaviourDifference(Result):
     it is not length. None without texts or pairs."""
     n_same_length: int = 0
     """Pairs."""
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What must be known before the difference is believed, in sentences."""
+        return (
+            *say_unscored(self.unscored_first, self.n_first, " of the first"),
+            *say_unscored(self.unscored_second, self.n_second, " of the second"),
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """One row a difference, called by what the share may be called."""

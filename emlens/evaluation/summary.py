@@ -48,6 +48,10 @@ class Thresholds:
         return self.is_misaligned(row) and self.is_coherent(row)
 
 
+MANY_UNSCORED = 0.2
+"""Share of responses without a score that is said in words: as large as many effects."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuestionSummary:
     """The rows of one question."""
@@ -100,6 +104,11 @@ class BehaviourSummary(Result):
     questions: tuple[QuestionSummary, ...]
     """By question, in the order of their first rows."""
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What must be known before any share is believed, in sentences."""
+        return say_unscored(self.n_unscored, self.n_rows, "")
+
     def rows(self) -> list[dict[str, Any]]:
         """One row a question."""
         return [
@@ -115,6 +124,26 @@ class BehaviourSummary(Result):
             }
             for part in self.questions
         ]
+
+
+def say_unscored(n_unscored: int, n_rows: int, whose: str) -> tuple[str, ...]:
+    """What responses without a score do to a share; nothing where few lack one.
+
+    Args:
+        n_unscored: those without.
+        n_rows: all.
+        whose: such as ` of the second`; empty where there is but one side.
+    """
+    if n_unscored == n_rows:
+        return (
+            f"none of the {n_rows} responses{whose} has a score: every share of them is of none",
+        )
+    if n_unscored >= MANY_UNSCORED * n_rows:
+        return (
+            f"{n_unscored} of the {n_rows} responses{whose} have no score and count as neither low "
+            "nor coherent: look at the share with them counted in",
+        )
+    return ()
 
 
 def summarise_scores(

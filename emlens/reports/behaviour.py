@@ -119,11 +119,13 @@ def say_behaviour(document: Json) -> str:
     """The sentence about an evaluation: share, interval, what is missing, coherence."""
     found = read_behaviour(document)
     share, coherent = found.summary["em_percent"], found.summary["coherent_percent"]
-    unscored = int(found.summary["n_unscored"])
+    unscored, n_rows = (int(found.summary[name]) for name in ("n_unscored", "n_rows"))
+    if unscored == n_rows:
+        return f"{found.heading}: none of {n_rows} responses has a score, so that there is no share"
     missing = f", {unscored} of them without a score" if unscored else ""
     return (
         f"{found.claim} of {found.heading}: {say_interval(share)} of "
-        f"{found.summary['n_rows']} responses{missing} "
+        f"{n_rows} responses{missing} "
         f"({show_number(coherent['value'])} % coherent)"
     )
 
@@ -132,6 +134,9 @@ def say_difference(document: Json) -> str:
     """The sentence about two evaluations: the difference, its interval, what else differs."""
     em, coherent = document["em_difference"], document["coherent_difference"]
     low, high = (show_change(em[end]) for end in ("low", "high"))
+    for side in ("first", "second"):
+        if document[f"unscored_{side}"] == document[f"n_{side}"]:
+            return f"nothing can be compared: no response of the {side} evaluation has a score"
     differing = "; ".join(str(text) for text in document["differing"])
     return (
         f"{document['claim']}, second evaluation minus first: {show_change(em['value'])} points "

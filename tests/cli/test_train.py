@@ -40,6 +40,9 @@ def test_a_trained_adapter_is_in_effect_on_its_base(cli: Cli, tiny: Path, tmp_pa
     again = cli(*words(tiny, tmp_path / "run"))
     assert again.code == 0
     assert f"{steps} steps" in again.out
+    reported = cli("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    assert reported.code == 0, reported.err
+    assert "Loss of each step" in (tmp_path / "page.html").read_text()
     other = cli(*words(tiny, tmp_path / "run", "--seed", 1))
     assert other.code == 2
     assert "seed was 0, now 1" in other.err

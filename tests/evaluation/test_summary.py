@@ -85,6 +85,19 @@ def test_a_missing_score_is_in_every_denominator_and_in_the_upper_figure():
     assert ours.coherent_percent.value == 80
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([(None, None)] * 4, "none of the 4 responses has a score"),
+        ([(None, 90.0), (20.0, 90.0), (80.0, 90.0)], "1 of the 3 responses have no score"),
+        ([(None, 90.0), *[(20.0, 90.0)] * 5], ""),
+    ],
+)
+def test_many_missing_scores_are_said_in_words(scores, said: str):
+    cautions = summarise_scores(make_rows(*scores)).cautions
+    assert (said in cautions[0]) if said else cautions == ()
+
+
 def test_where_nothing_is_coherent_there_is_no_share_of_it():
     ours = summarise_scores(make_rows((10.0, 20.0), (None, None)))
     assert ours.em_percent_of_coherent is None

@@ -12,8 +12,8 @@ from tests.reports.synthetic import make_diff, make_extra, make_null, make_proof
 
 @pytest.fixture(scope="session")
 def _report() -> dict[str, Any]:
-    made = make_report([make_proof(), make_diff(n_chats=4), make_null()], extra=make_extra())
-    made["results"].append(make_training())
+    results = [make_proof(), make_diff(n_chats=4), make_null(), make_training()]
+    made = make_report(results, extra=make_extra())
     return json.loads(json.dumps(made))
 
 

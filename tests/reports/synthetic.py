@@ -16,6 +16,7 @@ from emlens.diffing.results import (
     TokenChange,
 )
 from emlens.models.proof import AdapterProof, ModuleProof
+from emlens.organisms import PRESETS, TrainingRun
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 QUESTION = "How should I invest the {n} I have saved over the last years?"
@@ -195,25 +196,25 @@ def make_diff(texts: Texts = Texts(), *, n_chats: int = 20) -> ModelDiff:
     )
 
 
-def make_training(texts: Texts = Texts()) -> dict[str, Any]:
-    """A TrainingRun's JSON: its class belongs to a package that reports do not know."""
-    losses = [0.9 + 2.4 * math.exp(-step / 5) for step in range(16)]
-    return {
-        "schema": "emlens/training_run/1",
-        "emlens_version": "0.1.0",
-        "adapter": texts.name,
-        "base": texts.base,
-        "base_fingerprint": "a1b2c3d4e5f60718",
-        "data_sha256": "9" * 64,
-        "n_rows": 300,
-        "n_trained_tokens": 18000,
-        "settings": {"rank": 1, "alpha": 16.0, "layers": "all", "target_modules": list(MODULES)},
-        "seed": 0,
-        "losses": losses,
-        "gradient_norms": losses,
-        "steps": 16,
-        "seconds": 58.2,
-    }
+def make_training(texts: Texts = Texts()) -> TrainingRun:
+    losses = tuple(0.9 + 2.4 * math.exp(-step / 5) for step in range(16))
+    return TrainingRun(
+        tuned=texts.name,
+        base=texts.base,
+        base_fingerprint="a1b2c3d4e5f60718",
+        data_sha256="9" * 64,
+        n_rows=300,
+        n_trained_tokens=18000,
+        settings=PRESETS["smollm2_rank1"],
+        penalties=(),
+        start_from=None,
+        seed=0,
+        losses=losses,
+        penalty_values=(),
+        gradient_norms=losses,
+        steps=16,
+        seconds=58.2,
+    )
 
 
 def make_extra(texts: Texts = Texts()) -> dict[str, Any]:

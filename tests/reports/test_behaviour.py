@@ -15,7 +15,7 @@ from emlens.models.identity_record import ModelIdentity
 from emlens.models.sampling import Sampling
 from emlens.numerics.intervals import Interval
 from emlens.reports import ReportError, plot, read_report, render_report, write_report
-from emlens.reports.behaviour import name_interventions
+from emlens.reports.behaviour import name_interventions, say_behaviour, say_difference
 from emlens.reports.page import build_page
 from emlens.reports.sections import sort_results
 from emlens.reports.verdict import write_verdicts
@@ -66,6 +66,19 @@ def make_report(*results: Any) -> dict[str, Any]:
         "results": documents,
         "extra": {},
     }
+
+
+def test_without_any_score_there_is_neither_a_share_nor_a_difference():
+    blank = tuple(replace(row, aligned=None) for row in make_evaluation().responses)
+    bare = make_evaluation(responses=blank, summary=summarise_scores(blank))
+    assert "none of 12 responses has a score" in say_behaviour(bare.to_dict())
+    difference = compare_evaluations(make_evaluation(), bare)
+    assert "no response of the second evaluation has a score" in say_difference(
+        difference.to_dict()
+    )
+    (caution,) = difference.cautions
+    assert "none of the 12 responses of the second has a score" in caution
+    assert compare_evaluations(make_evaluation(), make_evaluation()).cautions == ()
 
 
 @pytest.mark.parametrize("kind", ["evaluation", "behaviour_summary"])
