@@ -1,6 +1,6 @@
 """`--sae SOURCE[#SAE_ID]` and what goes with it: a codec, and models that it is used on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,16 +100,18 @@ def split_sae(text: str) -> tuple[str | Path, str | None]:
     return source, sae_id or None
 
 
-def plan_codec(flags: Any) -> dict[str, Any]:
+def plan_codec(flags: Any, latents: Sequence[int] | None = None) -> dict[str, Any]:
     """What a dry run says of the codec; read, and held against the base, where it is at hand.
 
     Args:
         flags: those of a codec, and `base`.
+        latents: which of it are asked for; None for all.
 
     Raises:
-        CodecError: it does not fit.
+        CodecError: it does not fit, or does not have the latents.
     """
     from emlens.codecs import check_fits
+    from emlens.features.steering import check_latents
     from emlens.models.memory import read_sizes
     from emlens.sources import SHIPPED_PREFIX
 
@@ -120,6 +122,8 @@ def plan_codec(flags: Any) -> dict[str, Any]:
         return plan | {"site": "known once it is downloaded"}
     codec = load_codec(flags)
     check_fits(codec, read_sizes(flags.base))
+    if latents is not None:
+        check_latents(codec, latents)
     plan |= {"architecture": codec.architecture, "site": str(codec.site), "d_sae": codec.d_sae}
     if isinstance(flags, PromptCodecFlags):
         plan["positions"] = flags.positions or codec.positions

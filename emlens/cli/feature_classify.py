@@ -68,7 +68,8 @@ def classify(flags: ClassifyFlags) -> None:
         chats, settings = load_chats(flags.prompts, limit=flags.limit), read_comparison(flags)
         if flags.dry_run:
             models = {"tuned": flags.tuned, "careful": flags.careful, "domains": flags.domains}
-            show_plan(flags, models | {"prompts": len(chats)})
+            asked = {} if chosen is None else {"latents": list(chosen)}
+            show_plan(flags, models | asked | {"prompts": len(chats)})
             return
         codec = load_codec(flags)
         if chosen is not None:

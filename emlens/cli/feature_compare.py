@@ -151,7 +151,8 @@ def show_plan(flags: Any, more: dict[str, Any]) -> None:
     tuned = more.get("tuned") or []
     check_sources(flags.base, *([tuned] if isinstance(tuned, str) else tuned))
     check_sources(*(more.get("careful") or ()))
-    print_plan(plan_codec(flags) | {"base": flags.base} | more, flags.out, json=flags.json)
+    plan = plan_codec(flags, more.get("latents")) | {"base": flags.base} | more
+    print_plan(plan, flags.out, json=flags.json)
 
 
 def write_page(results: Any, run: Path) -> None:

@@ -146,7 +146,11 @@ def _screen(
 
 def _show_plan(flags: ScreenFlags, latents: Any, contrast: Any, settings: Any) -> None:
     check_sources(flags.base, flags.tuned)
-    plan = plan_codec(flags) | {"base": flags.base, "tuned": flags.tuned, "latents": list(latents)}
+    plan = plan_codec(flags, latents) | {
+        "base": flags.base,
+        "tuned": flags.tuned,
+        "latents": list(latents),
+    }
     plan |= plan_screen(settings, len(latents), contrast)
     if n := plan["sampled_responses"]:
         characters = n * ANSWER_CHARACTERS * flags.max_new_tokens

@@ -19,11 +19,13 @@ from emlens.diffing import ModelDiff, NullBand, compare_models, compare_nulls
 from emlens.models.adapter_files import load_adapter
 from emlens.models.loading import load_base
 from emlens.models.lora import LoraAdapter, scale_adapter
+from emlens.models.memory import read_sizes
 from emlens.models.pair import ModelPair, is_adapter, load_pair
 from emlens.models.proof import AdapterProof
 from emlens.models.source_hash import hash_source
 from emlens.organisms.training import hash_chats
 from emlens.runs import RunFolder
+from emlens.sites import expand_sites
 from emlens.sources import Source
 
 logger = logging.getLogger(__name__)
@@ -122,6 +124,7 @@ def plan_diff(
     Raises:
         ValueError: no fine-tune, no chat, an unknown position; a null band or a scale for a
             fine-tune that is no adapter.
+        SiteError: a site that the base does not have.
         SourceError: a source that cannot be found.
     """
     if not tuned:
@@ -131,6 +134,7 @@ def plan_diff(
     chosen = settings.positions or default_positions(chats)
     for name in chosen:
         parse_positions(name)
+    expand_sites(settings.sites, read_sizes(base))
     for source in tuned:
         _check_tuned(source, settings)
     return DiffPlan(

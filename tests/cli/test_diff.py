@@ -172,6 +172,7 @@ def test_prompts_that_cannot_be_used_are_named(
     ("more", "said"),
     [
         (["--sites", "resid_psot"], "nearest: resid_post"),
+        (["--sites", "resid_psot", "--dry-run"], "nearest: resid_post"),
         (["--sites", "resid_post.9"], "out of range: the model has 2 layers"),
         (["--positions", "answer"], "positions"),
         (["--dtype", "float31"], "expected auto, float32"),

@@ -245,10 +245,10 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
         ("compare", ["--prompts", "C", "--positions", "answer"], "answer"),
         ("screen", ["--strengths", "1"], "--latents, --from: expected one of them"),
         ("screen", ["--strengths", "1", "--latents", "3,x"], "expected numbers such as 3,17"),
-        (
-            "screen",
-            ["--strengths", "1", "--latents", "99"],
-            "has 32, numbered from 0, and got [99]",
+        *(
+            (command, [*more, "--latents", "99", *dry], "has 32, numbered from 0, and got [99]")
+            for command, more in (("screen", ["--strengths", "1"]), ("explain", ["--prompts", "C"]))
+            for dry in ([], ["--dry-run"])
         ),
         ("explain", ["--prompts", "C", "--latents", "3", "--from", "x"], "expected one of them"),
         ("explain", ["--prompts", "C", "--from", "."], "is no run folder"),
