@@ -304,7 +304,7 @@ def _plan_behaviour(
 
 
 def _show(found: Any, out: Path | None) -> None:
-    from emlens.reports.turns import say_turn
+    from emlens.reports.turns import say_looks
     from emlens.studies.transition_trace import list_path
 
     raw = found.transitions[0]
@@ -313,7 +313,7 @@ def _show(found: Any, out: Path | None) -> None:
     print_table([list_path(transition) for transition in found.transitions])
     left = raw.n_small + raw.n_uneven
     print_line(f"{len(raw.steps)} points measured, {left} left out ({raw.n_small} move too little)")
-    print_line(say_turn(raw.to_dict()))
+    print_line(say_looks([one.to_dict() for one in found.transitions]))
     if found.curves:
         print_table(found.rows(), title=f"behaviour; share: {found.claim or 'nothing was sampled'}")
     if out is not None:

@@ -3,7 +3,7 @@
 Figures are in `paths`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -89,8 +89,18 @@ def say_turn(path: Json) -> str:
             f"{name} turned at step {path['step']} ({window}): prominence {prominence}, and 95 % "
             f"of null paths stay below {critical}"
         )
-    words = _NO_TURN.get(str(path["verdict"]), str(path["verdict"]))
-    return f"{name} ({window}): {words.format(prominence=prominence, critical=critical)}"
+    verdict = str(path["verdict"])
+    words = _NO_TURN.get(verdict)
+    said = verdict if words is None else words.format(prominence=prominence, critical=critical)
+    return f"{name} ({window}): {said}"
+
+
+def say_looks(paths: Sequence[Json]) -> str:
+    """The clause about the first look at a path, and those about looks that say otherwise."""
+    first, *others = paths
+    turned = first["step"] is not None
+    against = [say_turn(one) for one in others if (one["step"] is not None) != turned]
+    return "; but ".join([say_turn(first), *against])
 
 
 def name_scale(holder: Json) -> str:
@@ -103,7 +113,7 @@ def say_curve(curve: Json) -> str:
     scale = f"at {name_scale(curve)}"
     if curve["onset"] is None:
         return f"{scale} no change ({_say(curve['change'], signed=True)})"
-    half_way = f"{scale} half-way at step {_say(curve['onset'])}"
+    half_way = f"{scale} half-way at step {_say(curve['onset'])}{_say_spacing(curve)}"
     lag = curve["lag"]
     return half_way if lag is None else f"{half_way}, {_say(lag, signed=True)} steps from the turn"
 
@@ -111,13 +121,24 @@ def say_curve(curve: Json) -> str:
 def say_trace(document: Json) -> str:
     """The sentence about a trace: the turn, then behaviour by scale."""
     found = read_turn(document)
-    sentence = f"{found.heading}: {say_turn(found.paths[0])}"
+    sentence = f"{found.heading}: {say_looks(found.paths)}"
     measures = {str(curve["measure"]) for curve in found.curves}
     shown = "share" if "share" in measures else "odds"
     clauses = [say_curve(c) for c in found.curves if c["measure"] == shown]
     if not clauses:
         return sentence
     return f"{sentence}; {found.claim if shown == 'share' else shown}: {', '.join(clauses)}"
+
+
+def _say_spacing(curve: Json) -> str:
+    """Between which points a step lies that is told more exactly than they lie apart."""
+    onset, steps = curve["onset"], [int(step) for step in curve["steps"]]
+    value, low, high = (read_number(onset[name]) for name in ("value", "low", "high"))
+    before = max((step for step in steps if step <= value), default=None)
+    after = min((step for step in steps if step > value), default=None)
+    if before is None or after is None or after - before <= high - low:
+        return ""
+    return f" (drawn in between the points at {before} and {after})"
 
 
 def _say(interval: Mapping[str, object], *, signed: bool = False) -> str:
