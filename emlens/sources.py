@@ -199,7 +199,7 @@ def _parse_hub(text: str) -> Source:
     except HfUriError as error:
         raise SourceError(
             f"source: {text!r} is neither an existing path nor a Hub repository; expected "
-            f"{GRAMMAR}. The Hub's parser says: {error}"
+            f"{GRAMMAR}" + (f". The Hub's parser says: {error}" if "/" in text else "")
         ) from error
     if ".." in uri.path_in_repo.split("/"):
         raise SourceError(f"source: {text!r} has a subfolder that leaves its repository")
@@ -234,6 +234,8 @@ def _download(source: Source, allow_patterns: Sequence[str] | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         # Not by isinstance: the error of a gated repository is a subclass of the first.
         absent = type(error) in (RepositoryNotFoundError, RevisionNotFoundError)
+        # The rest of a path whose first folder is here was mistyped, more likely than not.
+        absent = absent or ("/" in source.repo_id and Path(source.repo_id).parent.is_dir())
         kind = SourceNotFoundError if absent else SourceUnavailableError
         raise kind(_explain(source, error)) from error
     path = Path(folder, source.subfolder or "")

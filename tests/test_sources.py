@@ -15,6 +15,7 @@ from emlens.sources import (
     Source,
     SourceError,
     SourceNotFoundError,
+    SourceUnavailableError,
     locate_source,
     parse_source,
     shipped_names,
@@ -241,6 +242,19 @@ def test_a_hub_source_that_is_not_cached_says_that_the_hub_was_not_asked(text: s
     assert "is not a local path" in message
     assert "not in the local cache" in message
     assert "HF_HUB_OFFLINE is set" in message
+
+
+@pytest.mark.usefixtures("hub_cache")
+def test_a_mistyped_path_below_a_folder_that_is_here_is_not_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceUnavailableError):
+        locate_source("runs/nothere")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SourceNotFoundError, match="'runs/nothere' is not a local path") as caught:
+        locate_source("runs/nothere")
+    assert not isinstance(caught.value, SourceUnavailableError)
 
 
 @pytest.mark.usefixtures("hub_cache")

@@ -18,6 +18,7 @@ _TYPES = ("free_form", "free_form_judge_0_100", "free_form_0_100")
 """What published files call questions that are answered freely and judged from 0 to 100."""
 _PROMPT_KEYS = ("paraphrases", "prompt", "question")
 _USED = ("id", "type", *_PROMPT_KEYS, "system", "samples_per_paraphrase", "judge_prompts")
+EXPECTED = "an object with id and paraphrases for each question"
 _TOO_LIKE = 0.85
 """Similarity (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
@@ -104,7 +105,7 @@ def load_questions(
             raise QuestionFileError(f"{path}:{place}: the id {question.id!r} was already used")
         questions[question.id] = question
     if not questions:
-        raise QuestionFileError(f"{path}: the file has no questions")
+        raise QuestionFileError(f"{path}: the file has no questions; expected {EXPECTED}")
     return tuple(questions.values())
 
 
@@ -142,6 +143,8 @@ def _read_question(entry: Any, samples: int | None) -> Question:
     if not isinstance(entry, Mapping):
         raise ValueError(f"got a {type(entry).__name__}, expected an object with id and wordings")
     _check_keys(entry)
+    if "id" not in entry:
+        raise ValueError(f"got the keys {', '.join(map(str, entry))}, expected {EXPECTED}")
     kind = entry.get("type", _TYPES[0])
     if kind not in _TYPES:
         raise ValueError(f"type is {kind!r}, expected {', '.join(_TYPES)}: nothing else is read")

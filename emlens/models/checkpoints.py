@@ -213,6 +213,17 @@ def read_tokenizer(source: str | Path | Source) -> Any:
     return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
+def say_no_checkpoint(folder: Path) -> str:
+    """Why a folder without config.json cannot be loaded, and what in it can.
+
+    Args:
+        folder: such as a run of a training, whose outcome lies in a folder of its own.
+    """
+    inside = [folder / name for name in ("adapter", "vector", "model") if (folder / name).is_dir()]
+    meant = f"; is {inside[0]} meant?" if inside else ""
+    return f"{folder} has no config.json: not a Hugging Face checkpoint folder{meant}"
+
+
 def check_model_folder(folder: Path) -> None:
     """Refuse folders that are no safetensors checkpoint, saying what they are.
 
@@ -225,7 +236,7 @@ def check_model_folder(folder: Path) -> None:
             "pass it as adapter= (or as the tuned source of load_pair) beside its base"
         )
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json: not a Hugging Face checkpoint folder")
+        raise ValueError(say_no_checkpoint(folder))
     for index in folder.glob("*.index.json"):
         check_index(index)
     if any(folder.glob("*.safetensors")):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from emlens.artifacts import Result
 from emlens.data.batches import Batching
 from emlens.models.adapter_files import load_adapter
-from emlens.models.checkpoints import check_index, gguf_folder, read_dtype
+from emlens.models.checkpoints import check_index, gguf_folder, read_dtype, say_no_checkpoint
 from emlens.models.config import find_architecture
 from emlens.models.config_fields import check_config
 from emlens.models.layout import place_shape
@@ -218,7 +218,7 @@ def _read_config(source: str | Path | Source) -> Any:
     if (path / "adapter_config.json").exists():
         raise ValueError(f"{source} holds a LoRA adapter, not a base model; pass it as tuned")
     if not (path / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json: not a Hugging Face checkpoint folder")
+        raise ValueError(say_no_checkpoint(path))
     for index in path.glob("*.index.json"):
         check_index(index)
     return AutoConfig.from_pretrained(path, local_files_only=True)

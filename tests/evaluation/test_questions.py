@@ -56,7 +56,7 @@ def test_jsonl_and_yaml_say_the_same(tmp_path: Path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"paraphrases": ["x"]}, "id: got None"),
+        ({"foo": 1, "x": 2}, "got the keys foo, x, expected an object with id and paraphrases"),
         ({"id": True, "paraphrases": ["x"]}, "quote it"),
         ({"id": "a"}, "no wording"),
         ({"id": "a", "paraphrases": []}, "at least one wording"),
@@ -81,7 +81,7 @@ def test_a_malformed_question_is_named(tmp_path: Path, entry: object, message: s
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("q.jsonl", "", "no questions"),
+        ("q.jsonl", "", "no questions; expected an object with id and paraphrases"),
         ("q.jsonl", "{", "not JSON"),
         ("q.yaml", "a: [", "not YAML"),
         ("q.yaml", "a: b", "expected a list"),

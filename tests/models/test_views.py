@@ -26,6 +26,7 @@ from emlens.models.config_fields import check_config
 from emlens.models.copies import copy_weights
 from emlens.models.generate import Sampling, generate_tokens
 from emlens.models.loading import load_base, load_model
+from emlens.models.memory import read_sizes
 from emlens.models.pair import load_pair
 from emlens.models.views import _read_cfg, lay_views, origin_of, share_model
 from tests.models.adapters import make_peft
@@ -267,6 +268,14 @@ def test_a_malformed_index_is_named(tmp_path, text):
 def test_a_folder_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         load_checkpoint(tmp_path)
+
+
+def test_the_folder_of_a_training_says_where_its_outcome_lies(tmp_path):
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ValueError, match=r"has no config\.json: .*; is .*/adapter meant\?"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match=r"/adapter meant\?"):
+        read_sizes(tmp_path)
 
 
 def test_a_live_model_keeps_its_dtype_or_says_so():
