@@ -232,8 +232,8 @@ def test_the_sentence_names_turn_and_lag_with_its_interval_or_none():
     (sentence,) = write_verdicts(sort_results(make_report(trace)["results"]))
     assert sentence.startswith(
         "runs/organism: B turned at step 190 (window 50): prominence 0.200, and 95 % of null paths "
-        "stay below 0.0800; but B, norms taken out (window 50): did not turn: its sharpest bend has "
-        "a prominence of 0.200, and paths of noise reach 0.0800; takeover score: at 1 × "
+        "stay below 0.0800; but B, norms taken out (window 50): did not turn: its sharpest bend "
+        "has a prominence of 0.200, and paths of noise reach 0.0800; takeover score: at 1 × "
         "half-way at step 260 [248, 272] (drawn in between the points at 200 and 300), "
         "+70.0 [+58.0, +82.0] steps from the turn, at 5 ×"
     )
