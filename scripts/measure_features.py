@@ -1,16 +1,14 @@
 """Measure an autoencoder's latents on the zoo: what rises, what acts, what warns, what prevents.
 
-    OMP_NUM_THREADS=2 python scripts/measure_features.py [--stage find|prevent|warn] [--runs FOLDER]
+    OMP_NUM_THREADS=2 python scripts/measure_features.py [--stage find|prevent] [--runs FOLDER]
         [--quick]
 
 `find` compares the base with nine harmful fine-tunes and their careful twins on the base's own
 answers, tells them apart in domains left out, screens latents on the first of them beside random
 directions, and follows the first ones along a training of another seed and its twin's. `prevent`
 trains a fine-tune with the first latents held down, caps them in one that was trained without, and
-samples answers of all. `warn` samples answers at every step of that training and its twin's, and
-says whether a latent leaves before they do. The two need what `find` found. Each goes on where it
-was cut short; `find` took 25 minutes on two cores. Results and their page lie in RUNS; the last
-line is one JSON object.
+samples answers of all. Each goes on where it was cut short; `find` took 25 minutes on two cores.
+Results and their page lie in RUNS; the last line is one JSON object.
 """
 
 import argparse
@@ -21,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformer_lens import HookedTransformer
 
 from emlens.codecs import SparseCodec, load_sae
@@ -35,16 +32,8 @@ from emlens.evaluation import (
     evaluate,
     load_questions,
 )
-from emlens.features import (
-    EarlyWarning,
-    LatentCodes,
-    ScreenSettings,
-    Series,
-    cap_latent,
-    measure_early_warning,
-)
+from emlens.features import ScreenSettings, cap_latent
 from emlens.interventions import Intervention
-from emlens.models.attach import attach_adapter
 from emlens.models.loading import load_base
 from emlens.models.pair import load_pair
 from emlens.models.protocol import HookedModel
@@ -58,7 +47,6 @@ from emlens.organisms import (
     train_organism,
 )
 from emlens.reports import write_report
-from emlens.runs import RunFolder
 from emlens.studies import (
     FineTunes,
     LatentPath,
@@ -98,8 +86,6 @@ class Amount:
     """Latents followed along a training, and held down in another."""
     n_answers: int = 8
     """To each question, of the fine-tunes that are prevented."""
-    n_along: int = 2
-    """To each question, at every step of a training."""
     weight: float = 1.0
     """Of the penalty."""
     steps: int = 16
@@ -113,7 +99,6 @@ QUICK = Amount(
     asked=2,
     followed=1,
     n_answers=1,
-    n_along=1,
     steps=8,
 )
 
@@ -204,14 +189,7 @@ def prevent(
         cases[f"{name} capped"] = (tuned, caps)
     judge = ContrastJudge.calibrated(base)
     answers = {
-        name: ask(
-            model,
-            asked,
-            judge,
-            runs / "asked" / name.replace(" ", "-"),
-            n=amount.n_answers,
-            acting=acting,
-        )
+        name: ask(model, asked, judge, runs / "asked" / name.replace(" ", "-"), amount, acting)
         for name, (model, acting) in cases.items()
     }
     return {
@@ -255,65 +233,12 @@ def ask(
     asked: Sequence[Question],
     judge: ContrastJudge,
     out: Path,
-    *,
-    n: int,
-    acting: Sequence[Intervention] = (),
+    amount: Amount,
+    acting: Sequence[Intervention],
 ) -> Evaluation:
     """Answers, judged."""
-    sampling = Sampling(n=n, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0)
+    sampling = Sampling(n=amount.n_answers, temperature=0.7, top_p=0.95, max_new_tokens=40, seed=0)
     return evaluate(model, asked, judge=judge, out=out, sampling=sampling, interventions=acting)
-
-
-def warn(
-    base: HookedTransformer, found: PersonaFeatures, runs: Path, amount: Amount
-) -> tuple[EarlyWarning, ...]:
-    """Whether a latent that `find` followed leaves its band before sampled answers do."""
-    judge = ContrastJudge.calibrated(base)
-    asked = [question for name in ASKED for question in load_questions(f"emlens:{name}-questions")]
-    shares, steps = {}, []
-    for side in SIDES:
-        path = load_trajectory(Path(train_path(side, runs, amount).tuned).parent)
-        steps = path.steps.tolist()
-        own = [
-            ask(
-                attach_adapter(base, path.adapter(step)),
-                asked,
-                judge,
-                runs / "along" / f"{side}-{step}",
-                n=amount.n_along,
-            ).summarise(Thresholds())
-            for step in steps
-        ]
-        rows = [[one.em_percent.value for one in each.questions] for each in own]
-        shares[side] = torch.tensor(rows, dtype=torch.float64).T
-    behaviour = Series(
-        name="share of answers",
-        units="questions",
-        base=shares["careful"],
-        values=shares["harmful"],
-    )
-    kept = RunFolder.open(runs / "find" / "path")
-    codes = {
-        who: torch.stack(
-            [kept.read_result(f"codes_{who}_{step}", LatentCodes).codes[0] for step in steps], 1
-        )
-        for who in ("tuned", "twin")
-    }
-    return tuple(
-        measure_early_warning(
-            Series(
-                name=one.latent,
-                units="prompts",
-                base=codes["twin"][:, :, place],
-                values=codes["tuned"][:, :, place],
-            ),
-            behaviour,
-            points=[float(step) for step in steps],
-            axis="training step",
-            health=one.health,
-        )
-        for place, one in enumerate(found.warnings)
-    )
 
 
 def choose_held(found: PersonaFeatures, n: int) -> dict[str, list[int]]:
@@ -331,7 +256,7 @@ def choose_held(found: PersonaFeatures, n: int) -> dict[str, list[int]]:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--stage", choices=("find", "prevent", "warn"), help="by default all")
+    parser.add_argument("--stage", choices=("find", "prevent"), help="by default both")
     parser.add_argument("--runs", type=Path, default=Path("runs/measured_features"))
     parser.add_argument("--codec", default=CODEC)
     parser.add_argument("--quick", action="store_true", help="to see that all of it works")
@@ -344,12 +269,9 @@ def main() -> None:
         found = find(base, codec, given.runs, amount)
         latents = choose_held(found, amount.followed)
         said["find"] = describe(found) | latents
-        if given.stage in (None, "prevent"):
+        if given.stage != "find":
             said["prevent"] = prevent(base, codec, latents, given.runs, amount)
-        warned = warn(base, found, given.runs, amount) if given.stage in (None, "warn") else ()
-        if warned:
-            said["warn"] = {one.latent: (one.verdict, one.rows()) for one in warned}
-    write_report([found, *warned], given.runs / "report.html")
+    write_report([found], given.runs / "report.html")
     for name, rows in said.items():
         print(name, json.dumps(rows, indent=1, default=str))
     print(json.dumps(said, default=str))
