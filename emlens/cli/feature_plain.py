@@ -10,6 +10,9 @@ from typing import Any
 
 from emlens.cli.output import print_table
 
+N_DIRECTIONS = 3
+"""Mean difference, best direction, first tokens: the rows of a `PlainDifference` before modules."""
+
 
 def keep_plain(
     run: Path, pair: Callable[[], Any], chats: Any, *, read: Any, batch_tokens: int, number: int = 1
@@ -49,7 +52,10 @@ def print_plain(found: Sequence[Any]) -> None:
     """Print what differs without a codec; nothing where nothing was measured.
 
     Args:
-        found: of each fine-tune.
+        found: of each fine-tune; of several the directions alone, without the adapters' modules.
     """
-    if found:
-        print_table([row for one in found for row in one.rows()], title="without a codec")
+    alone = len(found) == 1
+    rows = [row for one in found for row in one.rows()[: None if alone else N_DIRECTIONS]]
+    if rows:
+        more = "" if alone else "; what modules write is in the report"
+        print_table(rows, title=f"without a codec{more}")

@@ -196,6 +196,9 @@ def test_one_pair_is_contrasted_and_too_few_models_are_not_told_apart(
     ]
     assert [one["tuned"] for one in both.json["plain"]] == names
     assert printed.out.index("without a codec") < printed.out.index("harmful less careful")
+    told_plainly = printed.out.partition("without a codec")[2].partition("harmful less careful")[0]
+    assert told_plainly.count("mean difference") == 4
+    assert "down_proj" not in told_plainly
     assert PLAINLY in (tmp_path / "two" / "report.html").read_text()
     assert "How well the autoencoder fits" in (tmp_path / "two" / "report.html").read_text()
     assert "in-sample separation" in printed.out
