@@ -41,8 +41,10 @@ def name_search(document: Json) -> str:
     names = [short_name(name) for name in tuned]
     who = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     what = short_name(str(document["codec"])) if document.get("codec") else ""
-    where = f"latents of {what}" if what else TITLES.get(kind, kind)
-    return f"{who} in {where}" if who else where
+    title = TITLES.get(kind, kind)
+    if not what:
+        return f"{title}: {who}" if who else title
+    return f"{who} in latents of {what}" if who else f"latents of {what}"
 
 
 def say_features(document: Json) -> list[str]:
