@@ -62,7 +62,8 @@ def break_file(mutant: Mutant, root: Path) -> str:
     broken = source.replace(mutant.old, mutant.new)
     if broken == source or not mutant.tests:
         raise ValueError(f"{mutant.what}: it changes nothing or names no tests")
-    compile(broken, mutant.file, "exec")
+    if mutant.file.endswith(".py"):
+        compile(broken, mutant.file, "exec")
     return broken
 
 
