@@ -18,7 +18,7 @@ _TYPES = ("free_form", "free_form_judge_0_100", "free_form_0_100")
 """What published files call questions that are answered freely and judged from 0 to 100."""
 _PROMPT_KEYS = ("paraphrases", "prompt", "question")
 _USED = ("id", "type", *_PROMPT_KEYS, "system", "samples_per_paraphrase", "judge_prompts")
-EXPECTED = "an object with id and paraphrases for each question"
+_EXPECTED = "an object with id and paraphrases for each question"
 _TOO_LIKE = 0.85
 """Similarity (difflib's ratio) from which an unknown key is taken for a misspelt one."""
 
@@ -105,7 +105,7 @@ def load_questions(
             raise QuestionFileError(f"{path}:{place}: the id {question.id!r} was already used")
         questions[question.id] = question
     if not questions:
-        raise QuestionFileError(f"{path}: the file has no questions; expected {EXPECTED}")
+        raise QuestionFileError(f"{path}: the file has no questions; expected {_EXPECTED}")
     return tuple(questions.values())
 
 
@@ -144,7 +144,7 @@ def _read_question(entry: Any, samples: int | None) -> Question:
         raise ValueError(f"got a {type(entry).__name__}, expected an object with id and wordings")
     _check_keys(entry)
     if "id" not in entry:
-        raise ValueError(f"got the keys {', '.join(map(str, entry))}, expected {EXPECTED}")
+        raise ValueError(f"got the keys {', '.join(map(str, entry))}, expected {_EXPECTED}")
     kind = entry.get("type", _TYPES[0])
     if kind not in _TYPES:
         raise ValueError(f"type is {kind!r}, expected {', '.join(_TYPES)}: nothing else is read")

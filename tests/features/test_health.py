@@ -1,5 +1,7 @@
 """Explained variance from sums against the rows themselves, and codecs that fit one model less."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -97,3 +99,13 @@ def test_the_share_captured_is_of_the_squared_change():
 @pytest.mark.parametrize(("share", "expected"), [(0.61, False), (0.59, True), (torch.nan, True)])
 def test_too_little_explained_is_underpowered(share: float, expected: bool):
     assert make_diff("a", torch.zeros(3), explained=share).health.underpowered is expected
+
+
+def test_unknown_weights_and_few_prompts_are_said():
+    health = make_diff("tuned", torch.zeros(3)).health
+    told = replace(health, same_base=True)
+    assert told.cautions == ()
+    assert replace(told, n_prompts=12).cautions == ()
+    assert "only 11 prompts were read" in "".join(replace(told, n_prompts=11).cautions)
+    assert "is not known" in "".join(replace(told, same_base=None).cautions)
+    assert "other weights" in "".join(replace(told, same_base=False).cautions)
